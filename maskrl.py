@@ -1,0 +1,1208 @@
+"""maskrl: fast masked image generators in one file, to be read beside three papers.
+
+A masked auto-regressive generator (MAR, arXiv 2406.11838) reveals the tokens of an image over K iterations
+and runs a ~100-step denoising chain inside each. Three papers attack that cost, and this file unites them:
+
+    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (GSIM), then improve it by RL
+    MaskFocus (2512.18766)  spend RL only on the critical steps, found by information gain
+    Speed-RL  (2512.01094)  reward quality and needing fewer steps
+
+Letters, the same everywhere:  x tokens of an image [B, L, D] (L tokens of D channels) - mask [B, L], true =
+still hidden - c context of each token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t
+diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - K unmasking iterations ("steps") - G rollouts per group.
+
+Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation - 7 GSIM - 8 Critical steps -
+9 Schedule policy - 10 Policy gradient - 11 Reward and judge - 12 Checkpoints and training
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work; the message says what, and how to mend it."""
+
+
+# 1 Settings ---------------------------------------------------------------------------------------------
+# Every knob of the project, flat. Each script's command line is made from these fields, and every checkpoint
+# carries them, so that `sample.py` needs nothing but a path.
+
+
+def option(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """All settings; the defaults are the preset `tiny`, which trains in minutes on two CPU cores."""
+
+    # data
+    data: str = option("shapes", "'shapes' (drawn on the fly), or a folder with one sub-folder of images per class")
+    image_size: int = option(16, "height and width in pixels; must be a multiple of --patch")
+    image_channels: int = option(3, "3 for RGB pixels, 16 for the latents of MAR's autoencoder")
+    difficulty: int = option(0, "of the shapes: 0 = 9 easy classes, 1 = 16 classes, coloured backgrounds, more jitter", (0, 1))
+    per_class: int = option(3000, "images per class that 'shapes' draws")
+    flip: bool = option(False, "mirror training images at random (not for digits or letters)")
+    seed: int = option(0, "seeds everything: data, initial weights, noise")
+    # model: an encoder and a decoder of `depth` blocks each, and the diffusion head
+    patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2")
+    width: int = option(96, "width W of the transformer")
+    depth: int = option(2, "transformer blocks in the encoder, and again in the decoder")
+    heads: int = option(4, "attention heads")
+    buffer: int = option(4, "rows at the start of the sequence that carry the class")
+    head_width: int = option(128, "width of the MLP diffusion head")
+    head_depth: int = option(2, "residual blocks of the diffusion head")
+    # generation
+    steps: int = option(16, "K, unmasking iterations per image")
+    denoise_steps: int = option(100, "denoising steps of the teacher's chain inside each iteration")
+    guidance: float = option(1.0, "s in eps = u + s (c - u), u without and c with the class; 1 = none. The teacher is "
+                                  "sampled with it, and GSIM bakes it into the student, which is sampled without")
+    clip: float = option(1.3, "the chain clips its estimate of x_0 to +-clip; 0 = off. Pixels lie in [-1, 1]")
+    # teacher
+    batch: int = option(128, "images per teacher update")
+    teacher_iters: int = option(1500, "teacher updates")
+    teacher_lr: float = option(2e-3, "AdamW; 50 steps of warm-up, constant, linear to 0 over the last quarter")
+    draws: int = option(4, "noise draws per hidden token and update")
+    label_dropout: float = option(0.1, "share of images trained without their class, which guidance needs")
+    ema: float = option(0.995, "limit of the EMA decay min(ema, (1+i)/(10+i)) after i updates")
+    # GSIM
+    gsim_batch: int = option(64, "images per GSIM update")
+    gsim_iters: int = option(1000, "student updates")
+    student_lr: float = option(3e-4, "Adam (beta_1 = 0), cosine decay")
+    aux_lr: float = option(6e-4, "the same, of the auxiliary network")
+    aux_updates: int = option(2, "auxiliary updates per student update")
+    student_ema: float = option(0.98, "as ema, of the student")
+    huber: float = option(1e-5, "r of the pseudo-Huber distance sqrt(|y|^2 + r^2) - r")
+    noise_ratio: float = option(2.5, "the student starts at the time tau with sigma_tau / alpha_tau = this")
+    # RL
+    rl_iters: int = option(100, "policy updates")
+    rl_lr: float = option(3e-5, "AdamW, of the generator")
+    schedule_lr: float = option(3e-3, "AdamW, of the schedule policy")
+    prompts: int = option(16, "groups per policy update")
+    group: int = option(8, "G, rollouts per group; they share class, order and z")
+    critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
+    explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
+    clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
+    beta: float = option(0.03, "weight of KL(policy || student)")
+    alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
+    # reward and judge
+    judge_iters: int = option(400, "updates of the reward network, and of the judge")
+    judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise InputError(f"--image-size {self.image_size} is not a multiple of --patch {self.patch}")
+        if self.width % self.heads:
+            raise InputError(f"--width {self.width} is not a multiple of --heads {self.heads}")
+        if not 1 <= self.steps <= self.length:
+            raise InputError(f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens")
+
+    @property
+    def length(self):
+        """L, tokens per image."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def channels(self):
+        """D, channels per token."""
+        return self.image_channels * self.patch**2
+
+
+PRESETS = {
+    "tiny": {},
+    "small": dict(image_size=64, patch=4, width=384, depth=6, heads=6, buffer=16, head_width=512, head_depth=4, steps=64,
+                  teacher_iters=100_000, teacher_lr=4e-4, ema=0.9999, gsim_iters=20_000, student_lr=3e-5, aux_lr=6e-5,
+                  critical_steps=6, guidance=1.5, judge_iters=2000),
+}
+
+
+def preset(name, **overrides):
+    """The Settings of preset `tiny` or `small`, with single fields replaced."""
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return Settings(**{**PRESETS[name], **overrides})
+
+
+def add_options(parser):
+    """Give `parser` a --preset, and an option for every field of Settings; those not given stay absent."""
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: small on a GPU, else tiny)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    group = parser.add_argument_group("settings (defaults of the preset tiny)")
+    for f in fields(Settings):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
+
+
+def chosen(args, device, base=None):
+    """Settings from parsed `args`: the preset (or `base`, a checkpoint's settings) with the options that were given."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    if base is None:
+        return preset(args.preset or ("tiny" if device.type == "cpu" else "small"), **given)
+    fixed = [k for k in SHAPE if given.get(k, getattr(base, k)) != getattr(base, k)]
+    if fixed:
+        raise InputError(f"--{fixed[0].replace('_', '-')} is fixed by the checkpoint: {getattr(base, fixed[0])}")
+    return replace(base, **given)
+
+
+SHAPE = "image_size image_channels patch width depth heads buffer head_width head_depth noise_ratio".split()  # what weights depend on
+
+
+def find_device(name="auto"):
+    """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not there.get(name.split(":")[0]):
+        raise InputError(f"--device {name}: there is none here; there is {', '.join(k for k in there if there[k])}")
+    return torch.device(next(k for k in there if there[k]) if name == "auto" else name)
+
+
+def rng(*names, device="cpu"):
+    """A generator seeded by what it is for, e.g. rng(seed, "gsim", step): a resumed run draws the same noise."""
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(names).encode()))
+
+
+# 2 Data -------------------------------------------------------------------------------------------------
+# Either shapes that anybody can draw, or a folder of images per class. Both end as uint8 tensors in memory, in
+# three parts: `train` (generator and reward), `judge` (the judge alone), `test` (reference of the judge's table).
+
+COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230), "yellow": (230, 210, 60)}
+FORMS = ["circle", "square", "triangle", "ring"]
+
+
+@dataclass
+class Split:
+    images: torch.Tensor  # uint8 [N, 3, S, S]
+    labels: torch.Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, index):
+        return Split(self.images[index], self.labels[index])
+
+    def batch(self, n, generator, device="cpu", flip=False):
+        """n random images in [-1, 1] [n, 3, S, S] and their labels [n]."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        x = self.images[index].to(device).float() / 127.5 - 1
+        if flip:
+            x = torch.where(torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5, x.flip(-1), x)
+        return x, self.labels[index].to(device)
+
+    def balanced_halves(self, most, generator):
+        """Two disjoint class-balanced halves with the same number of images, at most `most` each if it allows."""
+        classes = self.labels.unique().tolist()
+        rows = [(self.labels == y).nonzero().squeeze(1) for y in classes]
+        m = max(1, min(min(map(len, rows)) // 2, most // len(classes)))
+        rows = [r[torch.randperm(len(r), generator=generator)] for r in rows]
+        return self.take(torch.cat([r[:m] for r in rows])), self.take(torch.cat([r[m:2 * m] for r in rows]))
+
+
+@dataclass
+class Data:
+    classes: list
+    train: Split
+    judge: Split
+    test: Split
+
+
+def draw_shapes(labels, size, difficulty=0, generator=None):
+    """Draw shape `labels % n_forms` in colour `labels // n_forms`: uint8 [N, 3, size, size], antialiased.
+
+    Difficulty 0: circle, square, triangle x 3 colours, dark grey backgrounds, centres within +-0.1 of the middle.
+    Difficulty 1: ring and yellow too, coloured backgrounds, centres within +-0.2."""
+    n, forms = len(labels), 3 + difficulty
+    u = torch.rand(n, 6, 1, 1, generator=generator)
+    jitter = 0.1 * (1 + difficulty)
+    grid = (torch.arange(size) + 0.5) / size
+    dx = grid - (0.5 + jitter * (2 * u[:, 0] - 1))  # [n, 1, size]
+    dy = grid[:, None] - (0.5 + jitter * (2 * u[:, 1] - 1))  # [n, size, 1]
+    r = 0.22 + 0.10 * u[:, 2]
+    circle = (dx**2 + dy**2).sqrt() - r  # signed distances, negative inside
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
+    triangle = torch.maximum(dy + 0 * dx, 0.866 * dx.abs() - 0.5 * dy) - 0.6 * r
+    ring = (circle + 0.25 * r).abs() - 0.25 * r
+    distance = torch.stack([circle, square, triangle, ring], 1)[torch.arange(n), labels % forms]
+    inside = (0.5 - distance * size).clamp(0, 1)[:, None]
+    paint = torch.tensor(list(COLOURS.values())).float()[labels // forms][:, :, None, None]
+    ground = 51 * u[:, 3:] if difficulty else 51 * u[:, 3:4]
+    return (inside * paint + (1 - inside) * ground).round().to(torch.uint8)
+
+
+def load_data(s, progress=True):
+    """Data for the Settings: splits of 60 / 20 / 20 % within every class, the same for the same seed.
+
+    A broken image is named, skipped and counted. Raises InputError if the folder is missing or has no images."""
+    if s.data == "shapes":
+        forms = 3 + s.difficulty
+        classes = [f"{colour} {form}" for colour in list(COLOURS)[:forms] for form in FORMS[:forms]]
+        labels = torch.arange(len(classes)).repeat_interleave(s.per_class)
+        g = rng(s.seed, "shapes")
+        images = torch.cat([draw_shapes(part, s.image_size, s.difficulty, g) for part in labels.split(4096)])
+    else:
+        classes, images, labels = load_folder(s.data, s.image_size, progress)
+    parts = ([], [], [])
+    g = rng(s.seed, "split")
+    for y in range(len(classes)):
+        rows = (labels == y).nonzero().squeeze(1)
+        if len(rows) < 10:
+            raise InputError(f"class {classes[y]!r} in {s.data} has {len(rows)} readable images; at least 10 are needed")
+        rows = rows[torch.randperm(len(rows), generator=g)]
+        a, b = int(0.6 * len(rows)), int(0.8 * len(rows))
+        for part, chosen_rows in zip(parts, (rows[:a], rows[a:b], rows[b:])):
+            part.append(chosen_rows)
+    return Data(classes, *(Split(images[i], labels[i]) for i in map(torch.cat, parts)))
+
+
+def load_folder(folder, size, progress=True):
+    """Class names, images resized and centre-cropped to uint8 [N, 3, size, size], labels [N] of an image folder."""
+    try:
+        found = datasets.ImageFolder(folder)
+    except (FileNotFoundError, NotADirectoryError, OSError) as error:
+        raise InputError(f"--data {folder}: {error}. Expected one sub-folder of images per class") from None
+
+    def read(sample):
+        try:
+            image = TF.center_crop(TF.resize(found.loader(sample[0]), size, antialias=True), [size, size])
+            return TF.pil_to_tensor(image), sample[1]
+        except (OSError, SyntaxError, ValueError) as error:
+            tqdm.write(f"skipped {sample[0]}: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool:
+        work = tqdm(pool.map(read, found.samples), "images", len(found.samples), disable=not progress, leave=False)
+        read_ok = [pair for pair in work if pair is not None]
+    if len(read_ok) < len(found.samples):
+        print(f"skipped {len(found.samples) - len(read_ok)} of {len(found.samples)} images in {folder}", file=sys.stderr)
+    if not read_ok:
+        raise InputError(f"--data {folder}: none of its images could be read")
+    return found.classes, torch.stack([x for x, _ in read_ok]), torch.tensor([y for _, y in read_ok])
+
+
+# 3 Tokens -----------------------------------------------------------------------------------------------
+# A token is a square patch of pixels, all its channels in one row: continuous, no codebook.
+
+
+def patchify(images, patch):
+    """Images [B, C, H, W] -> tokens [B, L, D], in raster order, D = C patch^2."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(tokens, patch):
+    """Tokens [B, L, D] of a square image -> images [B, C, H, W]; the exact inverse of `patchify`."""
+    side = math.isqrt(tokens.shape[1])
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=patch, q=patch)
+
+
+# 4 Model ------------------------------------------------------------------------------------------------
+# MAR (2406.11838): an encoder sees the class and the visible tokens, a decoder adds a mask token for each hidden
+# one and gives every token a context c; a small MLP then denoises each hidden token alone, given its c.
+# Names and arithmetic are those of the official code, so that its weights load.
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, keys=None):  # x [B, N, W]; keys [B, N]: rows that may be attended to, None = all
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if keys is None else keys[:, None, None, :])
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x, keys=None):
+        x = x + self.attn(self.norm1(x), keys)
+        return x + self.mlp(self.norm2(x))
+
+
+def mlp(*widths):
+    """Linear layers with SiLU between them."""
+    layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class TimeEmbedding(nn.Module):
+    """t in 0...999 (also after respacing) -> [cos, sin] of 128 frequencies exp(-ln(1e4) k / 128) -> MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = mlp(256, width, width)
+
+    @staticmethod
+    def waves(t):
+        angle = t[:, None].float() * torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
+        return torch.cat([angle.cos(), angle.sin()], 1)
+
+    def forward(self, t):
+        return self.mlp(self.waves(t))
+
+
+class HeadBlock(nn.Module):
+    """Residual MLP block; the condition shifts, scales and gates it (adaLN)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = mlp(width, width, width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, condition):
+        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, condition):
+        shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+
+class Head(nn.Module):
+    """The MLP diffusion head: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
+
+    The first D channels are eps; the last D interpolate the log variance of the denoising step (section 5).
+    We train on eps alone, which leaves the last D at exactly zero, the middle; the official code trains them."""
+
+    def __init__(self, channels, context, width, depth):
+        super().__init__()
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(context, width)
+        self.input_proj = nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * channels)
+
+    def forward(self, x_t, t, c):
+        condition = self.time_embed(t) + self.cond_embed(c)
+        x = self.input_proj(x_t)
+        for block in self.res_blocks:
+            x = block(x, condition)
+        return self.final_layer(x, condition)
+
+    def eps(self, x_t, t, c):
+        """eps alone [N, D]; the score is -eps / sigma_t."""
+        return self(x_t, t, c).chunk(2, -1)[0]
+
+
+class MAR(nn.Module):
+    """Masked auto-regressive model over continuous tokens (2406.11838).
+
+    L tokens of D channels, `num_classes` classes and one null class; its schedule policy (section 9) is None
+    until RL gives it one. `settings` and `classes` (names) travel with it into checkpoints."""
+
+    def __init__(self, settings, classes):
+        super().__init__()
+        s, W = settings, settings.width
+        self.settings, self.classes, self.num_classes = s, list(classes), len(classes)
+        self.length, self.channels, self.buffer = s.length, s.channels, s.buffer
+        self.class_emb = nn.Embedding(self.num_classes, W)
+        self.fake_latent = nn.Parameter(torch.zeros(1, W))  # the null class
+        self.z_proj = nn.Linear(self.channels, W)
+        self.z_proj_ln = nn.LayerNorm(W, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, s.buffer + s.length, W))
+        self.encoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
+        self.encoder_norm = nn.LayerNorm(W, eps=1e-6)
+        self.decoder_embed = nn.Linear(W, W)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, W))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, s.buffer + s.length, W))
+        self.decoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
+        self.decoder_norm = nn.LayerNorm(W, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, s.length, W))
+        self.head = Head(self.channels, W, s.head_width, s.head_depth)
+        self.schedule = None
+        self.apply(self._init)
+        for p in (self.fake_latent, self.mask_token, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
+                  self.diffusion_pos_embed_learned, self.class_emb.weight):
+            nn.init.normal_(p, std=0.02)
+        # adaLN-zero: every block of the head starts as the identity, and its output as zero
+        for layer in [b.adaLN_modulation[1] for b in self.head.res_blocks] + [
+                self.head.final_layer.adaLN_modulation[1], self.head.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def context(self, tokens, mask, labels=None):
+        """c [B, L, W] of tokens [B, L, D], mask [B, L] (true = hidden), labels [B] (num_classes = null; None: all null).
+
+        Hidden tokens are dropped before the encoder's blocks. Rows may hide different numbers of tokens: the shorter
+        rows are padded, and the padding is never attended to, so that each row comes out as if it were alone."""
+        B, L, _ = tokens.shape
+        if labels is None:
+            labels = torch.full((B,), self.num_classes, device=tokens.device)
+        classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
+
+        # encoder: the class rows and the visible tokens, in raster order
+        x = torch.cat([repeat(classes, "b w -> b n w", n=self.buffer), self.z_proj(tokens)], 1)
+        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
+        visible = F.pad(~mask, (self.buffer, 0), value=True)  # [B, buffer + L]
+        count = visible.sum(1)
+        most = int(count.max())
+        keep = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible rows first
+        x = x.gather(1, repeat(keep, "b n -> b n w", w=x.shape[-1]))
+        keys = None if int(count.min()) == most else torch.arange(most, device=x.device) < count[:, None]
+        for block in self.encoder_blocks:
+            x = block(x, keys)
+
+        # decoder: put the kept rows back among mask tokens; the padding lands on hidden rows and is overwritten
+        x = self.decoder_embed(self.encoder_norm(x))
+        full = torch.zeros(B, self.buffer + L, x.shape[-1], device=x.device, dtype=x.dtype)
+        full = full.scatter(1, repeat(keep, "b n -> b n w", w=x.shape[-1]), x)
+        x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype)) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, self.buffer:] + self.diffusion_pos_embed_learned
+
+
+def random_mask(n, length, how, generator, device="cpu"):
+    """mask [n, L], true = hidden, with 1...L hidden tokens per row at random places.
+
+    how: `mar`, ratios from a normal of mean 1 and std 0.25 cut to [0.7, 1], as in training MAR; `uniform` over
+    1...L, every stage of generation alike; `mixed`, half of the rows each."""
+    u = torch.rand(n, generator=generator)
+    ratio = 1 + 0.25 * math.sqrt(2) * torch.erfinv((u - 1) * math.erf(0.3 / 0.25 / math.sqrt(2)))
+    mar = torch.ceil(length * ratio).clamp(1, length)
+    uniform = torch.ceil(length * u).clamp(1, length)
+    hidden = {"mar": mar, "uniform": uniform, "mixed": torch.where(torch.arange(n) % 2 == 0, mar, uniform)}[how]
+    rank = torch.rand(n, length, generator=generator).argsort(1)
+    return (rank < hidden[:, None]).to(device)
+
+
+# 5 Diffusion --------------------------------------------------------------------------------------------
+# x_t = alpha_t x_0 + sigma_t eps on a cosine schedule of 1000 times; the head predicts eps. The teacher walks a
+# respaced chain of ~100 ancestral steps; the student jumps from one fixed time tau to x_0.
+
+
+class Diffusion:
+    """The cosine schedule abar(t) = cos^2((t + 0.008) / 1.008 pi/2), respaced to `n` of its 1000 times.
+
+    times [n] on 0...999; alpha, sigma [n]; tables in float64. Official semantics: endpoints 0 and 999, all tables
+    derived again from the respaced abar, posterior log variance of index 0 taken from index 1."""
+
+    def __init__(self, n=1000):
+        if not 2 <= n <= 1000:
+            raise InputError(f"a denoising chain has 2...1000 steps (1 = the one-step student), not {n}")
+        bar = torch.cos((torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+        alphas_bar = (1 - (1 - bar[1:] / bar[:-1]).clamp(max=0.999)).cumprod(0)
+        self.times = torch.tensor([round(i * 999 / (n - 1)) for i in range(n)])
+        self.alphas_bar = alphas_bar[self.times]
+        previous = F.pad(self.alphas_bar[:-1], (1, 0), value=1.0)
+        self.betas = 1 - self.alphas_bar / previous
+        self.alpha, self.sigma = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
+        # q(x_{t-1} | x_t, x_0) = N(coef_x0 x_0 + coef_xt x_t, variance)
+        self.coef_x0 = self.betas * previous.sqrt() / (1 - self.alphas_bar)
+        self.coef_xt = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_bar)
+        variance = self.betas * (1 - previous) / (1 - self.alphas_bar)
+        self.log_variance_min = torch.cat([variance[1:2], variance[1:]]).log()
+        self.log_variance_max = self.betas.log()
+
+    def alpha_sigma(self, t):
+        """alpha_t and sigma_t [N, 1] for indices t [N]."""
+        return (table.to(t.device, torch.float32)[t][:, None] for table in (self.alpha, self.sigma))
+
+    def q_sample(self, x_0, t, eps):
+        """x_t = alpha_t x_0 + sigma_t eps for x_0, eps [N, D] and indices t [N]."""
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x_0 + sigma * eps
+
+    def step(self, i, x_t, out, noise, temperature=1.0, clip=0.0):
+        """x_{t-1} from x_t [N, D], the head's output [N, 2D] and noise [N, D], at index i of this chain.
+
+        log variance = f log beta + (1 - f) log posterior variance, f = (v + 1) / 2. `temperature` multiplies the
+        step's standard deviation; `clip` > 0 clips the estimate of x_0, without which an imperfect model explodes
+        at the noisy end, where 1 / alpha_t is 2e4."""
+        eps, v = out.chunk(2, -1)
+        x_0 = (x_t - float(self.sigma[i]) * eps) / float(self.alpha[i])
+        if clip:
+            x_0 = x_0.clamp(-clip, clip)
+        mean = float(self.coef_x0[i]) * x_0 + float(self.coef_xt[i]) * x_t
+        f = (v + 1) / 2
+        log_variance = f * float(self.log_variance_max[i]) + (1 - f) * float(self.log_variance_min[i])
+        return mean + temperature * torch.exp(log_variance / 2) * noise if i else mean
+
+    def sample(self, head, x, generator, temperature=1.0, clip=0.0):
+        """The whole ancestral chain from noise x [N, D]; head(x_t, t) -> [N, 2D], t on 0...999."""
+        for i in reversed(range(len(self.times))):
+            t = torch.full((len(x),), int(self.times[i]), device=x.device)
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            x = self.step(i, x, head(x, t), noise, temperature, clip)
+        return x
+
+
+BASE = Diffusion()  # all 1000 times: what training draws from
+
+
+def denoising_loss(head, x_0, c, t, eps):
+    """Mean of |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: MAR's diffusion loss, and denoising score matching."""
+    return F.mse_loss(head.eps(BASE.q_sample(x_0, t, eps), t, c), eps)
+
+
+def one_step(head, z, c, noise_ratio=2.5):
+    """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one denoising step from the fixed time tau,
+
+        g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,   sigma_tau / alpha_tau = noise_ratio
+
+    so the teacher's weights are a good start (as in SiD). MARVAL does not print its parametrisation; this is ours."""
+    tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
+    alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
+    t = torch.full((len(z),), tau, device=z.device)
+    return (sigma * z - sigma * head.eps(sigma * z, t, c)) / alpha
+
+
+# 6 Generation -------------------------------------------------------------------------------------------
+# Start with every token hidden. At each of K iterations: contexts from the visible tokens, denoise, reveal some.
+
+
+def reveal_counts(length, steps):
+    """MAR's cosine schedule: how many of L tokens each of K iterations reveals, a list that sums to L."""
+    if not 1 <= steps <= length:
+        raise InputError(f"--steps {steps} must lie in 1...{length}, the number of tokens")
+    hidden, counts = length, []
+    for k in range(steps - 1):
+        after = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (k + 1) / steps))))
+        counts.append(hidden - after)
+        hidden = after
+    return counts + [hidden]
+
+
+def guidance_scale(s, hidden_after, length):
+    """MAR's linear schedule 1 + (s - 1)(L - hidden)/L, where `hidden` tokens remain after the step, at least 1.
+
+    It multiplies as eps = u + scale (c - u): c with the class, u without; 1 is no guidance."""
+    return 1 + (s - 1) * (length - hidden_after.clamp(min=1)) / length
+
+
+@dataclass
+class Trace:
+    """What one call of `generate` did over its T iterations; rows that ended earlier have counts of 0.
+
+    Token order[b, j] is revealed before order[b, j - 1] (MAR reveals from the end of the order)."""
+
+    order: torch.Tensor  # [B, L]
+    z: torch.Tensor  # [B, L, D] the noise that each token came from
+    counts: torch.Tensor  # [B, T] tokens revealed
+    predictions: torch.Tensor  # [B, T, L, D] the full image predicted at each step, before revealing
+    states: torch.Tensor  # [B, T, W + 1] what the schedule policy saw
+    actions: torch.Tensor  # [B, T] what it chose
+
+    @property
+    def steps(self):
+        """Unmasking iterations of each row [B]."""
+        return (self.counts > 0).sum(1)
+
+    def hidden(self):
+        """Tokens still hidden before each step [B, T]."""
+        return self.counts.sum(1, keepdim=True) - self.counts.cumsum(1) + self.counts
+
+    def masks(self):
+        """mask before each step [B, T, L], and which tokens it revealed [B, T, L]."""
+        rank, hidden = self.order.argsort(1)[:, None], self.hidden()[..., None]
+        mask = rank < hidden
+        return mask, mask & (rank >= hidden - self.counts[..., None])
+
+
+@torch.no_grad()
+def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, temperature=1.0, explore=0.0,
+             order=None, z=None, seed=0, trace=False, progress=False):
+    """Tokens [B, L, D] of new images of classes `labels` [B]; with trace=True also the Trace.
+
+    steps: K of the cosine schedule; None: the model's schedule policy if it has one, else settings.steps.
+    guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
+    denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c).
+    temperature: of the chain's noise.  explore: sigma of the token policy N(g(z, c), sigma^2) (section 10).
+    order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
+    Same seed, same device: same images."""
+    s, L, D, (B,), device = model.settings, model.length, model.channels, labels.shape, labels.device
+    g = rng(seed, "generate", device=device)
+    drawn_order = torch.rand(B, L, generator=g, device=device).argsort(1)
+    drawn_z = torch.randn(B, L, D, generator=g, device=device)
+    order, z = drawn_order if order is None else order, drawn_z if z is None else z
+    policy = model.schedule if steps is None else None
+    fixed = None if policy else reveal_counts(L, steps or s.steps)
+    chain = Diffusion(denoise_steps) if denoise_steps > 1 else None
+
+    rank = order.argsort(1)
+    tokens = torch.zeros(B, L, D, device=device)
+    hidden = torch.full((B,), L, device=device)
+    record = {name: [] for name in ("counts", "predictions", "states", "actions")}
+    bar = tqdm(total=B * L, desc="tokens", disable=not progress, leave=False)
+    while int(hidden.max()):
+        live = hidden.nonzero().squeeze(1)  # rows whose image is not finished
+        mask = rank < hidden[:, None]
+        c = torch.zeros(B, L, s.width, device=device)
+        c[live] = model.context(tokens[live], mask[live], labels[live])
+        if policy:
+            states = schedule_state(c, mask)
+            actions = torch.multinomial(policy.log_probs(states, hidden.clamp(min=1)).exp(), 1, generator=g).squeeze(1)
+            count = torch.where(hidden > 0, policy.count(actions, hidden), 0)
+        else:
+            count = torch.full_like(hidden, fixed[len(record["counts"])])
+        reveal = mask & (rank >= (hidden - count)[:, None])
+
+        fill = mask if trace else reveal  # a trace shows the whole predicted image
+        if chain is None:
+            predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
+        elif guidance == 1:
+            predicted = chain.sample(lambda x, t: model.head(x, t, c[fill]), z[fill], g, temperature, s.clip)
+        else:
+            null = torch.zeros_like(c)
+            null[live] = model.context(tokens[live], mask[live])
+            scale = guidance_scale(guidance, hidden - count, L)[:, None].expand(B, L)[fill][:, None]
+            head = guided(model.head, c[fill], null[fill], scale)
+            predicted = chain.sample(head, z[fill], g, temperature, s.clip)
+        image = tokens.clone()
+        image[fill] = predicted
+        noise = explore * torch.randn(B, L, D, generator=g, device=device) if explore else 0.0
+        tokens = torch.where(reveal[..., None], image + noise, tokens)
+        hidden = hidden - count
+        bar.update(int(count.sum()))
+        record["counts"].append(count)
+        if trace:
+            record["predictions"].append(image)
+            record["states"].append(states if policy else schedule_state(c, mask))
+            record["actions"].append(actions if policy else torch.zeros_like(count))
+    bar.close()
+    if not trace:
+        return tokens
+    return tokens, Trace(order, z, *(torch.stack(record[name], 1) for name in record))
+
+
+def guided(head, c, null, scale):
+    """head(x, t) -> [N, 2D] with eps = u + scale (c - u); class and null rows in one batch; variance of the class row."""
+
+    def call(x, t):
+        (e_c, v), (e_u, _) = (out.chunk(2, -1) for out in head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null])).chunk(2))
+        return torch.cat([e_u + scale * (e_c - e_u), v], -1)
+
+    return call
+
+
+# 7 GSIM -------------------------------------------------------------------------------------------------
+# MARVAL stage 1. The student's tokens x_0 = g(z, c) should be distributed as the teacher's. Noise both to time t
+# and compare scores: the teacher's guided score s_p, and the student's own s_q, which the auxiliary network learns
+# from the student's samples. All scores appear as eps-predictions here, s = -eps / sigma_t.
+
+
+def pseudo_huber(y, r=1e-5):
+    """d(y) = sqrt(|y|^2 + r^2) - r over the D channels [N], and its derivative d'(y) = y / sqrt(|y|^2 + r^2) [N, D]."""
+    root = (y.square().sum(-1, keepdim=True) + r**2).sqrt()
+    return root.squeeze(-1) - r, y / root
+
+
+def squared(y):
+    """d(y) = |y|^2 [N] and d'(y) = 2 y [N, D]."""
+    return y.square().sum(-1), 2 * y
+
+
+def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber):
+    """GSIM (MARVAL, gradient equivalence theorem): [N] per token, for the student's tokens x_0 = g(z, c) [N, D].
+
+        L = L1 + L2,   L1 = -d'(y_t)^T (s_q - grad log p(x_t | x_0)),   L2 = d(y_t),   y_t = s_q - s_p
+
+    eps_q, eps_p: functions (x_t, t) -> eps [N, D] of the student's own score and the teacher's guided score; their
+    parameters must be frozen, but gradient must pass to x_t, in y_t and in d'(y_t) too. t [N] on 0...999, eps [N, D].
+    Differs from the paper: y and the residual are scaled by sigma_t (eps units). For each t that is the theorem with
+    the distance d(sigma_t y), which the theorem allows, and it trains better (README)."""
+    x_t = BASE.q_sample(x_0, t, eps)
+    e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
+    d, d_prime = distance(e_p - e_q)  # y = sigma_t (s_q - s_p) = eps_p - eps_q
+    L1 = -(d_prime * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t, so the residual is eps - eps_q
+    return L1 + d
+
+
+def gsim_times(n, generator, device):
+    """t uniform on 20...949: outside, scores say nothing (pure noise) or explode (no noise)."""
+    return torch.randint(20, 950, (n,), generator=generator).to(device)
+
+
+def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
+    """One GSIM update on data tokens x [B, L, D], labels [B]; {name: float} to log.
+
+    Each of the three networks computes its own context from the same visible data tokens. First the auxiliary
+    network learns the score of the student's samples, aux_updates times; then the student takes its step."""
+    s, (B, L, D), device = student.settings, x.shape, x.device
+    mask = random_mask(B, L, "uniform", generator, device)  # the student meets every stage at generation
+    noise = lambda: torch.randn(int(mask.sum()), D, generator=generator).to(device)
+    times = lambda: gsim_times(int(mask.sum()), generator, device)
+
+    c = student.context(x, mask, labels)[mask]  # [N, W], N hidden tokens
+    for _ in range(s.aux_updates):
+        with torch.no_grad():
+            x_0 = one_step(student.head, noise(), c, s.noise_ratio)
+        aux_loss = denoising_loss(aux.head, x_0, aux.context(x, mask, labels)[mask], times(), noise())
+        descend(aux_loss, optimizers["aux"])
+
+    with torch.no_grad():
+        c_q = aux.context(x, mask, labels)[mask]
+        null = torch.full_like(labels, teacher.num_classes)
+        c_p, c_null = teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2)
+        scale = guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None].expand(B, L)[mask][:, None]
+    if s.guidance == 1:
+        eps_p = lambda x_t, t: teacher.head.eps(x_t, t, c_p[mask])
+    else:
+        head = guided(teacher.head, c_p[mask], c_null[mask], scale)
+        eps_p = lambda x_t, t: head(x_t, t).chunk(2, -1)[0]
+    x_0 = one_step(student.head, noise(), c, s.noise_ratio)
+    aux.requires_grad_(False)
+    loss = gsim_loss(x_0, times(), noise(), lambda x_t, t: aux.head.eps(x_t, t, c_q), eps_p,
+                     lambda y: pseudo_huber(y, s.huber)).mean()
+    norm = descend(loss, optimizers["student"])
+    aux.requires_grad_(True)
+    return {"loss": float(loss), "aux_loss": float(aux_loss), "grad_norm": norm}
+
+
+# 8 Critical steps ---------------------------------------------------------------------------------------
+# MaskFocus: most of what an image will be is decided in a few steps. Optimise only those.
+
+
+def information_gain(predictions, final, valid=None, mean=0.0):
+    """V_k = |S_{k+1} - S_k| with S_k = cos(E_k, E_final) -> [B, K]   (MaskFocus, critical step selection).
+
+    predictions [B, K, ...]: the full image predicted before step k reveals; final [B, ...]. S after the last step is 1.
+    valid [B, K]: steps that the row has; the others get -inf. The embedding E is what is passed in, minus `mean`
+    (the mean image): without it the cosine saturates. The paper embeds in the tokeniser's space; our tokens are it."""
+    E, E_final = (predictions - mean).flatten(2), (final - mean).flatten(1)
+    S = F.cosine_similarity(E, E_final[:, None], dim=-1)  # [B, K]
+    if valid is not None:
+        S = S.masked_fill(~valid, 1.0)
+    gain = (torch.cat([S[:, 1:], torch.ones_like(S[:, :1])], 1) - S).abs()
+    return gain if valid is None else gain.masked_fill(~valid, -math.inf)
+
+
+def critical_steps(gain, k):
+    """The k steps of largest information gain of each row, as a mask [B, K]; fewer in rows with fewer steps."""
+    top = gain.topk(min(k, gain.shape[1]), dim=1).indices
+    return torch.zeros_like(gain, dtype=torch.bool).scatter(1, top, True) & gain.isfinite()
+
+
+# 9 Schedule policy --------------------------------------------------------------------------------------
+# Speed-RL: the number of steps must be an action, or no reward can change it. At every step a small head looks at
+# the contexts of the hidden tokens and chooses how many to reveal.
+
+
+def schedule_state(c, mask):
+    """What the schedule policy sees [B, W + 1]: the mean context of the hidden tokens, and the share still hidden."""
+    hidden = mask.sum(1, keepdim=True)
+    return torch.cat([(c * mask[..., None]).sum(1) / hidden.clamp(min=1), hidden / mask.shape[1]], 1)
+
+
+class SchedulePolicy(nn.Module):
+    """Chooses to reveal `unit` x 1, 2, 4, ... tokens, or all that remain, with unit = ceil(L / K_max): K_max steps at most.
+
+    Starts independent of the state, preferring small counts: half as likely with every doubling."""
+
+    def __init__(self, width, length, max_steps, hidden=64):
+        super().__init__()
+        unit = math.ceil(length / max_steps)
+        counts = [unit * 2**i for i in range(length.bit_length()) if unit * 2**i < length] + [length]
+        self.register_buffer("counts", torch.tensor(counts))
+        self.norm = nn.LayerNorm(width)
+        self.net = mlp(width + 1, hidden, len(counts))
+        nn.init.zeros_(self.net[-1].weight)
+        with torch.no_grad():
+            self.net[-1].bias.copy_(-math.log(2) * torch.arange(len(counts)))
+
+    def log_probs(self, states, hidden):
+        """log pi [N, A] of every choice for states [N, W + 1] with `hidden` [N] >= 1 tokens left; impossible: -inf.
+
+        A count that is not below what remains is impossible: the last choice, `all`, stands for it."""
+        logits = self.net(torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1))
+        possible = self.counts < hidden[:, None]
+        possible[:, -1] = True
+        return logits.masked_fill(~possible, -math.inf).log_softmax(-1)
+
+    def count(self, actions, hidden):
+        """Tokens that the actions [N] reveal where `hidden` [N] remain."""
+        return torch.minimum(self.counts[actions], hidden)
+
+
+def speed(steps, max_steps):
+    """(K_max - T + 1) / K_max in (0, 1]: 1 for one step. As in learned unmasking policies (2512.09106);
+    Speed-RL's own formula is not public in what we have, so quality x speed^alpha is our choice."""
+    return (max_steps - steps + 1).clamp(min=1) / max_steps
+
+
+# 10 Policy gradient -------------------------------------------------------------------------------------
+# GRPO. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
+# Gaussian in closed form. A group shares class, order and z, so that only the actions differ.
+
+
+def group_advantages(rewards, group):
+    """A = (R - mean) / std within each group of G consecutive rollouts [P G]; zero where all rewards are equal."""
+    R = rearrange(rewards, "(p g) -> p g", g=group)
+    A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)
+    return A.flatten()
+
+
+def token_log_prob(x, mean, sigma):
+    """Mean over the D channels of log N(x; mean, sigma^2) [N]: log pi of the token, divided by D.
+
+    The division keeps ratios tame: they are the exact ratio to the power 1/D."""
+    return (-((x - mean) / sigma).square() / 2 - math.log(sigma * math.sqrt(2 * math.pi))).mean(-1)
+
+
+def token_kl(mean, mean_ref, sigma):
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N], in closed form, divided by D like the log-probability."""
+    return ((mean - mean_ref) / sigma).square().mean(-1) / 2
+
+
+def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta=0.01):
+    """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old   (GRPO; MaskFocus).
+
+    Returns the loss and what to log: `ratio`, its mean; `clip_fraction`; `kl`, mean; `log_ratio`, the largest |log r|."""
+    log_ratio = log_prob - log_prob_old.detach()
+    ratio = log_ratio.exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
+    kl = torch.zeros_like(gain) if kl is None else kl
+    stats = {"ratio": float(ratio.mean()), "clip_fraction": float(((ratio - 1).abs() > clip_ratio).float().mean()),
+             "kl": float(kl.mean()), "log_ratio": float(log_ratio.abs().max())}
+    return -(gain - beta * kl).mean(), stats
+
+
+def rollout(model, quality, labels, group, generator_seed):
+    """G rollouts for each class of `labels` [P]: tokens, Trace, labels, quality, steps; rows of a group are consecutive."""
+    s, device = model.settings, labels.device
+    g = rng(generator_seed, "shared", device=device)
+    order = torch.rand(len(labels), model.length, generator=g, device=device).argsort(1).repeat_interleave(group, 0)
+    z = torch.randn(len(labels), model.length, model.channels, generator=g, device=device).repeat_interleave(group, 0)
+    labels = labels.repeat_interleave(group)
+    tokens, trace = generate(model, labels, denoise_steps=1, explore=s.explore, order=order, z=z, seed=generator_seed, trace=True)
+    return tokens, trace, labels, quality(unpatchify(tokens, s.patch), labels)
+
+
+def rl_update(model, reference, quality, labels, mean, optimizers, seed):
+    """One policy update on G rollouts of each class in `labels` [P]; {name: float} to log.
+
+    Tokens: the exact policy gradient over the tokens revealed at each row's critical steps. Schedule: over all its
+    choices. Both carry the same advantage, of reward = quality x speed^alpha; one update per rollout."""
+    s = model.settings
+    tokens, trace, labels, q = rollout(model, quality, labels, s.group, seed)
+    reward = q * speed(trace.steps, s.steps) ** s.alpha
+    A = group_advantages(reward, s.group)
+
+    valid = trace.counts > 0
+    critical = critical_steps(information_gain(trace.predictions, tokens, valid, mean), s.critical_steps)  # [B, T]
+    row, step = critical.nonzero(as_tuple=True)
+    mask, revealed = (m[row, step] for m in trace.masks())  # [M, L]
+    # A revealed token never changes, so the state at any step is the final image under that step's mask.
+    c = model.context(tokens[row], mask, labels[row])[revealed]
+    x, z = tokens[row][revealed], trace.z[row][revealed]
+    g_mean = one_step(model.head, z, c, s.noise_ratio)
+    with torch.no_grad():
+        g_old = trace.predictions[row, step][revealed]
+        g_ref = one_step(reference.head, z, reference.context(tokens[row], mask, labels[row])[revealed], s.noise_ratio)
+    A_token = A[row][:, None].expand(mask.shape)[revealed]
+    loss, stats = policy_loss(token_log_prob(x, g_mean, s.explore), token_log_prob(x, g_old, s.explore), A_token,
+                              token_kl(g_mean, g_ref, s.explore), s.clip_ratio, s.beta)
+
+    choices = model.schedule.log_probs(trace.states[valid], trace.hidden()[valid])  # [N, A]
+    log_prob = choices.gather(1, trace.actions[valid][:, None]).squeeze(1)
+    schedule_loss, _ = policy_loss(log_prob, log_prob.detach(), A[:, None].expand(valid.shape)[valid])
+    norm = descend(loss, optimizers["generator"])
+    descend(schedule_loss, optimizers["schedule"])
+    first = critical.float().cumprod(1).sum(1) == critical.sum(1)  # the critical set is simply the first steps
+    return {"loss": float(loss), "reward": float(reward.mean()), "quality": float(q.mean()),
+            "steps": float(trace.steps.float().mean()), "not_first": 1 - float(first.float().mean()), "grad_norm": norm, **stats}
+
+
+# 11 Reward and judge ------------------------------------------------------------------------------------
+# Two networks of different architecture, seed and data. The reward is what RL climbs; the judge is what reports
+# are written by, and nothing trains on it. Both learn from real images alone: which class, and whether an image is
+# untouched or damaged (blurred, patches swapped in from another image of the class, noisy), so both see seams.
+
+
+def damage(x, labels, patch, generator):
+    """x [B, 3, H, W] with three quarters of the images damaged by a random amount, and what was done [B]: 0 nothing,
+    1 blur, 2 patches swapped in from another image of the class, 3 noise."""
+    B = len(x)
+    kind = torch.randint(4, (B,), generator=generator).to(x.device)
+    amount = torch.rand(B, generator=generator).to(x.device)[:, None, None, None]
+    shuffled = torch.randperm(B, generator=generator).to(x.device)
+    other = shuffled[labels[shuffled].argsort(stable=True)]
+    own = labels.argsort(stable=True)  # both sorted by class, so own[i] and other[i] share it
+    partner = torch.empty_like(own).scatter(0, own, other)
+    tokens = patchify(x, patch)
+    swap = torch.rand(tokens.shape[:2], generator=generator).to(x.device) < 0.1 + 0.4 * amount.flatten()[:, None]
+    swapped = unpatchify(torch.where(swap[..., None], tokens[partner], tokens), patch)
+    noisy = x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(x.device)
+    done = torch.stack([x, x + (0.2 + 0.8 * amount) * (blur(x) - x), swapped, noisy])
+    return done[kind, torch.arange(B, device=x.device)].clamp(-1, 1), kind
+
+
+def blur(x):
+    """Binomial blur by one pixel, [B, C, H, W]."""
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+
+
+class Critic(nn.Module):
+    """images [B, 3, S, S] in [-1, 1] -> features [B, 64], class logits [B, C], damage logits [B, 4]."""
+
+    def __init__(self, body, num_classes):
+        super().__init__()
+        self.body = body
+        self.classify = nn.Linear(64, num_classes)
+        self.inspect = nn.Linear(64, 4)
+
+    def forward(self, images):
+        features = self.body(images)
+        return features, self.classify(features), self.inspect(features)
+
+    def quality(self, images, labels):
+        """p(class | image) p(undamaged | image), in (0, 1], differentiable in the pixels [B]."""
+        _, classes, kind = self(images)
+        return (classes.log_softmax(-1).gather(1, labels[:, None]).squeeze(1) + kind.log_softmax(-1)[:, 0]).exp()
+
+
+def reward_body(size):
+    """3x3 convolutions with ReLU, halved until 4 pixels wide, averaged over the image."""
+    layers, channels = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()], 32
+    while size > 4:
+        layers += [nn.Conv2d(channels, 64, 3, stride=2, padding=1), nn.ReLU()]
+        channels, size = 64, size // 2
+    return nn.Sequential(*layers, nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def judge_body(size):
+    """5x5 stem, then 3x3 GELU convolutions with GroupNorm, and a dense layer over a 4x4 map: sees places too."""
+    layers, channels = [nn.Conv2d(3, 48, 5, padding=2), nn.GELU()], 48
+    while size > 4:
+        layers += [nn.Conv2d(channels, 48, 4, stride=2, padding=1), nn.GroupNorm(8, 48), nn.GELU()]
+        channels, size = 48, size // 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48 * 16, 64), nn.GELU())
+
+
+def train_critic(name, split, s, device, progress=True):
+    """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
+    torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
+    critic = Critic({"reward": reward_body, "judge": judge_body}[name](s.image_size), int(split.labels.max()) + 1).to(device)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
+    for step in tqdm(range(s.judge_iters), name, disable=not progress, leave=False):
+        g = rng(s.seed, name, step)
+        x, labels = split.batch(128, g, device, s.flip)
+        x, kind = damage(x, labels, s.patch, g)
+        _, classes, kinds = critic(x)
+        descend(F.cross_entropy(classes, labels) + F.cross_entropy(kinds, kind), optimizer)
+        rate.step()
+    return critic.eval().requires_grad_(False)
+
+
+def frechet_distance(a, b):
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features a [N, F], b [M, F], in float64: FID's formula."""
+    a, b = a.double(), b.double()
+    S_a, S_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(S_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross)
+
+
+class Judge:
+    """Class accuracy and Fréchet distance on the features of a network that nothing trains on.
+
+    Every row has the same number n of class-balanced images, and is compared with `halves` reference draws of n
+    real held-out images; the row `real` compares each with the other half of its draw."""
+
+    def __init__(self, data, s, device, halves=5, progress=True):
+        self.critic = train_critic("judge", data.judge, s, device, progress)
+        self.device, self.seed = device, s.seed
+        self.halves = [data.test.balanced_halves(s.judge_n, rng(s.seed, "halves", i)) for i in range(halves)]
+        self.labels = self.halves[0][0].labels.to(device)  # of the images to be judged, in this order
+        self.references = [self.features(half.images)[0] for half, _ in self.halves]
+
+    @torch.no_grad()
+    def features(self, images):
+        if images.dtype == torch.uint8:
+            images = images.float() / 127.5 - 1
+        out = [self.critic(part.to(self.device).clamp(-1, 1)) for part in images.split(512)]
+        return torch.cat([f for f, _, _ in out]), torch.cat([y for _, y, _ in out])
+
+    def __call__(self, images):
+        """Row of the table for images [n, 3, S, S] of classes `self.labels`: accuracy, frechet and its spread (std)."""
+        features, classes = self.features(images)
+        distances = torch.tensor([frechet_distance(features, reference) for reference in self.references])
+        accuracy = float((classes.argmax(1) == self.labels).float().mean())
+        return {"accuracy": accuracy, "frechet": float(distances.mean()), "frechet_std": float(distances.std())}
+
+    def real(self):
+        """The row of real against real: what a perfect generator would get."""
+        pairs = [(reference, *self.features(other.images)) for reference, (_, other) in zip(self.references, self.halves)]
+        distances = torch.tensor([frechet_distance(features, reference) for reference, features, _ in pairs])
+        accuracy = [float((classes.argmax(1) == self.labels).float().mean()) for _, _, classes in pairs]
+        return {"accuracy": sum(accuracy) / len(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std())}
+
+
+# 12 Checkpoints and training ----------------------------------------------------------------------------
+# A checkpoint is MAR's own format, {"model": ..., "model_ema": ...}, and what it takes to use it: kind, settings,
+# class names, step; while training, also what it takes to go on as if never interrupted.
+
+KINDS = ("teacher", "student", "policy")
+
+
+def save_checkpoint(path, kind, model, ema=None, step=0, training=None):
+    """Write atomically: a crash leaves the old file or the new one, never half. `training`: state to resume from."""
+    content = {"kind": kind, "settings": asdict(model.settings), "classes": model.classes, "step": step,
+               "model": model.state_dict(), "model_ema": (ema or model).state_dict(), "training": training}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def read_checkpoint(path, kind=None, device="cpu"):
+    """The content of a maskrl checkpoint, a dict; InputError if it is none, or of another kind."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+        raise InputError(f"{path} is not a maskrl checkpoint")
+    if kind and content["kind"] != kind:
+        raise InputError(f"{path} is a {content['kind']}; a {kind} is needed here")
+    return content
+
+
+def build(content, weights="model_ema", device="cpu"):
+    """The MAR of a checkpoint's content."""
+    model = MAR(Settings(**content["settings"]), content["classes"])
+    if content["kind"] == "policy":
+        add_schedule(model)
+    model.load_state_dict(content[weights])
+    return model.to(device)
+
+
+def add_schedule(model):
+    model.schedule = SchedulePolicy(model.settings.width, model.length, model.settings.steps)
+    return model
+
+
+def load_checkpoint(path, kind=None, device="cpu"):
+    """The EMA model of a checkpoint, ready to generate; its `settings`, `classes` and `kind` are attributes."""
+    content = read_checkpoint(path, kind, device)
+    model = build(content, device=device).eval().requires_grad_(False)
+    model.kind = content["kind"]
+    return model
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient became infinite or NaN; no weight was changed by it."""
+
+
+def descend(loss, optimizer, clip=1.0):
+    """One optimiser step with the gradient norm clipped; returns the norm. NonFinite is raised before any weight changes."""
+    if not torch.isfinite(loss):
+        raise NonFinite(f"the loss is {float(loss)}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    if not torch.isfinite(norm):
+        raise NonFinite(f"the gradient norm is {float(norm)}")
+    optimizer.step()
+    return float(norm)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, limit):
+    """ema <- d ema + (1 - d) model with d = min(limit, (1 + i) / (10 + i)): short at first, so that it never lags."""
+    d = min(limit, (1 + step) / (10 + step))
+    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
+        a.lerp_(b, 1 - d) if a.is_floating_point() else a.copy_(b)
+
+
+def weight_decay_groups(model, decay=0.02):
+    """Parameter groups with MAR's rule: no weight decay on 1-D tensors, biases and the diffusion head."""
+    named = [(p.ndim > 1 and not name.startswith("head."), p) for name, p in model.named_parameters()]
+    return [{"params": [p for d, p in named if d], "weight_decay": decay}, {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
+
+
+def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, progress=True):
+    """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
+
+    state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
+    A non-finite loss stops with the step, and leaves a checkpoint of the last good weights."""
+    path, ema, state, start = Path(path), ema or model, state or {}, 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resume and path.exists():
+        content = read_checkpoint(path, kind)
+        model.load_state_dict(content["model"])
+        ema.load_state_dict(content["model_ema"])
+        start = content["step"]
+        for name, value in (content["training"] or {}).items():
+            state[name].load_state_dict(value)
+
+    def save(step):
+        training = None if step == iters else {name: value.state_dict() for name, value in state.items()}
+        save_checkpoint(path, kind, model, ema, step, training)
+
+    bar = tqdm(range(start, iters), kind, iters, initial=start, disable=not progress, mininterval=1)
+    for step in bar:
+        try:
+            metrics = update(step)
+        except NonFinite as error:
+            save(step)
+            raise NonFinite(f"{kind}, step {step}: {error}. The last good weights are in {path}; try a lower learning rate") from None
+        if step % max(1, iters // 200) == 0 or step == iters - 1:
+            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+            if log:
+                with open(log, "a") as file:
+                    file.write(json.dumps({"stage": kind, "step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+        if (step + 1) % every == 0 or step + 1 == iters:
+            save(step + 1)
+    return ema
+
+
+def run(main):
+    """Call main() as a script: wrong input ends in one line and exit code 2, a non-finite loss in one line and 1."""
+    try:
+        main()
+    except (InputError, NonFinite) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -1,0 +1,98 @@
+"""Images from any checkpoint: teacher, student or policy.
+
+    python sample.py runs/demo/student.pt
+    python sample.py runs/demo/teacher.pt --classes "red circle,blue square" --n 32 --guidance 1.5 --out two.png
+
+A checkpoint carries its own settings. A student or policy draws each token in one denoising step; a policy also
+chooses its own number of unmasking iterations, unless --steps says it.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
+
+import maskrl
+
+
+def picture(images, columns, pixels=64):
+    """A PIL image of a grid of images [N, 3, S, S] in [-1, 1], small ones enlarged to about `pixels` with hard edges."""
+    scale = max(1, round(pixels / images.shape[-1]))
+    images = images.clamp(-1, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid((images + 1) / 2, columns, padding=4, pad_value=1.0)
+    return Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def labelled_rows(path, rows, columns):
+    """Save a picture of {label: images}, each block of images under its label."""
+    font = ImageFont.load_default(size=15)
+    blocks = [(label, picture(images, columns)) for label, images in rows.items()]
+    sheet = Image.new("RGB", (max(b.width for _, b in blocks), sum(b.height + 26 for _, b in blocks)), "white")
+    y = 0
+    for label, block in blocks:
+        ImageDraw.Draw(sheet).text((6, y + 4), label, fill="black", font=font)
+        sheet.paste(block, (0, y + 26))
+        y += block.height + 26
+    save_image(path, sheet)
+
+
+def save_image(path, image):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        image.save(path)
+    except ValueError:
+        raise maskrl.InputError(f"--out {path}: the name must end in .png, .jpg or another image format") from None
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="teacher.pt, student.pt or policy.pt")
+    parser.add_argument("--classes", help="comma-separated class names (default: all, in turn)")
+    parser.add_argument("--n", type=int, default=64, help="number of images (default: 64)")
+    parser.add_argument("--steps", type=int, help="K, unmasking iterations (default: the checkpoint's; a policy chooses)")
+    parser.add_argument("--denoise-steps", type=int, help="denoising steps per iteration (default: the checkpoint's for a "
+                        "teacher; 1 for a student or policy)")
+    parser.add_argument("--guidance", type=float, help="s in eps = u + s (c - u); 1 = none (default: the checkpoint's for "
+                        "a teacher; a student has it baked in)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the chain's noise (default: 1)")
+    parser.add_argument("--out", default="samples.png", help="picture to write (default: samples.png)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = maskrl.find_device(args.device)
+    if args.n < 1:
+        raise maskrl.InputError(f"--n {args.n} must be at least 1")
+    model = maskrl.load_checkpoint(args.checkpoint, device=device)
+    names = [name.strip() for name in args.classes.split(",")] if args.classes else model.classes
+    unknown = [name for name in names if name not in model.classes]
+    if unknown:
+        raise maskrl.InputError(f"no class {unknown[0]!r} in {args.checkpoint}; there are: {', '.join(model.classes)}")
+    labels = torch.tensor([model.classes.index(names[i % len(names)]) for i in range(args.n)], device=device)
+
+    one_step = model.kind != "teacher"
+    denoise_steps = args.denoise_steps or (1 if one_step else model.settings.denoise_steps)
+    guidance = args.guidance if args.guidance is not None else (1.0 if one_step else model.settings.guidance)
+    if denoise_steps == 1 and guidance != 1:
+        raise maskrl.InputError("--guidance needs a denoising chain: a one-step student has its guidance baked in")
+    start = time.perf_counter()
+    learned = model.schedule is not None and args.steps is None
+    tokens = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,
+                             seed=args.seed, trace=learned, progress=True)
+    tokens, steps = (tokens[0], f"{tokens[1].steps.float().mean():.1f}") if learned else (tokens, args.steps or model.settings.steps)
+    seconds = time.perf_counter() - start
+    images = maskrl.unpatchify(tokens, model.settings.patch)
+    save_image(args.out, picture(images, columns=len(names) if len(names) > 2 else 8))
+    print(f"{args.out}: {args.n} images of a {model.kind}, {steps} unmasking iterations x "
+          f"{denoise_steps} denoising steps, guidance {guidance:g}, {1000 * seconds / args.n:.1f} ms per image on {device}")
+
+
+if __name__ == "__main__":
+    maskrl.run(main)

@@ -1,0 +1,201 @@
+"""A teacher, then its one-step student by GSIM (MARVAL stage 1).
+
+    python train_distill.py                                    # built-in shapes, minutes on a laptop
+    python train_distill.py --data photos/ --out runs/photos   # a folder with one sub-folder of images per class
+    python train_distill.py --teacher runs/demo/teacher.pt     # distil a teacher that is there already
+    python train_distill.py --resume --out runs/photos         # go on after an interruption
+
+Writes teacher.pt, student.pt, log.jsonl, samples.png and metrics.json into --out.
+"""
+
+import argparse
+import json
+import platform
+import time
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import maskrl
+from maskrl import InputError
+from sample import labelled_rows
+
+
+def train_teacher(s, data, out, device, resume=False):
+    """MAR's own training: hide tokens, minimise the diffusion loss of the hidden ones. Returns the EMA model."""
+    torch.manual_seed(s.seed)
+    model = maskrl.MAR(s, data.classes).to(device)
+    ema = deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(maskrl.weight_decay_groups(model), lr=s.teacher_lr, betas=(0.9, 0.95))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, 4 * (1 - i / s.teacher_iters)))
+
+    def update(step):
+        g = maskrl.rng(s.seed, "teacher", step)
+        x, labels = data.train.batch(s.batch, g, device, s.flip)
+        x = maskrl.patchify(x, s.patch)
+        labels = torch.where((torch.rand(s.batch, generator=g) < s.label_dropout).to(device), model.num_classes, labels)
+        mask = maskrl.random_mask(s.batch, s.length, "mixed", g, device)
+        c = model.context(x, mask, labels)[mask].repeat(s.draws, 1)
+        x_0 = x[mask].repeat(s.draws, 1)
+        t = torch.randint(1000, (len(c),), generator=g).to(device)
+        eps = torch.randn(x_0.shape, generator=g).to(device)
+        loss = maskrl.denoising_loss(model.head, x_0, c, t, eps)
+        norm = maskrl.descend(loss, optimizer)
+        rate.step()
+        maskrl.update_ema(ema, model, step, s.ema)
+        return {"loss": float(loss), "grad_norm": norm}
+
+    return maskrl.train("teacher", out / "teacher.pt", s.teacher_iters, update, model, ema,
+                        {"optimizer": optimizer, "rate": rate}, out / "log.jsonl", resume)
+
+
+def train_student(s, data, teacher, out, device, resume=False):
+    """GSIM: student and auxiliary network both start as the teacher. Returns the EMA student."""
+    student = deepcopy(teacher).requires_grad_(True)
+    student.settings = s
+    aux, ema = deepcopy(student), deepcopy(student).requires_grad_(False)
+    optimizers, rates = {}, {}
+    for name, net, lr in (("student", student, s.student_lr), ("aux", aux, s.aux_lr)):
+        optimizers[name] = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.999))
+        rates[name] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[name], s.gsim_iters)
+    state = {"aux": aux} | {f"{k}_optimizer": v for k, v in optimizers.items()} | {f"{k}_rate": v for k, v in rates.items()}
+
+    def update(step):
+        g = maskrl.rng(s.seed, "gsim", step)
+        x, labels = data.train.batch(s.gsim_batch, g, device, s.flip)
+        metrics = maskrl.gsim_update(teacher, student, aux, maskrl.patchify(x, s.patch), labels, optimizers, g)
+        rates["student"].step(), rates["aux"].step()
+        maskrl.update_ema(ema, student, step, s.student_ema)
+        return metrics
+
+    return maskrl.train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume)
+
+
+# The report: one table by the judge, one picture --------------------------------------------------------
+
+
+def report(out, s, data, judge, models, extra=None):
+    """Judge every generator on the same classes and noise, time them side by side, write metrics.json and samples.png.
+
+    models: any of teacher, student, policy. Adds real images, an untrained model, and the one-step start: the
+    teacher's weights asked for one step, before GSIM."""
+    device = judge.device
+    torch.manual_seed(s.seed + 1)
+    chain = dict(steps=s.steps, guidance=s.guidance, denoise_steps=s.denoise_steps)
+    ways = {"untrained": (maskrl.MAR(s, data.classes).to(device), chain)}
+    if "teacher" in models:
+        ways["teacher"] = (models["teacher"], chain)
+        ways["one-step start"] = (models["teacher"], dict(steps=s.steps, denoise_steps=1))
+    ways["student"] = (models["student"], dict(steps=s.steps, denoise_steps=1))
+    if "policy" in models:
+        ways["policy"] = (models["policy"], dict(steps=None, denoise_steps=1))
+
+    rows, images = {"real": judge.real()}, {"real": judge.halves[0][0].images.float() / 127.5 - 1}
+    for name, (model, how) in ways.items():
+        tokens, trace = in_batches(model, judge.labels, how, s.seed)
+        images[name] = maskrl.unpatchify(tokens, s.patch).cpu()
+        steps = trace.float()
+        rows[name] = judge(images[name]) | {"steps": float(steps.mean()), "steps_std": float(steps.std()),
+                                            "denoise_steps": how["denoise_steps"]}
+    times = {name: [] for name in ways}
+    labels = judge.labels[torch.linspace(0, len(judge.labels) - 1, 64).long()]
+    for _ in range(4):  # in turns, so that a busy moment of the machine hits all alike; the first round warms up
+        for name, (model, how) in ways.items():
+            start = time.perf_counter()
+            maskrl.generate(model, labels, **how, seed=s.seed)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / len(labels))
+    for name in ways:
+        rows[name]["seconds_per_image"] = sorted(times[name][1:])[1]
+
+    metrics = {"n": len(judge.labels), "rows": rows, "hardware": hardware(device), "settings": asdict(s)} | (extra or {})
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    first = [int((judge.labels == y).nonzero()[0]) for y in judge.labels.unique()[:12]]
+    pick = [i + j for j in range(2) for i in first]
+    captions = {"real": "real"} | {name: f"{name}: {row['steps']:.1f} x {row['denoise_steps']} steps, "
+                                   f"{1000 * row['seconds_per_image']:.1f} ms per image" for name, row in rows.items() if name in ways}
+    labelled_rows(out / "samples.png", {captions[k]: images[k][pick] for k in captions if k != "untrained"}, len(first))
+
+    print(f"\nBy the judge, n = {metrics['n']} per row, seed {s.seed}, {metrics['hardware']}:")
+    print(f"{'':16}{'class accuracy':>15}{'Fréchet distance':>18}{'steps':>14}{'ms/image':>10}")
+    for name, row in rows.items():
+        cost = f"{row['steps']:7.1f} x {row['denoise_steps']:<4}{1000 * row['seconds_per_image']:10.2f}" if name in ways else ""
+        print(f"{name:16}{row['accuracy']:15.3f}{row['frechet']:11.2f} ± {row['frechet_std']:4.2f}{cost}")
+    print(f"\nPictures: {out / 'samples.png'}, figures: {out / 'metrics.json'}")
+    return metrics
+
+
+def in_batches(model, labels, how, seed, size=512):
+    """Tokens of many images and the unmasking iterations of each; only a policy's differ from image to image."""
+    tokens, steps = [], []
+    for i, part in enumerate(labels.split(size)):
+        x = maskrl.generate(model, part, **how, seed=(seed, i), trace=how["steps"] is None)
+        x, count = (x[0], x[1].steps) if how["steps"] is None else (x, torch.full_like(part, how["steps"]))
+        tokens.append(x), steps.append(count)
+    return torch.cat(tokens), torch.cat(steps)
+
+
+def hardware(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+# The script ---------------------------------------------------------------------------------------------
+
+
+def options(doc):
+    """The options that both training scripts share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder to write into (default: runs/latest)")
+    parser.add_argument("--teacher", type=Path, help="a teacher.pt to start from, instead of training one")
+    parser.add_argument("--resume", action="store_true", help="continue what is in --out: finished stages are kept, an interrupted one goes on")
+    maskrl.add_options(parser)
+    return parser
+
+
+def begin(args, names, base=None):
+    """Everything that can go wrong, before any long work: device, settings, folder, data. Returns s, data, device."""
+    device = maskrl.find_device(args.device)
+    s = maskrl.chosen(args, device, base and maskrl.Settings(**base["settings"]))
+    there = [name for name in names if (args.out / name).exists()]
+    if there and not args.resume:
+        raise InputError(f"{args.out / there[0]} exists: --resume continues it, another --out starts afresh")
+    print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(s).items()))
+    data = maskrl.load_data(s)
+    print(f"{len(data.classes)} classes; images: {len(data.train)} to train on, {len(data.judge)} for the judge, "
+          f"{len(data.test)} held out; on {hardware(device)}")
+    if base and base["classes"] != data.classes:
+        raise InputError(f"the classes in {s.data} ({', '.join(data.classes[:5])}...) are not the checkpoint's "
+                         f"({', '.join(base['classes'][:5])}...); --data names another folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return s, data, device
+
+
+def make(args, s, data, device):
+    """Teacher (unless one is given) and student; {name: model} and the minutes that each took."""
+    minutes, start = {}, time.perf_counter()
+    if args.teacher:
+        teacher = maskrl.load_checkpoint(args.teacher, "teacher", device)
+    else:
+        teacher = train_teacher(s, data, args.out, device, args.resume)
+        minutes["teacher"] = (time.perf_counter() - start) / 60
+    start = time.perf_counter()
+    student = train_student(s, data, teacher, args.out, device, args.resume)
+    minutes["student"] = (time.perf_counter() - start) / 60
+    return {"teacher": teacher, "student": student}, minutes
+
+
+def main(argv=None):
+    args = options(__doc__).parse_args(argv)
+    base = maskrl.read_checkpoint(args.teacher, "teacher") if args.teacher else None
+    s, data, device = begin(args, ["teacher.pt", "student.pt"], base)
+    models, minutes = make(args, s, data, device)
+    judge = maskrl.Judge(data, s, device)
+    return report(args.out, s, data, judge, models, {"minutes": minutes})
+
+
+if __name__ == "__main__":
+    maskrl.run(main)

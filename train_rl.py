@@ -1,0 +1,81 @@
+"""RL on the one-step student: a quality reward, a speed reward, and only the critical steps (MaskFocus, Speed-RL).
+
+    python train_rl.py                                    # everything from nothing: teacher, student, then RL
+    python train_rl.py --student runs/demo/student.pt     # RL on a student that is there already
+    python train_rl.py --student runs/demo/student.pt --alpha 0 --critical-steps 16 --out runs/quality
+
+Where no --student is given, a teacher and a student are made first, as by train_distill.py with the same options.
+Writes policy.pt (and teacher.pt, student.pt), log.jsonl, samples.png and metrics.json into --out.
+"""
+
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+import maskrl
+import train_distill
+
+
+def train_policy(s, data, student, quality, out, device, resume=False):
+    """The student as a policy: Gaussian over tokens, learned over the number of tokens to reveal. Returns it."""
+    torch.manual_seed(s.seed)
+    model = deepcopy(student).requires_grad_(True)
+    model.settings = s
+    generator_parameters = list(model.parameters())
+    maskrl.add_schedule(model).to(device)
+    reference = deepcopy(student).requires_grad_(False)
+    optimizers = {"generator": torch.optim.AdamW(generator_parameters, lr=s.rl_lr, betas=(0.9, 0.95), weight_decay=0.0),
+                  "schedule": torch.optim.AdamW(model.schedule.parameters(), lr=s.schedule_lr, betas=(0.9, 0.95), weight_decay=0.0)}
+    mean = maskrl.patchify(data.train.images.float().mean(0, keepdim=True) / 127.5 - 1, s.patch).to(device)  # [1, L, D]
+
+    def update(step):
+        labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
+        return maskrl.rl_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
+
+    start = deepcopy(model).requires_grad_(False)
+    maskrl.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",
+                 resume=resume, every=25)
+    return model.eval(), start
+
+
+@torch.no_grad()
+def score(model, quality, labels, s):
+    """Mean quality, reward and unmasking iterations of the policy without exploration."""
+    tokens, steps = train_distill.in_batches(model, labels, dict(steps=None, denoise_steps=1), s.seed)
+    q = quality(maskrl.unpatchify(tokens, s.patch), labels)
+    return {"quality": float(q.mean()), "reward": float((q * maskrl.speed(steps, s.steps) ** s.alpha).mean()),
+            "steps": float(steps.float().mean()), "steps_std": float(steps.float().std())}
+
+
+def main(argv=None):
+    parser = train_distill.options(__doc__)
+    parser.add_argument("--student", type=Path, help="a student.pt to start from, instead of making one")
+    args = parser.parse_args(argv)
+    given = args.student or args.teacher
+    base = maskrl.read_checkpoint(given, "student" if args.student else "teacher") if given else None
+    s, data, device = train_distill.begin(args, ["policy.pt"] + ([] if args.student else ["student.pt", "teacher.pt"]), base)
+    if args.student:
+        beside = args.teacher or args.student.with_name("teacher.pt")
+        models, minutes = {"student": maskrl.load_checkpoint(args.student, "student", device)}, {}
+        if beside.exists():
+            models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
+    else:
+        print("no --student given: making " + ("a student" if args.teacher else "a teacher and a student") + " first")
+        models, minutes = train_distill.make(args, s, data, device)
+
+    quality = maskrl.train_critic("reward", data.train, s, device).quality
+    clock = time.perf_counter()
+    models["policy"], start = train_policy(s, data, models["student"], quality, args.out, device, args.resume)
+    minutes["policy"] = (time.perf_counter() - clock) / 60
+    judge = maskrl.Judge(data, s, device)
+    rl = {"before": score(start, quality, judge.labels, s), "after": score(models["policy"], quality, judge.labels, s)}
+    metrics = train_distill.report(args.out, s, data, judge, models, {"rl": rl, "minutes": minutes})
+    print("\nRL, without exploration:" + "".join(
+        f"\n{when:8} quality {r['quality']:.3f}, reward {r['reward']:.3f}, steps {r['steps']:.1f} ± {r['steps_std']:.1f}" for when, r in rl.items()))
+    return metrics
+
+
+if __name__ == "__main__":
+    maskrl.run(main)
