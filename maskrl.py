@@ -61,6 +61,8 @@ class Settings:
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
     seed: int = option(0, "seeds everything: data, initial weights, noise")
     # model: an encoder and a decoder of `depth` blocks each, and the diffusion head
+    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale; measured when scale is 0")
+    scale: float = option(0.0, "0 = measured on the training images, so that tokens have mean 0 and variance 1")
     patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2")
     width: int = option(96, "width W of the transformer")
     depth: int = option(2, "transformer blocks in the encoder, and again in the decoder")
@@ -68,15 +70,16 @@ class Settings:
     buffer: int = option(4, "rows at the start of the sequence that carry the class")
     head_width: int = option(128, "width of the MLP diffusion head")
     head_depth: int = option(2, "residual blocks of the diffusion head")
+    velocity: bool = option(True, "the head predicts velocity, and eps is made from it; off for MAR's own weights")
     # generation
     steps: int = option(16, "K, unmasking iterations per image")
     denoise_steps: int = option(100, "denoising steps of the teacher's chain inside each iteration")
-    guidance: float = option(1.0, "s in eps = u + s (c - u), u without and c with the class; 1 = none. The teacher is "
+    guidance: float = option(1.5, "s in eps = u + s (c - u), u without and c with the class; 1 = none. The teacher is "
                                   "sampled with it, and GSIM bakes it into the student, which is sampled without")
-    clip: float = option(1.3, "the chain clips its estimate of x_0 to +-clip; 0 = off. Pixels lie in [-1, 1]")
+    clip: float = option(1.3, "the chain clips its estimate of x_0 to pixels within +-clip; 0 = off. Pixels lie in [-1, 1]")
     # teacher
-    batch: int = option(128, "images per teacher update")
-    teacher_iters: int = option(1500, "teacher updates")
+    batch: int = option(64, "images per teacher update")
+    teacher_iters: int = option(2500, "teacher updates")
     teacher_lr: float = option(2e-3, "AdamW; 50 steps of warm-up, constant, linear to 0 over the last quarter")
     draws: int = option(4, "noise draws per hidden token and update")
     label_dropout: float = option(0.1, "share of images trained without their class, which guidance needs")
@@ -89,7 +92,7 @@ class Settings:
     aux_updates: int = option(2, "auxiliary updates per student update")
     student_ema: float = option(0.98, "as ema, of the student")
     huber: float = option(1e-5, "r of the pseudo-Huber distance sqrt(|y|^2 + r^2) - r")
-    noise_ratio: float = option(2.5, "the student starts at the time tau with sigma_tau / alpha_tau = this")
+    noise_ratio: float = option(5.0, "the student starts at the time tau with sigma_tau / alpha_tau = this")
     # RL
     rl_iters: int = option(100, "policy updates")
     rl_lr: float = option(3e-5, "AdamW, of the generator")
@@ -108,8 +111,8 @@ class Settings:
     def __post_init__(self):
         if self.image_size % self.patch:
             raise InputError(f"--image-size {self.image_size} is not a multiple of --patch {self.patch}")
-        if self.width % self.heads:
-            raise InputError(f"--width {self.width} is not a multiple of --heads {self.heads}")
+        if self.width % 4 or self.width % self.heads:
+            raise InputError(f"--width {self.width} must be a multiple of 4 and of --heads {self.heads}")
         if not 1 <= self.steps <= self.length:
             raise InputError(f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens")
 
@@ -117,6 +120,11 @@ class Settings:
     def length(self):
         """L, tokens per image."""
         return (self.image_size // self.patch) ** 2
+
+    @property
+    def clip_range(self):
+        """Lowest and highest value that the chain lets a token's x_0 take, or None."""
+        return ((-self.clip - self.mean) * self.scale, (self.clip - self.mean) * self.scale) if self.clip else None
 
     @property
     def channels(self):
@@ -128,7 +136,7 @@ PRESETS = {
     "tiny": {},
     "small": dict(image_size=64, patch=4, width=384, depth=6, heads=6, buffer=16, head_width=512, head_depth=4, steps=64,
                   teacher_iters=100_000, teacher_lr=4e-4, ema=0.9999, gsim_iters=20_000, student_lr=3e-5, aux_lr=6e-5,
-                  critical_steps=6, guidance=1.5, judge_iters=2000),
+                  critical_steps=6, batch=128, judge_iters=2000),
 }
 
 
@@ -150,18 +158,20 @@ def add_options(parser):
                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
 
 
-def chosen(args, device, base=None):
-    """Settings from parsed `args`: the preset (or `base`, a checkpoint's settings) with the options that were given."""
+def chosen(args, device, content=None):
+    """Settings from parsed `args`: the preset's (or a checkpoint's, of that `content`) with the options that were given."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    if base is None:
+    if content is None:
         return preset(args.preset or ("tiny" if device.type == "cpu" else "small"), **given)
-    fixed = [k for k in SHAPE if given.get(k, getattr(base, k)) != getattr(base, k)]
+    base = Settings(**content["settings"])
+    shape = SHAPE + (["noise_ratio"] if content["kind"] == "student" else [])
+    fixed = [k for k in shape if given.get(k, getattr(base, k)) != getattr(base, k)]
     if fixed:
         raise InputError(f"--{fixed[0].replace('_', '-')} is fixed by the checkpoint: {getattr(base, fixed[0])}")
     return replace(base, **given)
 
 
-SHAPE = "image_size image_channels patch width depth heads buffer head_width head_depth noise_ratio".split()  # what weights depend on
+SHAPE = "image_size image_channels patch width depth heads buffer velocity head_width head_depth".split()  # what weights depend on
 
 
 def find_device(name="auto"):
@@ -219,6 +229,13 @@ class Data:
     train: Split
     judge: Split
     test: Split
+
+    def measure(self, s):
+        """The Settings with mean and scale measured on at most 10,000 training images, unless scale is given.
+
+        Uncentred tokens hide what varies behind a constant, and attention then takes ten times longer to learn."""
+        x = self.train.images[:: max(1, len(self.train) // 10_000)].float() / 127.5 - 1
+        return s if s.scale else replace(s, mean=round(float(x.mean()), 4), scale=round(float(1 / x.std().clamp(min=1e-3)), 4))
 
 
 def draw_shapes(labels, size, difficulty=0, generator=None):
@@ -308,10 +325,28 @@ def unpatchify(tokens, patch):
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=patch, q=patch)
 
 
+def to_tokens(images, s):
+    """Images [B, C, H, W] in [-1, 1] -> the tokens [B, L, D] that the model sees, of mean 0 and variance 1."""
+    return (patchify(images, s.patch) - s.mean) * s.scale
+
+
+def to_images(tokens, s):
+    """Tokens [B, L, D] -> images [B, C, H, W] in about [-1, 1]."""
+    return unpatchify(tokens / s.scale + s.mean, s.patch)
+
+
 # 4 Model ------------------------------------------------------------------------------------------------
 # MAR (2406.11838): an encoder sees the class and the visible tokens, a decoder adds a mask token for each hidden
 # one and gives every token a context c; a small MLP then denoises each hidden token alone, given its c.
 # Names and arithmetic are those of the official code, so that its weights load.
+
+
+def sincos_positions(side, width):
+    """Sines and cosines of row and column, a quarter of the width each, wavelengths from `side` tokens up [side^2, width]."""
+    frequency = 2 * math.pi / side * torch.exp(-math.log(100) * torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, width / 2]
+    return torch.cat([repeat(wave, "h w -> (h n) w", n=side), repeat(wave, "h w -> (n h) w", n=side)], 1)
 
 
 class Attention(nn.Module):
@@ -402,11 +437,15 @@ class FinalLayer(nn.Module):
 class Head(nn.Module):
     """The MLP diffusion head: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
 
-    The first D channels are eps; the last D interpolate the log variance of the denoising step (section 5).
-    We train on eps alone, which leaves the last D at exactly zero, the middle; the official code trains them."""
+    The first D channels are eps; the last D interpolate the log variance of the denoising step (section 5). We train
+    on eps alone, which leaves the last D at exactly zero, the middle; the official code trains them.
+    velocity: the network gives v = alpha_t eps - sigma_t x_0, and eps = sigma_t x_t + alpha_t v is made from it (False:
+    it gives eps itself, as MAR's weights do). At high noise eps says next to nothing about x_0, and there the tokens
+    agree with each other: with v a small model learns in minutes what it otherwise takes hours to."""
 
-    def __init__(self, channels, context, width, depth):
+    def __init__(self, channels, context, width, depth, velocity=True):
         super().__init__()
+        self.velocity = velocity
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(context, width)
         self.input_proj = nn.Linear(channels, width)
@@ -418,7 +457,12 @@ class Head(nn.Module):
         x = self.input_proj(x_t)
         for block in self.res_blocks:
             x = block(x, condition)
-        return self.final_layer(x, condition)
+        out = self.final_layer(x, condition)
+        if self.velocity:
+            v, variance = out.chunk(2, -1)
+            alpha, sigma = BASE.alpha_sigma(t)
+            out = torch.cat([sigma * x_t + alpha * v, variance], -1)
+        return out
 
     def eps(self, x_t, t, c):
         """eps alone [N, D]; the score is -eps / sigma_t."""
@@ -449,12 +493,16 @@ class MAR(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
         self.decoder_norm = nn.LayerNorm(W, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, s.length, W))
-        self.head = Head(self.channels, W, s.head_width, s.head_depth)
+        self.head = Head(self.channels, W, s.head_width, s.head_depth, s.velocity)
         self.schedule = None
         self.apply(self._init)
-        for p in (self.fake_latent, self.mask_token, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
-                  self.diffusion_pos_embed_learned, self.class_emb.weight):
-            nn.init.normal_(p, std=0.02)
+        # Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs: classes at 1 and places at
+        # sines and cosines are of the size of the tokens, so that attention finds its neighbours in minutes.
+        for p, std in ((self.class_emb.weight, 1.0), (self.fake_latent, 1.0), (self.mask_token, 0.02), (self.diffusion_pos_embed_learned, 0.02)):
+            nn.init.normal_(p, std=std)
+        for p in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
+            nn.init.normal_(p, std=0.7)
+            p.data[0, s.buffer:] = sincos_positions(math.isqrt(s.length), W)
         # adaLN-zero: every block of the head starts as the identity, and its output as zero
         for layer in [b.adaLN_modulation[1] for b in self.head.res_blocks] + [
                 self.head.final_layer.adaLN_modulation[1], self.head.final_layer.linear]:
@@ -549,22 +597,22 @@ class Diffusion:
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_0 + sigma * eps
 
-    def step(self, i, x_t, out, noise, temperature=1.0, clip=0.0):
+    def step(self, i, x_t, out, noise, temperature=1.0, clip=None):
         """x_{t-1} from x_t [N, D], the head's output [N, 2D] and noise [N, D], at index i of this chain.
 
         log variance = f log beta + (1 - f) log posterior variance, f = (v + 1) / 2. `temperature` multiplies the
-        step's standard deviation; `clip` > 0 clips the estimate of x_0, without which an imperfect model explodes
+        step's standard deviation; `clip` (low, high) bounds the estimate of x_0, without which an imperfect model explodes
         at the noisy end, where 1 / alpha_t is 2e4."""
         eps, v = out.chunk(2, -1)
         x_0 = (x_t - float(self.sigma[i]) * eps) / float(self.alpha[i])
         if clip:
-            x_0 = x_0.clamp(-clip, clip)
+            x_0 = x_0.clamp(*clip)
         mean = float(self.coef_x0[i]) * x_0 + float(self.coef_xt[i]) * x_t
         f = (v + 1) / 2
         log_variance = f * float(self.log_variance_max[i]) + (1 - f) * float(self.log_variance_min[i])
         return mean + temperature * torch.exp(log_variance / 2) * noise if i else mean
 
-    def sample(self, head, x, generator, temperature=1.0, clip=0.0):
+    def sample(self, head, x, generator, temperature=1.0, clip=None):
         """The whole ancestral chain from noise x [N, D]; head(x_t, t) -> [N, 2D], t on 0...999."""
         for i in reversed(range(len(self.times))):
             t = torch.full((len(x),), int(self.times[i]), device=x.device)
@@ -577,11 +625,16 @@ BASE = Diffusion()  # all 1000 times: what training draws from
 
 
 def denoising_loss(head, x_0, c, t, eps):
-    """Mean of |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: MAR's diffusion loss, and denoising score matching."""
-    return F.mse_loss(head.eps(BASE.q_sample(x_0, t, eps), t, c), eps)
+    """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: the diffusion loss, and denoising score matching.
+
+    w_t = 1, MAR's loss, for a head that predicts eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one that predicts v."""
+    error = (head.eps(BASE.q_sample(x_0, t, eps), t, c) - eps).square()
+    if head.velocity:
+        error = error / BASE.alphas_bar.to(t.device, torch.float32)[t][:, None].clamp(min=1e-4)
+    return error.mean()
 
 
-def one_step(head, z, c, noise_ratio=2.5):
+def one_step(head, z, c, noise_ratio=5.0):
     """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one denoising step from the fixed time tau,
 
         g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,   sigma_tau / alpha_tau = noise_ratio
@@ -687,13 +740,13 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         if chain is None:
             predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
         elif guidance == 1:
-            predicted = chain.sample(lambda x, t: model.head(x, t, c[fill]), z[fill], g, temperature, s.clip)
+            predicted = chain.sample(lambda x, t: model.head(x, t, c[fill]), z[fill], g, temperature, s.clip_range)
         else:
             null = torch.zeros_like(c)
             null[live] = model.context(tokens[live], mask[live])
             scale = guidance_scale(guidance, hidden - count, L)[:, None].expand(B, L)[fill][:, None]
             head = guided(model.head, c[fill], null[fill], scale)
-            predicted = chain.sample(head, z[fill], g, temperature, s.clip)
+            predicted = chain.sample(head, z[fill], g, temperature, s.clip_range)
         image = tokens.clone()
         image[fill] = predicted
         noise = explore * torch.randn(B, L, D, generator=g, device=device) if explore else 0.0
@@ -792,7 +845,7 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
                      lambda y: pseudo_huber(y, s.huber)).mean()
     norm = descend(loss, optimizers["student"])
     aux.requires_grad_(True)
-    return {"loss": float(loss), "aux_loss": float(aux_loss), "grad_norm": norm}
+    return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
 
 
 # 8 Critical steps ---------------------------------------------------------------------------------------
@@ -898,8 +951,8 @@ def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta
     ratio = log_ratio.exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
     kl = torch.zeros_like(gain) if kl is None else kl
-    stats = {"ratio": float(ratio.mean()), "clip_fraction": float(((ratio - 1).abs() > clip_ratio).float().mean()),
-             "kl": float(kl.mean()), "log_ratio": float(log_ratio.abs().max())}
+    stats = {"ratio": ratio.mean().item(), "clip_fraction": ((ratio - 1).abs() > clip_ratio).float().mean().item(),
+             "kl": kl.mean().item(), "log_ratio": log_ratio.abs().max().item()}
     return -(gain - beta * kl).mean(), stats
 
 
@@ -911,7 +964,7 @@ def rollout(model, quality, labels, group, generator_seed):
     z = torch.randn(len(labels), model.length, model.channels, generator=g, device=device).repeat_interleave(group, 0)
     labels = labels.repeat_interleave(group)
     tokens, trace = generate(model, labels, denoise_steps=1, explore=s.explore, order=order, z=z, seed=generator_seed, trace=True)
-    return tokens, trace, labels, quality(unpatchify(tokens, s.patch), labels)
+    return tokens, trace, labels, quality(to_images(tokens, s), labels)
 
 
 def rl_update(model, reference, quality, labels, mean, optimizers, seed):
@@ -945,25 +998,24 @@ def rl_update(model, reference, quality, labels, mean, optimizers, seed):
     norm = descend(loss, optimizers["generator"])
     descend(schedule_loss, optimizers["schedule"])
     first = critical.float().cumprod(1).sum(1) == critical.sum(1)  # the critical set is simply the first steps
-    return {"loss": float(loss), "reward": float(reward.mean()), "quality": float(q.mean()),
+    return {"loss": loss.item(), "reward": float(reward.mean()), "quality": float(q.mean()),
             "steps": float(trace.steps.float().mean()), "not_first": 1 - float(first.float().mean()), "grad_norm": norm, **stats}
 
 
 # 11 Reward and judge ------------------------------------------------------------------------------------
 # Two networks of different architecture, seed and data. The reward is what RL climbs; the judge is what reports
-# are written by, and nothing trains on it. Both learn from real images alone: which class, and whether an image is
-# untouched or damaged (blurred, patches swapped in from another image of the class, noisy), so both see seams.
+# are written by, and nothing trains on it. Both learn from real images alone: the judge to tell the classes, the
+# reward also to tell images from damaged ones (blurred, with patches of another image, noisy), so that it sees seams.
 
 
 def damage(x, labels, patch, generator):
-    """x [B, 3, H, W] with three quarters of the images damaged by a random amount, and what was done [B]: 0 nothing,
-    1 blur, 2 patches swapped in from another image of the class, 3 noise."""
+    """x [B, 3, H, W] with half of the images damaged by a random amount, and what was done [B]: 0 nothing, 1 blur,
+    2 patches swapped in from another image of the class, 3 noise."""
     B = len(x)
-    kind = torch.randint(4, (B,), generator=generator).to(x.device)
+    kind = (torch.randint(6, (B,), generator=generator) - 2).clamp(min=0).to(x.device)
     amount = torch.rand(B, generator=generator).to(x.device)[:, None, None, None]
     shuffled = torch.randperm(B, generator=generator).to(x.device)
-    other = shuffled[labels[shuffled].argsort(stable=True)]
-    own = labels.argsort(stable=True)  # both sorted by class, so own[i] and other[i] share it
+    own, other = labels.argsort(stable=True), shuffled[labels[shuffled].argsort(stable=True)]  # both sorted by class
     partner = torch.empty_like(own).scatter(0, own, other)
     tokens = patchify(x, patch)
     swap = torch.rand(tokens.shape[:2], generator=generator).to(x.device) < 0.1 + 0.4 * amount.flatten()[:, None]
@@ -981,22 +1033,20 @@ def blur(x):
 
 
 class Critic(nn.Module):
-    """images [B, 3, S, S] in [-1, 1] -> features [B, 64], class logits [B, C], damage logits [B, 4]."""
+    """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits. The reward has one more class: `damaged`."""
 
-    def __init__(self, body, num_classes):
+    def __init__(self, body, outputs):
         super().__init__()
         self.body = body
-        self.classify = nn.Linear(64, num_classes)
-        self.inspect = nn.Linear(64, 4)
+        self.classify = nn.Linear(64, outputs)
 
     def forward(self, images):
         features = self.body(images)
-        return features, self.classify(features), self.inspect(features)
+        return features, self.classify(features)
 
     def quality(self, images, labels):
-        """p(class | image) p(undamaged | image), in (0, 1], differentiable in the pixels [B]."""
-        _, classes, kind = self(images)
-        return (classes.log_softmax(-1).gather(1, labels[:, None]).squeeze(1) + kind.log_softmax(-1)[:, 0]).exp()
+        """p(an undamaged image of its class) in (0, 1], differentiable in the pixels [B]."""
+        return self(images)[1].softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
 def reward_body(size):
@@ -1020,15 +1070,17 @@ def judge_body(size):
 def train_critic(name, split, s, device, progress=True):
     """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
-    critic = Critic({"reward": reward_body, "judge": judge_body}[name](s.image_size), int(split.labels.max()) + 1).to(device)
+    body, damaged = (reward_body, int(split.labels.max()) + 1) if name == "reward" else (judge_body, None)
+    critic = Critic(body(s.image_size), int(split.labels.max()) + (2 if damaged else 1)).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
     for step in tqdm(range(s.judge_iters), name, disable=not progress, leave=False):
         g = rng(s.seed, name, step)
         x, labels = split.batch(128, g, device, s.flip)
-        x, kind = damage(x, labels, s.patch, g)
-        _, classes, kinds = critic(x)
-        descend(F.cross_entropy(classes, labels) + F.cross_entropy(kinds, kind), optimizer)
+        if damaged:
+            x, kind = damage(x, labels, s.patch, g)
+            labels = torch.where(kind > 0, damaged, labels)
+        descend(F.cross_entropy(critic(x)[1], labels), optimizer)
         rate.step()
     return critic.eval().requires_grad_(False)
 
@@ -1061,7 +1113,7 @@ class Judge:
         if images.dtype == torch.uint8:
             images = images.float() / 127.5 - 1
         out = [self.critic(part.to(self.device).clamp(-1, 1)) for part in images.split(512)]
-        return torch.cat([f for f, _, _ in out]), torch.cat([y for _, y, _ in out])
+        return torch.cat([f for f, _ in out]), torch.cat([y for _, y in out])
 
     def __call__(self, images):
         """Row of the table for images [n, 3, S, S] of classes `self.labels`: accuracy, frechet and its spread (std)."""

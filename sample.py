@@ -88,7 +88,7 @@ def main(argv=None):
                              seed=args.seed, trace=learned, progress=True)
     tokens, steps = (tokens[0], f"{tokens[1].steps.float().mean():.1f}") if learned else (tokens, args.steps or model.settings.steps)
     seconds = time.perf_counter() - start
-    images = maskrl.unpatchify(tokens, model.settings.patch)
+    images = maskrl.to_images(tokens, model.settings)
     save_image(args.out, picture(images, columns=len(names) if len(names) > 2 else 8))
     print(f"{args.out}: {args.n} images of a {model.kind}, {steps} unmasking iterations x "
           f"{denoise_steps} denoising steps, guidance {guidance:g}, {1000 * seconds / args.n:.1f} ms per image on {device}")

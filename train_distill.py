@@ -34,7 +34,7 @@ def train_teacher(s, data, out, device, resume=False):
     def update(step):
         g = maskrl.rng(s.seed, "teacher", step)
         x, labels = data.train.batch(s.batch, g, device, s.flip)
-        x = maskrl.patchify(x, s.patch)
+        x = maskrl.to_tokens(x, s)
         labels = torch.where((torch.rand(s.batch, generator=g) < s.label_dropout).to(device), model.num_classes, labels)
         mask = maskrl.random_mask(s.batch, s.length, "mixed", g, device)
         c = model.context(x, mask, labels)[mask].repeat(s.draws, 1)
@@ -45,7 +45,7 @@ def train_teacher(s, data, out, device, resume=False):
         norm = maskrl.descend(loss, optimizer)
         rate.step()
         maskrl.update_ema(ema, model, step, s.ema)
-        return {"loss": float(loss), "grad_norm": norm}
+        return {"loss": loss.item(), "grad_norm": norm}
 
     return maskrl.train("teacher", out / "teacher.pt", s.teacher_iters, update, model, ema,
                         {"optimizer": optimizer, "rate": rate}, out / "log.jsonl", resume)
@@ -65,7 +65,7 @@ def train_student(s, data, teacher, out, device, resume=False):
     def update(step):
         g = maskrl.rng(s.seed, "gsim", step)
         x, labels = data.train.batch(s.gsim_batch, g, device, s.flip)
-        metrics = maskrl.gsim_update(teacher, student, aux, maskrl.patchify(x, s.patch), labels, optimizers, g)
+        metrics = maskrl.gsim_update(teacher, student, aux, maskrl.to_tokens(x, s), labels, optimizers, g)
         rates["student"].step(), rates["aux"].step()
         maskrl.update_ema(ema, student, step, s.student_ema)
         return metrics
@@ -95,7 +95,7 @@ def report(out, s, data, judge, models, extra=None):
     rows, images = {"real": judge.real()}, {"real": judge.halves[0][0].images.float() / 127.5 - 1}
     for name, (model, how) in ways.items():
         tokens, trace = in_batches(model, judge.labels, how, s.seed)
-        images[name] = maskrl.unpatchify(tokens, s.patch).cpu()
+        images[name] = maskrl.to_images(tokens, s).cpu()
         steps = trace.float()
         rows[name] = judge(images[name]) | {"steps": float(steps.mean()), "steps_std": float(steps.std()),
                                             "denoise_steps": how["denoise_steps"]}
@@ -113,11 +113,11 @@ def report(out, s, data, judge, models, extra=None):
 
     metrics = {"n": len(judge.labels), "rows": rows, "hardware": hardware(device), "settings": asdict(s)} | (extra or {})
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    first = [int((judge.labels == y).nonzero()[0]) for y in judge.labels.unique()[:12]]
-    pick = [i + j for j in range(2) for i in first]
+    shown = [(judge.labels == y).nonzero().flatten().tolist()[:2] for y in judge.labels.unique()[:12]]
+    pick = [i for row in zip(*shown) for i in row]
     captions = {"real": "real"} | {name: f"{name}: {row['steps']:.1f} x {row['denoise_steps']} steps, "
                                    f"{1000 * row['seconds_per_image']:.1f} ms per image" for name, row in rows.items() if name in ways}
-    labelled_rows(out / "samples.png", {captions[k]: images[k][pick] for k in captions if k != "untrained"}, len(first))
+    labelled_rows(out / "samples.png", {captions[k]: images[k][pick] for k in captions if k != "untrained"}, len(shown))
 
     print(f"\nBy the judge, n = {metrics['n']} per row, seed {s.seed}, {metrics['hardware']}:")
     print(f"{'':16}{'class accuracy':>15}{'Fréchet distance':>18}{'steps':>14}{'ms/image':>10}")
@@ -159,12 +159,13 @@ def options(doc):
 def begin(args, names, base=None):
     """Everything that can go wrong, before any long work: device, settings, folder, data. Returns s, data, device."""
     device = maskrl.find_device(args.device)
-    s = maskrl.chosen(args, device, base and maskrl.Settings(**base["settings"]))
+    s = maskrl.chosen(args, device, base)
     there = [name for name in names if (args.out / name).exists()]
     if there and not args.resume:
         raise InputError(f"{args.out / there[0]} exists: --resume continues it, another --out starts afresh")
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(s).items()))
     data = maskrl.load_data(s)
+    s = data.measure(s)
     print(f"{len(data.classes)} classes; images: {len(data.train)} to train on, {len(data.judge)} for the judge, "
           f"{len(data.test)} held out; on {hardware(device)}")
     if base and base["classes"] != data.classes:

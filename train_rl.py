@@ -28,7 +28,7 @@ def train_policy(s, data, student, quality, out, device, resume=False):
     reference = deepcopy(student).requires_grad_(False)
     optimizers = {"generator": torch.optim.AdamW(generator_parameters, lr=s.rl_lr, betas=(0.9, 0.95), weight_decay=0.0),
                   "schedule": torch.optim.AdamW(model.schedule.parameters(), lr=s.schedule_lr, betas=(0.9, 0.95), weight_decay=0.0)}
-    mean = maskrl.patchify(data.train.images.float().mean(0, keepdim=True) / 127.5 - 1, s.patch).to(device)  # [1, L, D]
+    mean = maskrl.to_tokens(data.train.images.float().mean(0, keepdim=True) / 127.5 - 1, s).to(device)  # [1, L, D]
 
     def update(step):
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
@@ -44,7 +44,7 @@ def train_policy(s, data, student, quality, out, device, resume=False):
 def score(model, quality, labels, s):
     """Mean quality, reward and unmasking iterations of the policy without exploration."""
     tokens, steps = train_distill.in_batches(model, labels, dict(steps=None, denoise_steps=1), s.seed)
-    q = quality(maskrl.unpatchify(tokens, s.patch), labels)
+    q = quality(maskrl.to_images(tokens, s), labels)
     return {"quality": float(q.mean()), "reward": float((q * maskrl.speed(steps, s.steps) ** s.alpha).mean()),
             "steps": float(steps.float().mean()), "steps_std": float(steps.float().std())}
 

@@ -1,0 +1,15 @@
+# Both targets work from a clean clone with Python >= 3.10, pip and make.
+PYTHON ?= python3
+
+demo: .venv/ready  ## teacher, one-step student and RL on the built-in shapes, into runs/demo
+	.venv/bin/python train_rl.py --preset tiny --out runs/demo --resume
+
+test: .venv/ready  ## the test suite
+	.venv/bin/python -m pytest -q
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -e ".[test]"
+	touch .venv/ready
+
+.PHONY: demo test

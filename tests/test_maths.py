@@ -1,0 +1,526 @@
+"""Statements about the mathematics, in the order of maskrl.py."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import maskrl
+from maskrl import BASE
+
+
+# Data and tokens
+
+
+def test_patchify_is_inverted_exactly_and_keeps_raster_order():
+    images = torch.randn(2, 3, 8, 8)
+    tokens = maskrl.patchify(images, 2)
+    assert tokens.shape == (2, 16, 12)
+    assert torch.equal(maskrl.unpatchify(tokens, 2), images)
+    assert torch.equal(tokens[:, 5].view(2, 3, 2, 2), images[:, :, 2:4, 2:4])
+
+
+def test_shapes_are_the_same_for_a_seed_and_differ_within_a_class(settings):
+    a, b = maskrl.load_data(settings()), maskrl.load_data(settings())
+    assert len(a.classes) == 9 and torch.equal(a.train.images, b.train.images)
+    assert not torch.equal(a.train.images, maskrl.load_data(settings(seed=1)).train.images)
+    first = a.train.images[a.train.labels == 0]
+    assert len({bytes(x.numpy().tobytes()) for x in first}) == len(first)
+
+
+def test_shapes_have_their_colour_and_area():
+    labels = torch.arange(9).repeat_interleave(50)
+    x = maskrl.draw_shapes(labels, 64, generator=maskrl.rng(0)).float()
+    bright = x.amax(1) > 100
+    colour = torch.stack([x[i, :, bright[i]].mean(1).argmax() for i in range(len(x))])
+    assert torch.equal(colour, labels // 3)
+    share = bright.float().mean((1, 2)).view(9, 50).mean(1)
+    r2 = 0.27**2 + 0.1**2 / 12  # mean of r^2
+    expected = torch.tensor([math.pi, (2 * 0.88) ** 2, 3 * math.sqrt(3) * 0.6**2]) * r2  # circle, square, triangle
+    torch.testing.assert_close(share.view(3, 3).mean(0), expected, rtol=0.08, atol=0)
+
+
+def test_splits_are_disjoint_and_halves_balanced(settings):
+    s = settings(difficulty=1)
+    data = maskrl.load_data(s)
+    parts = [{x.numpy().tobytes() for x in split.images} for split in (data.train, data.judge, data.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    a, b = data.test.balanced_halves(s.judge_n, maskrl.rng(1))
+    assert torch.equal(a.labels.bincount(), b.labels.bincount()) and a.labels.bincount().unique().numel() == 1
+    assert not {x.numpy().tobytes() for x in a.images} & {x.numpy().tobytes() for x in b.images}
+
+
+# Model
+
+
+def test_rows_with_different_numbers_of_hidden_tokens_come_out_as_if_alone(model):
+    tokens, labels = torch.randn(6, 16, 12), torch.tensor([0, 1, 2, 3, 0, 1])
+    mask = torch.stack([torch.randperm(16) < n for n in (16, 11, 7, 1, 0, 11)])
+    together = model.context(tokens, mask, labels)
+    alone = torch.cat([model.context(tokens[i:i + 1], mask[i:i + 1], labels[i:i + 1]) for i in range(6)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_context_depends_on_visible_tokens_and_class_but_not_on_hidden_ones(model):
+    tokens, mask, labels = torch.randn(1, 16, 12), torch.arange(16)[None] < 6, torch.tensor([1])
+    c = model.context(tokens, mask, labels)
+    other = tokens + mask[..., None] * 5.0
+    assert torch.equal(model.context(other, mask, labels), c)
+    assert not torch.allclose(model.context(tokens + ~mask[..., None] * 5.0, mask, labels), c, atol=1e-3)
+    assert not torch.allclose(model.context(tokens, mask, torch.tensor([2])), c, atol=1e-4)
+    assert torch.equal(model.context(tokens, mask, torch.tensor([3])), model.context(tokens, mask))  # 3 = the null class
+
+
+@pytest.mark.parametrize("how, low", [("uniform", 1), ("mar", 12), ("mixed", 1)])
+def test_random_masks_have_the_stated_range_and_mean(how, low):
+    hidden = maskrl.random_mask(20000, 16, how, maskrl.rng(0)).sum(1)
+    assert hidden.min() == low and hidden.max() == 16
+    if how == "uniform":
+        torch.testing.assert_close(hidden.bincount(minlength=17)[1:] / 20000, torch.full((16,), 1 / 16), atol=0.008, rtol=0)
+    if how == "mar":  # P(ratio > 15/16) of the truncated normal
+        Phi = lambda x: (1 + math.erf(x / math.sqrt(2))) / 2
+        expected = (Phi(0) - Phi(-0.0625 / 0.25)) / (Phi(0) - Phi(-0.3 / 0.25))
+        assert abs(float((hidden == 16).float().mean()) - expected) < 0.012
+
+
+# Diffusion
+
+
+def test_q_sample_has_the_closed_form_mean_and_variance():
+    n, t = 40000, 400
+    bar = math.cos((401 / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    x_t = BASE.q_sample(torch.full((n, 1), 3.0), torch.full((n,), t), torch.randn(n, 1))
+    assert abs(float(x_t.mean()) - 3 * math.sqrt(bar)) < 0.02
+    assert abs(float(x_t.var()) / (1 - bar) - 1) < 0.03
+
+
+def test_ancestral_sampling_recovers_a_gaussian_whose_optimal_eps_is_known():
+    """For x_0 ~ N(m, s^2): E[eps | x_t] = sigma (x_t - alpha m) / (alpha^2 s^2 + sigma^2)."""
+    m, s = 1.5, 0.4
+
+    def head(x, t):
+        alpha, sigma = (v.double() for v in BASE.alpha_sigma(t))
+        eps = sigma * (x - alpha * m) / (alpha**2 * s**2 + sigma**2)
+        return torch.cat([eps, torch.zeros_like(eps)], 1)
+
+    z = torch.randn(20000, 1, dtype=torch.float64)
+    generator = maskrl.rng(0)
+    x = maskrl.Diffusion(250).sample(head, z, generator)
+    assert abs(float(x.mean()) - m) < 0.02 and abs(float(x.std()) / s - 1) < 0.03
+    cold = maskrl.Diffusion(250).sample(head, z, generator, temperature=0.5)
+    assert float(cold.std()) < 0.9 * s
+    clipped = maskrl.Diffusion(250).sample(head, z, generator, clip=(-1.5, 1.5))
+    assert float(clipped.max()) <= 1.5
+
+
+def test_one_step_generator_inverts_the_noising_of_a_point_mass():
+    """If all data are x_0 = m, the optimal eps is (x_t - alpha m) / sigma, and one step lands on m from any z."""
+
+    class Head:
+        def eps(self, x, t, c):
+            alpha, sigma = BASE.alpha_sigma(t)
+            return (x - alpha * 0.7) / sigma
+
+    x_0 = maskrl.one_step(Head(), torch.randn(50, 3), None, noise_ratio=2.5)
+    torch.testing.assert_close(x_0, torch.full_like(x_0, 0.7), atol=1e-5, rtol=0)
+
+
+# Generation
+
+
+def test_guidance_of_one_is_none_and_of_zero_drops_the_class(model):
+    x, t, c, null = torch.randn(5, 12), torch.arange(5), torch.randn(5, 32), torch.randn(5, 32)
+    out_c, out_u = model.head(x, t, c), model.head(x, t, null)
+    torch.testing.assert_close(maskrl.guided(model.head, c, null, 1.0)(x, t), out_c, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(maskrl.guided(model.head, c, null, 0.0)(x, t)[:, :12], out_u[:, :12], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [dict(steps=4, denoise_steps=1), dict(steps=3, denoise_steps=4, guidance=2.0), dict(denoise_steps=1)])
+def test_same_seed_same_samples(model, how):
+    maskrl.add_schedule(model)
+    labels = torch.tensor([0, 1, 2, 0])
+    a, trace = maskrl.generate(model, labels, **how, seed=5, trace=True)
+    assert torch.equal(a, maskrl.generate(model, labels, **how, seed=5, trace=True)[0])
+    assert not torch.equal(a, maskrl.generate(model, labels, **how, seed=6))
+    assert trace.counts.sum(1).tolist() == [16] * 4
+
+
+def test_a_trace_agrees_with_what_was_generated(model):
+    maskrl.add_schedule(model)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    tokens, trace = maskrl.generate(model, labels, denoise_steps=1, seed=1, trace=True)
+    mask, revealed = trace.masks()
+    assert torch.equal(revealed.sum(2), trace.counts)
+    assert torch.equal(revealed.sum(1), torch.ones(6, 16, dtype=torch.long))  # every token once
+    for k in range(trace.counts.shape[1]):  # a token keeps the value it was revealed with
+        assert torch.equal(trace.predictions[:, k][revealed[:, k]], tokens[revealed[:, k]])
+        c = model.context(tokens, mask[:, k], labels)[revealed[:, k]]
+        again = maskrl.one_step(model.head, trace.z[revealed[:, k]], c)
+        torch.testing.assert_close(again, tokens[revealed[:, k]], atol=1e-4, rtol=1e-4)
+    assert len(set(trace.steps.tolist())) > 1  # rows differ in their number of steps
+
+
+# GSIM
+
+
+def gaussian_eps(m, s):
+    """eps-prediction of x_0 ~ N(m, s^2), noised to time t; m and s may carry gradient."""
+
+    def eps(x_t, t):
+        alpha, sigma = (v.double() for v in BASE.alpha_sigma(t))
+        return sigma * (x_t - alpha * m) / (alpha**2 * s**2 + sigma**2)
+
+    return eps
+
+
+def mixture_eps(weights, means, s):
+    """The same for a mixture of Gaussians of scale s (one dimension): sigma (x - alpha E[m | x]) / variance."""
+
+    def eps(x_t, t):
+        alpha, sigma = (v.double() for v in BASE.alpha_sigma(t))
+        v = alpha**2 * s**2 + sigma**2
+        log = torch.cat([math.log(w) - (x_t - alpha * m) ** 2 / (2 * v) for w, m in zip(weights, means)], 1)
+        posterior = (log.softmax(1) * torch.tensor(means, dtype=torch.float64)).sum(1, keepdim=True)
+        return sigma * (x_t - alpha * posterior) / v
+
+    return eps
+
+
+TIMES = torch.tensor([150, 400, 650])
+TEACHERS = {
+    "gaussian": gaussian_eps(0.3, 0.5),
+    "guided": lambda x, t: 2 * gaussian_eps(0.3, 0.5)(x, t) - gaussian_eps(-0.2, 0.9)(x, t),  # u + s (c - u), s = 2
+    "mixture": mixture_eps((0.3, 0.7), (-0.8, 0.9), 0.35),
+}
+DISTANCES = {"squared": maskrl.squared, "huber": lambda y: maskrl.pseudo_huber(y, 0.5)}
+
+
+def grid(n=121, width=7.0):
+    """Quadrature for two independent standard normals: points u, v [n^2, 1] and weights summing to one."""
+    x = torch.linspace(-width, width, n, dtype=torch.float64)
+    w = torch.exp(-(x**2) / 2)
+    u, v = torch.meshgrid(x, x, indexing="ij")
+    return u.reshape(-1, 1), v.reshape(-1, 1), ((w[:, None] * w) / w.sum() ** 2).flatten()
+
+
+def divergence(theta, eps_p, distance):
+    """sum over t of E d(sigma_t (s_q - s_p)) for the student N(theta_0, theta_1^2), its exact score, by quadrature."""
+    u, v, w = grid()
+    total = 0.0
+    for t in TIMES:
+        t = t.repeat(len(u))
+        alpha, sigma = (x.double() for x in BASE.alpha_sigma(t))
+        x_t = alpha * (theta[0] + theta[1] * u) + sigma * v
+        total = total + (w * distance(eps_p(x_t, t) - gaussian_eps(theta[0], theta[1])(x_t, t))[0]).sum()
+    return total
+
+
+def gsim_gradient(theta, eps_p, distance, score_gradient=False, loss=maskrl.gsim_loss):
+    """Gradient in theta of the very gsim_loss that training uses, expectations by quadrature."""
+    theta = theta.clone().requires_grad_(True)
+    frozen = theta if score_gradient else theta.detach()
+    u, v, w = grid()
+    total = 0.0
+    for t in TIMES:
+        x_0 = theta[0] + theta[1] * u
+        total = total + (w * loss(x_0, t.repeat(len(u)), v, gaussian_eps(frozen[0], frozen[1]), eps_p, distance)).sum()
+    return torch.autograd.grad(total, theta)[0]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_gradient_equivalence_theorem(teacher, distance):
+    """The gradient of L1 + L2 is that of the divergence, although no gradient enters the student's score function."""
+    theta = torch.tensor([-0.1, 0.8], dtype=torch.float64, requires_grad=True)
+    exact = torch.autograd.grad(divergence(theta, TEACHERS[teacher], DISTANCES[distance]), theta)[0]
+    ours = gsim_gradient(theta.detach(), TEACHERS[teacher], DISTANCES[distance])
+    assert (ours - exact).norm() < 1e-2 * exact.norm()
+
+
+def wrong_losses():
+    """gsim_loss with one thing wrong, each of which must break the theorem."""
+
+    def variant(l1=1.0, l2=1.0, detach_x=False, detach_d=False):
+        def loss(x_0, t, eps, eps_q, eps_p, distance):
+            x_t = BASE.q_sample(x_0.detach() if detach_x else x_0, t, eps)
+            e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
+            d, d_prime = distance(e_p - e_q)
+            d_prime = d_prime.detach() if detach_d else d_prime
+            L1 = -(d_prime * (eps - e_q)).sum(-1)
+            return l1 * L1 + l2 * d + 0 * x_0.sum()
+
+        return loss
+
+    return {"L1 dropped": variant(l1=0.0), "L2 dropped": variant(l2=0.0), "sign of L1": variant(l1=-1.0),
+            "x_t detached": variant(detach_x=True), "d' detached": variant(detach_d=True)}
+
+
+@pytest.mark.parametrize("wrong", wrong_losses())
+def test_the_theorem_notices(wrong):
+    theta = torch.tensor([-0.1, 0.8], dtype=torch.float64, requires_grad=True)
+    exact = torch.autograd.grad(divergence(theta, TEACHERS["mixture"], maskrl.squared), theta)[0]
+    broken = gsim_gradient(theta.detach(), TEACHERS["mixture"], maskrl.squared, loss=wrong_losses()[wrong])
+    assert (broken - exact).norm() > 0.05 * exact.norm()
+
+
+def test_gradient_into_an_exact_student_score_makes_L1_vanish_while_the_sum_stays_right():
+    theta = torch.tensor([-0.1, 0.8], dtype=torch.float64, requires_grad=True)
+    exact = torch.autograd.grad(divergence(theta, TEACHERS["gaussian"], maskrl.squared), theta)[0]
+    total = gsim_gradient(theta.detach(), TEACHERS["gaussian"], maskrl.squared, score_gradient=True)
+    L1 = gsim_gradient(theta.detach(), TEACHERS["gaussian"], maskrl.squared, True, wrong_losses()["L2 dropped"])
+    assert (total - exact).norm() < 1e-2 * exact.norm() and L1.norm() < 1e-2 * exact.norm()
+
+
+def test_pseudo_huber_derivative():
+    y = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    for distance in (maskrl.pseudo_huber, maskrl.squared):
+        d, d_prime = distance(y)
+        torch.testing.assert_close(torch.autograd.grad(d.sum(), y)[0], d_prime)
+
+
+def test_gsim_loss_lowers_the_divergence_between_two_gaussians():
+    """A student N(mean, scale^2) in 8 channels, trained by samples alone, with the paper's r = 1e-5."""
+    theta = torch.tensor([-0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=0.03)
+    teacher, before = gaussian_eps(0.3, 0.5), divergence(theta, gaussian_eps(0.3, 0.5), maskrl.squared)
+    for step in range(150):
+        z, eps = torch.randn(2, 256, 8, dtype=torch.float64)
+        t = torch.randint(20, 950, (256,))
+        frozen = theta.detach().clone()
+        maskrl.descend(maskrl.gsim_loss(theta[0] + theta[1] * z, t, eps, gaussian_eps(*frozen), teacher).mean(), optimizer)
+    assert divergence(theta, teacher, maskrl.squared) < 0.02 * before
+    torch.testing.assert_close(theta.detach().abs(), torch.tensor([0.3, 0.5], dtype=torch.float64), atol=0.06, rtol=0)
+
+
+def test_gsim_update_trains_student_and_auxiliary_but_not_the_teacher(model, settings):
+    from copy import deepcopy
+
+    teacher, student, aux = deepcopy(model).requires_grad_(False), deepcopy(model), deepcopy(model)
+    optimizers = {"student": torch.optim.Adam(student.parameters(), 1e-3), "aux": torch.optim.Adam(aux.parameters(), 1e-3)}
+    teacher.settings = student.settings = settings(guidance=2.0)
+    maskrl.gsim_update(teacher, student, aux, torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0]), optimizers, maskrl.rng(0))
+    moved = lambda net: sum((a - b).abs().sum().item() for a, b in zip(net.parameters(), model.parameters()))
+    assert moved(teacher) == 0 and moved(student) > 0 and moved(aux) > 0
+
+
+# Critical steps
+
+
+def test_information_gain_of_a_hand_made_trace():
+    """Predictions at 90, 60 and 0 degrees to the final image: S = 0, 1/2, 1, and 1 after the last step."""
+    final = torch.tensor([[1.0, 0.0]])
+    angles = torch.tensor([90.0, 60.0, 0.0]).deg2rad()
+    predictions = torch.stack([angles.cos(), angles.sin()], 1)[None]
+    torch.testing.assert_close(maskrl.information_gain(predictions, final), torch.tensor([[0.5, 0.5, 0.0]]))
+    shifted = maskrl.information_gain(predictions + 4.0, final + 4.0, mean=4.0)
+    torch.testing.assert_close(shifted, torch.tensor([[0.5, 0.5, 0.0]]), atol=1e-5, rtol=0)
+
+
+def test_critical_steps_are_chosen_per_sample_and_never_beyond_a_shorter_row():
+    gain = torch.tensor([[0.1, 0.5, 0.3, 0.0], [0.9, 0.2, -math.inf, -math.inf], [0.0, 0.1, 0.2, 0.3]])
+    assert maskrl.critical_steps(gain, 3).int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1]]
+    final, valid = torch.randn(2, 5), torch.tensor([[True, True, True], [True, False, False]])
+    gain = maskrl.information_gain(torch.randn(2, 3, 5), final, valid)
+    assert gain[1, 1:].tolist() == [-math.inf] * 2
+    assert maskrl.critical_steps(gain, 2).sum(1).tolist() == [2, 1]
+
+
+# Schedule policy
+
+
+def test_probabilities_of_all_schedules_sum_to_one():
+    """Every way to reveal 7 tokens, with a policy whose choice depends on what was done so far."""
+    policy = maskrl.SchedulePolicy(width=4, length=7, max_steps=7)
+    torch.nn.init.normal_(policy.net[-1].weight)
+    assert policy.counts.tolist() == [1, 2, 4, 7]
+    state_after = lambda history: torch.randn(1, 5, generator=maskrl.rng(history))
+
+    def total(history, left):
+        if not left:
+            return 1.0
+        p = policy.log_probs(state_after(history), torch.tensor([left])).exp()[0]
+        counts = policy.count(torch.arange(4), torch.full((4,), left))
+        return sum(p[a].item() * total(history + (a,), left - int(counts[a])) for a in range(4) if p[a] > 0)
+
+    assert abs(total((), 7) - 1) < 1e-5
+
+
+def test_impossible_choices_have_probability_zero_and_the_longest_schedule_has_K_max_steps():
+    policy = maskrl.SchedulePolicy(width=4, length=16, max_steps=8)
+    assert policy.counts.tolist() == [2, 4, 8, 16]
+    log = policy.log_probs(torch.zeros(3, 5), torch.tensor([16, 4, 1]))
+    assert log.isinf().int().tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
+    torch.testing.assert_close(log[0, 1] - log[0, 0], torch.tensor(-math.log(2)))  # half as likely with every doubling
+    assert math.ceil(16 / int(policy.counts[0])) == 8
+
+
+def test_speed_is_one_for_one_step_and_falls_evenly():
+    torch.testing.assert_close(maskrl.speed(torch.tensor([1, 4, 16]), 16), torch.tensor([1.0, 13 / 16, 1 / 16]))
+
+
+# Policy gradient
+
+
+def test_advantages_have_zero_mean_in_a_group_and_equal_rewards_give_no_gradient():
+    A = maskrl.group_advantages(torch.randn(24), 8).view(3, 8)
+    torch.testing.assert_close(A.mean(1), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(A.std(1), torch.ones(3), atol=1e-4, rtol=0)
+    log_prob = torch.randn(8, requires_grad=True)
+    loss, _ = maskrl.policy_loss(log_prob, log_prob.detach(), maskrl.group_advantages(torch.full((8,), 0.37), 8))
+    assert torch.autograd.grad(loss, log_prob)[0].abs().max() == 0
+
+
+def test_policy_loss_has_the_exact_gradient_on_a_toy():
+    """Actions x ~ N(mu, sigma^2), reward -(x - 2)^2: the gradient of E[R] in mu is -2 (mu - 2), by quadrature."""
+    sigma, mu = 0.3, torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    u = torch.linspace(-7, 7, 401, dtype=torch.float64)
+    w = torch.exp(-(u**2) / 2) / torch.exp(-(u**2) / 2).sum()
+    x = mu.detach() + sigma * u
+    log_prob = maskrl.token_log_prob(x[:, None], mu, sigma)
+    loss, stats = maskrl.policy_loss(log_prob, log_prob.detach(), -((x - 2) ** 2) * w * len(x))  # weights in the advantage
+    gradient = torch.autograd.grad(loss, mu)[0]
+    assert abs(float(gradient) - 2 * (0.5 - 2)) < 1e-6
+    assert stats["ratio"] == 1 and stats["log_ratio"] == 0
+
+
+def test_policy_loss_clips_what_would_gain_more_and_not_what_would_lose():
+    log_prob = torch.tensor([0.5, -0.5, 0.5, -0.5], requires_grad=True)
+    A = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    loss, stats = maskrl.policy_loss(log_prob, torch.zeros(4), A, clip_ratio=0.2)
+    expected = -(1.2 + math.exp(-0.5) - math.exp(0.5) - 0.8) / 4
+    assert abs(float(loss) - expected) < 1e-6 and stats["clip_fraction"] == 1
+    gradient = torch.autograd.grad(loss, log_prob)[0]
+    assert gradient[[0, 3]].tolist() == [0, 0] and (gradient[[1, 2]] != 0).all()
+
+
+def test_kl_is_that_of_two_gaussians_and_beta_weighs_it():
+    mean, ref, sigma = torch.randn(6, 5), torch.randn(6, 5), 0.3
+    P, Q = torch.distributions.Normal(mean, sigma), torch.distributions.Normal(ref, sigma)
+    kl = maskrl.token_kl(mean, ref, sigma)
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(P, Q).mean(1))
+    loss, stats = maskrl.policy_loss(torch.zeros(6), torch.zeros(6), torch.zeros(6), kl, beta=0.5)
+    torch.testing.assert_close(loss, 0.5 * kl.mean())
+
+
+def test_token_log_prob_is_the_channel_mean_of_the_normal_density():
+    x, mean = torch.randn(6, 5), torch.randn(6, 5)
+    torch.testing.assert_close(maskrl.token_log_prob(x, mean, 0.3), torch.distributions.Normal(mean, 0.3).log_prob(x).mean(1))
+
+
+def rl_parts(model, settings, **overrides):
+    model.settings = settings(explore=0.3, **overrides)
+    reference = maskrl.build({"settings": vars(model.settings), "classes": model.classes, "kind": "student", "w": model.state_dict()}, "w")
+    generator = list(model.parameters())
+    maskrl.add_schedule(model)
+    optimizers = {"generator": torch.optim.SGD(generator, 0.0), "schedule": torch.optim.SGD(model.schedule.parameters(), 0.0)}
+    return model, reference, optimizers
+
+
+def test_ratio_is_one_and_kl_zero_on_the_first_pass(model, settings):
+    model, reference, optimizers = rl_parts(model, settings)
+    quality = lambda images, labels: images.mean((1, 2, 3)).sigmoid()
+    stats = maskrl.rl_update(model, reference, quality, torch.tensor([0, 1]), 0.0, optimizers, 3)
+    assert abs(stats["ratio"] - 1) < 1e-4 and stats["log_ratio"] < 1e-3 and stats["kl"] < 1e-6
+    assert stats["grad_norm"] > 0
+
+
+def test_a_constant_reward_moves_nothing_and_a_group_shares_what_it_should(model, settings):
+    model, reference, optimizers = rl_parts(model, settings, alpha=0.0)
+    stats = maskrl.rl_update(model, reference, lambda images, labels: torch.ones(len(labels)), torch.tensor([0, 1]), 0.0, optimizers, 3)
+    assert stats["grad_norm"] < 1e-5
+    tokens, trace, labels, _ = maskrl.rollout(model, lambda images, labels: torch.ones(len(labels)), torch.tensor([0, 1]), 4, 3)
+    for shared in (trace.order, trace.z, labels):
+        assert all(torch.equal(row, shared[4 * (i // 4)]) for i, row in enumerate(shared))
+        assert not torch.equal(shared[0], shared[4])
+    assert not torch.equal(tokens[0], tokens[1])
+
+
+def test_rl_raises_a_reward_that_is_easy_to_raise(model, settings):
+    """Brightness: the policy gradient must find it, through the same update that training uses."""
+    model, reference, _ = rl_parts(model, settings, beta=0.0, alpha=0.0, prompts=4, group=8)
+    optimizers = {"generator": torch.optim.Adam([p for n, p in model.named_parameters() if "schedule" not in n], 1e-3),
+                  "schedule": torch.optim.Adam(model.schedule.parameters(), 1e-3)}
+    quality = lambda images, labels: images.mean((1, 2, 3)).sigmoid()
+    labels = torch.tensor([0, 1, 2, 0])
+    curve = [maskrl.rl_update(model, reference, quality, labels, 0.0, optimizers, i)["quality"] for i in range(30)]
+    assert sum(curve[-5:]) / 5 > sum(curve[:5]) / 5 + 0.02
+
+
+def test_the_schedule_policy_learns_to_be_fast_when_only_speed_counts(model, settings):
+    model, reference, optimizers = rl_parts(model, settings, alpha=1.0, prompts=4, group=8)
+    optimizers["schedule"] = torch.optim.Adam(model.schedule.parameters(), 0.02)
+    quality = lambda images, labels: torch.ones(len(labels))
+    curve = [maskrl.rl_update(model, reference, quality, torch.tensor([0, 1, 2, 0]), 0.0, optimizers, i)["steps"] for i in range(25)]
+    assert sum(curve[-5:]) / 5 < sum(curve[:5]) / 5 - 2
+
+
+# Reward and judge
+
+
+def test_frechet_distance_of_two_gaussians():
+    """|m|^2 + sum (s_a - s_b)^2 for independent features."""
+    scale = torch.tensor([1.0, 2.0, 0.5])
+    a = torch.randn(200_000, 3, dtype=torch.float64) * scale
+    b = torch.randn(200_000, 3, dtype=torch.float64) + torch.tensor([1.0, 0.0, -1.0])
+    assert abs(maskrl.frechet_distance(a, b) - (2 + 1 + 0.25)) < 0.05
+    assert maskrl.frechet_distance(a, a) < 1e-6
+
+
+def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
+    labels = torch.arange(3).repeat(400)
+    x = labels[:, None, None, None].float().expand(-1, 3, 8, 8) / 3
+    out, kind = maskrl.damage(x, labels, 4, maskrl.rng(0))
+    assert torch.equal(out[kind == 2], x[kind == 2])  # images of a class are equal here, so swapping shows nothing
+    assert torch.equal(out[kind == 0], x[kind == 0]) and not torch.equal(out[kind == 3], x[kind == 3])
+    x = torch.rand(1200, 3, 8, 8)
+    out, kind = maskrl.damage(x, labels, 4, maskrl.rng(0))
+    assert all(not torch.equal(out[i], x[i]) for i in (kind == 1).nonzero().flatten()[:20])
+    assert abs(float((kind == 0).float().mean()) - 0.5) < 0.05
+    changed = (out[kind == 2] != x[kind == 2]).any(1).float().mean()
+    assert 0.2 < changed < 0.4
+
+
+def test_the_judge_sees_blur_seams_and_noise():
+    s = maskrl.Settings(scale=1.0)
+    judge = maskrl.Judge(maskrl.load_data(s), s, torch.device("cpu"), progress=False)
+    real = judge.real()
+    assert len(judge.labels) >= 2000 and real["accuracy"] > 0.99
+    half = judge.halves[0][1]  # real images that are in no reference draw of row 0
+    x, rows = half.images.float() / 127.5 - 1, half.labels.argsort(stable=True)
+    g = maskrl.rng(1)
+    partner = torch.cat([torch.roll(r, 1) for r in rows.split(int(half.labels.bincount()[0]))])
+    tokens = maskrl.patchify(x, s.patch)
+    swap = torch.rand(tokens.shape[:2], generator=g)[..., None] < 0.25
+    swapped = maskrl.unpatchify(torch.where(swap, tokens[partner.argsort()][rows.argsort()], tokens), s.patch)
+    for damaged in (maskrl.blur(x), swapped, x + 0.15 * torch.randn(x.shape, generator=g)):
+        assert judge(damaged)["frechet"] > real["frechet"] + 3 * max(real["frechet_std"], 1e-9)
+
+
+def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels():
+    critic = maskrl.Critic(maskrl.reward_body(8), 4)
+    x = torch.randn(5, 3, 8, 8, requires_grad=True)
+    q = critic.quality(x, torch.tensor([0, 1, 2, 0, 1]))
+    assert q.shape == (5,) and (q > 0).all() and (q <= 1).all()
+    assert (torch.autograd.grad(q.sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
+
+
+# Training
+
+
+def test_ema_follows_at_once_and_then_ever_more_slowly():
+    net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(net.weight)
+    maskrl.update_ema(ema, net, 0, 0.995)
+    assert abs(float(ema.weight.detach()) - 0.9) < 1e-6  # d = 1 / 10
+    torch.nn.init.zeros_(ema.weight)
+    maskrl.update_ema(ema, net, 10**6, 0.995)
+    assert abs(float(ema.weight.detach()) - 0.005) < 1e-6
+
+
+def test_weight_decay_spares_norms_biases_and_the_head(model):
+    decayed, spared = (g["params"] for g in maskrl.weight_decay_groups(model))
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(decayed) + len(spared) == len(names)
+    assert all(p.ndim > 1 and not names[id(p)].startswith("head.") for p in decayed)
+    assert {"head.input_proj.weight", "encoder_norm.weight", "z_proj.bias"} <= {names[id(p)] for p in spared}
