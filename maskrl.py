@@ -81,22 +81,22 @@ class Settings:
     batch: int = option(64, "images per teacher update")
     teacher_iters: int = option(2500, "teacher updates")
     teacher_lr: float = option(2e-3, "AdamW; 50 steps of warm-up, constant, linear to 0 over the last quarter")
-    draws: int = option(4, "noise draws per hidden token and update")
+    draws: int = option(4, "noise draws per hidden token and update, of the teacher and of GSIM")
     label_dropout: float = option(0.1, "share of images trained without their class, which guidance needs")
     ema: float = option(0.995, "limit of the EMA decay min(ema, (1+i)/(10+i)) after i updates")
     # GSIM
     gsim_batch: int = option(64, "images per GSIM update")
-    gsim_iters: int = option(1000, "student updates")
-    student_lr: float = option(3e-4, "Adam (beta_1 = 0), cosine decay")
-    aux_lr: float = option(6e-4, "the same, of the auxiliary network")
+    gsim_iters: int = option(800, "student updates")
+    student_lr: float = option(6e-4, "Adam (beta_1 = 0), cosine decay")
+    aux_lr: float = option(1.2e-3, "the same, of the auxiliary network")
     aux_updates: int = option(2, "auxiliary updates per student update")
     student_ema: float = option(0.98, "as ema, of the student")
     huber: float = option(1e-5, "r of the pseudo-Huber distance sqrt(|y|^2 + r^2) - r")
     noise_ratio: float = option(5.0, "the student starts at the time tau with sigma_tau / alpha_tau = this")
     # RL
-    rl_iters: int = option(100, "policy updates")
+    rl_iters: int = option(150, "policy updates")
     rl_lr: float = option(3e-5, "AdamW, of the generator")
-    schedule_lr: float = option(3e-3, "AdamW, of the schedule policy")
+    schedule_lr: float = option(1e-3, "AdamW, of the schedule policy")
     prompts: int = option(16, "groups per policy update")
     group: int = option(8, "G, rollouts per group; they share class, order and z")
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
@@ -798,51 +798,52 @@ def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber):
 
     eps_q, eps_p: functions (x_t, t) -> eps [N, D] of the student's own score and the teacher's guided score; their
     parameters must be frozen, but gradient must pass to x_t, in y_t and in d'(y_t) too. t [N] on 0...999, eps [N, D].
-    Differs from the paper: y and the residual are scaled by sigma_t (eps units). For each t that is the theorem with
-    the distance d(sigma_t y), which the theorem allows, and it trains better (README)."""
+    Differs from the paper: y and the residual are scaled by sigma_t / alpha_t, so that both are differences of
+    velocities. For each t that is the theorem with the distance d(sigma_t / alpha_t y), and it trains far better
+    than eps units, which forget high noise, where tokens agree with each other (README)."""
+    alpha, _ = BASE.alpha_sigma(t)
     x_t = BASE.q_sample(x_0, t, eps)
     e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
-    d, d_prime = distance(e_p - e_q)  # y = sigma_t (s_q - s_p) = eps_p - eps_q
-    L1 = -(d_prime * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t, so the residual is eps - eps_q
+    d, d_prime = distance((e_p - e_q) / alpha)  # sigma / alpha (s_q - s_p) = (eps_p - eps_q) / alpha
+    L1 = -(d_prime * (eps - e_q) / alpha).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
     return L1 + d
 
 
 def gsim_times(n, generator, device):
-    """t uniform on 20...949: outside, scores say nothing (pure noise) or explode (no noise)."""
-    return torch.randint(20, 950, (n,), generator=generator).to(device)
+    """t uniform on 20...984: outside, scores say nothing (pure noise) or explode (no noise)."""
+    return torch.randint(20, 985, (n,), generator=generator).to(device)
 
 
 def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
     """One GSIM update on data tokens x [B, L, D], labels [B]; {name: float} to log.
 
     Each of the three networks computes its own context from the same visible data tokens. First the auxiliary
-    network learns the score of the student's samples, aux_updates times; then the student takes its step."""
+    network learns the score of the student's samples, aux_updates times; then the student takes its step. Contexts
+    are the costly part, so every hidden token is drawn `draws` times from each."""
     s, (B, L, D), device = student.settings, x.shape, x.device
     mask = random_mask(B, L, "uniform", generator, device)  # the student meets every stage at generation
-    noise = lambda: torch.randn(int(mask.sum()), D, generator=generator).to(device)
-    times = lambda: gsim_times(int(mask.sum()), generator, device)
+    N = int(mask.sum()) * s.draws
+    noise = lambda: torch.randn(N, D, generator=generator).to(device)
+    times = lambda: gsim_times(N, generator, device)
+    hidden = lambda c: c[mask].repeat(s.draws, 1)  # [B, L, W] -> [N, W]
 
-    c = student.context(x, mask, labels)[mask]  # [N, W], N hidden tokens
+    c = hidden(student.context(x, mask, labels))
     for _ in range(s.aux_updates):
         with torch.no_grad():
             x_0 = one_step(student.head, noise(), c, s.noise_ratio)
-        aux_loss = denoising_loss(aux.head, x_0, aux.context(x, mask, labels)[mask], times(), noise())
+        aux_loss = denoising_loss(aux.head, x_0, hidden(aux.context(x, mask, labels)), times(), noise())
         descend(aux_loss, optimizers["aux"])
 
     with torch.no_grad():
-        c_q = aux.context(x, mask, labels)[mask]
+        c_q = hidden(aux.context(x, mask, labels))
         null = torch.full_like(labels, teacher.num_classes)
-        c_p, c_null = teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2)
-        scale = guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None].expand(B, L)[mask][:, None]
-    if s.guidance == 1:
-        eps_p = lambda x_t, t: teacher.head.eps(x_t, t, c_p[mask])
-    else:
-        head = guided(teacher.head, c_p[mask], c_null[mask], scale)
-        eps_p = lambda x_t, t: head(x_t, t).chunk(2, -1)[0]
+        c_p, c_null = map(hidden, teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2))
+        scale = guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None, None].expand(B, L, 1)
+    head = guided(teacher.head, c_p, c_null, hidden(scale))
     x_0 = one_step(student.head, noise(), c, s.noise_ratio)
     aux.requires_grad_(False)
-    loss = gsim_loss(x_0, times(), noise(), lambda x_t, t: aux.head.eps(x_t, t, c_q), eps_p,
-                     lambda y: pseudo_huber(y, s.huber)).mean()
+    loss = gsim_loss(x_0, times(), noise(), lambda x_t, t: aux.head.eps(x_t, t, c_q),
+                     lambda x_t, t: head(x_t, t).chunk(2, -1)[0], lambda y: pseudo_huber(y, s.huber)).mean()
     norm = descend(loss, optimizers["student"])
     aux.requires_grad_(True)
     return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
@@ -1050,16 +1051,16 @@ class Critic(nn.Module):
 
 
 def reward_body(size):
-    """3x3 convolutions with ReLU, halved until 4 pixels wide, averaged over the image."""
+    """3x3 convolutions with GroupNorm and ReLU, halved until 4 pixels wide, and a dense layer."""
     layers, channels = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()], 32
     while size > 4:
-        layers += [nn.Conv2d(channels, 64, 3, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(channels, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.ReLU()]
         channels, size = 64, size // 2
-    return nn.Sequential(*layers, nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64), nn.ReLU())
 
 
 def judge_body(size):
-    """5x5 stem, then 3x3 GELU convolutions with GroupNorm, and a dense layer over a 4x4 map: sees places too."""
+    """5x5 stem, 4x4 convolutions with GroupNorm and GELU, and a dense layer over a 4x4 map."""
     layers, channels = [nn.Conv2d(3, 48, 5, padding=2), nn.GELU()], 48
     while size > 4:
         layers += [nn.Conv2d(channels, 48, 4, stride=2, padding=1), nn.GroupNorm(8, 48), nn.GELU()]

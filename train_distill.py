@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import maskrl
 from maskrl import InputError
@@ -84,7 +85,7 @@ def report(out, s, data, judge, models, extra=None):
     device = judge.device
     torch.manual_seed(s.seed + 1)
     chain = dict(steps=s.steps, guidance=s.guidance, denoise_steps=s.denoise_steps)
-    ways = {"untrained": (maskrl.MAR(s, data.classes).to(device), chain)}
+    ways = {"untrained": (maskrl.MAR(s, data.classes).to(device), dict(steps=s.steps, denoise_steps=1))}
     if "teacher" in models:
         ways["teacher"] = (models["teacher"], chain)
         ways["one-step start"] = (models["teacher"], dict(steps=s.steps, denoise_steps=1))
@@ -94,9 +95,8 @@ def report(out, s, data, judge, models, extra=None):
 
     rows, images = {"real": judge.real()}, {"real": judge.halves[0][0].images.float() / 127.5 - 1}
     for name, (model, how) in ways.items():
-        tokens, trace = in_batches(model, judge.labels, how, s.seed)
-        images[name] = maskrl.to_images(tokens, s).cpu()
-        steps = trace.float()
+        tokens, steps = in_batches(model, judge.labels, how, s.seed, name)
+        images[name], steps = maskrl.to_images(tokens, s).cpu(), steps.float()
         rows[name] = judge(images[name]) | {"steps": float(steps.mean()), "steps_std": float(steps.std()),
                                             "denoise_steps": how["denoise_steps"]}
     times = {name: [] for name in ways}
@@ -128,10 +128,10 @@ def report(out, s, data, judge, models, extra=None):
     return metrics
 
 
-def in_batches(model, labels, how, seed, size=512):
+def in_batches(model, labels, how, seed, name, size=256):
     """Tokens of many images and the unmasking iterations of each; only a policy's differ from image to image."""
     tokens, steps = [], []
-    for i, part in enumerate(labels.split(size)):
+    for i, part in enumerate(tqdm(labels.split(size), f"judging {name}", leave=False)):
         x = maskrl.generate(model, part, **how, seed=(seed, i), trace=how["steps"] is None)
         x, count = (x[0], x[1].steps) if how["steps"] is None else (x, torch.full_like(part, how["steps"]))
         tokens.append(x), steps.append(count)

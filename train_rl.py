@@ -43,7 +43,7 @@ def train_policy(s, data, student, quality, out, device, resume=False):
 @torch.no_grad()
 def score(model, quality, labels, s):
     """Mean quality, reward and unmasking iterations of the policy without exploration."""
-    tokens, steps = train_distill.in_batches(model, labels, dict(steps=None, denoise_steps=1), s.seed)
+    tokens, steps = train_distill.in_batches(model, labels, dict(steps=None, denoise_steps=1), s.seed, "policy")
     q = quality(maskrl.to_images(tokens, s), labels)
     return {"quality": float(q.mean()), "reward": float((q * maskrl.speed(steps, s.steps) ** s.alpha).mean()),
             "steps": float(steps.float().mean()), "steps_std": float(steps.float().std())}
