@@ -16,7 +16,6 @@ Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -590,7 +589,7 @@ class Diffusion:
 
     def alpha_sigma(self, t):
         """alpha_t and sigma_t [N, 1] for indices t [N]."""
-        return (table.to(t.device, torch.float32)[t][:, None] for table in (self.alpha, self.sigma))
+        return (table.float().to(t.device)[t][:, None] for table in (self.alpha, self.sigma))
 
     def q_sample(self, x_0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps for x_0, eps [N, D] and indices t [N]."""
@@ -630,7 +629,8 @@ def denoising_loss(head, x_0, c, t, eps):
     w_t = 1, MAR's loss, for a head that predicts eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one that predicts v."""
     error = (head.eps(BASE.q_sample(x_0, t, eps), t, c) - eps).square()
     if head.velocity:
-        error = error / BASE.alphas_bar.to(t.device, torch.float32)[t][:, None].clamp(min=1e-4)
+        alpha, _ = BASE.alpha_sigma(t)
+        error = error / alpha.square().clamp(min=1e-4)
     return error.mean()
 
 
@@ -708,7 +708,9 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c).
     temperature: of the chain's noise.  explore: sigma of the token policy N(g(z, c), sigma^2) (section 10).
     order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
-    Same seed, same device: same images."""
+    Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
+    if denoise_steps == 1 and guidance != 1:
+        raise InputError("--guidance needs a denoising chain: a one-step student has its guidance baked in")
     s, L, D, (B,), device = model.settings, model.length, model.channels, labels.shape, labels.device
     g = rng(seed, "generate", device=device)
     drawn_order = torch.rand(B, L, generator=g, device=device).argsort(1)
@@ -716,7 +718,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     order, z = drawn_order if order is None else order, drawn_z if z is None else z
     policy = model.schedule if steps is None else None
     fixed = None if policy else reveal_counts(L, steps or s.steps)
-    chain = Diffusion(denoise_steps) if denoise_steps > 1 else None
+    chain = Diffusion(denoise_steps) if denoise_steps != 1 else None
 
     rank = order.argsort(1)
     tokens = torch.zeros(B, L, D, device=device)
@@ -1192,14 +1194,14 @@ class NonFinite(RuntimeError):
 def descend(loss, optimizer, clip=1.0):
     """One optimiser step with the gradient norm clipped; returns the norm. NonFinite is raised before any weight changes."""
     if not torch.isfinite(loss):
-        raise NonFinite(f"the loss is {float(loss)}")
+        raise NonFinite(f"the loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     if not torch.isfinite(norm):
-        raise NonFinite(f"the gradient norm is {float(norm)}")
+        raise NonFinite(f"the gradient norm is {norm.item()}")
     optimizer.step()
-    return float(norm)
+    return norm.item()
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ chooses its own number of unmasking iterations, unless --steps says it.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -78,10 +77,8 @@ def main(argv=None):
     labels = torch.tensor([model.classes.index(names[i % len(names)]) for i in range(args.n)], device=device)
 
     one_step = model.kind != "teacher"
-    denoise_steps = args.denoise_steps or (1 if one_step else model.settings.denoise_steps)
+    denoise_steps = args.denoise_steps if args.denoise_steps is not None else (1 if one_step else model.settings.denoise_steps)
     guidance = args.guidance if args.guidance is not None else (1.0 if one_step else model.settings.guidance)
-    if denoise_steps == 1 and guidance != 1:
-        raise maskrl.InputError("--guidance needs a denoising chain: a one-step student has its guidance baked in")
     start = time.perf_counter()
     learned = model.schedule is not None and args.steps is None
     tokens = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,

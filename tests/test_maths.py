@@ -1,6 +1,5 @@
 """Statements about the mathematics, in the order of maskrl.py."""
 
-import itertools
 import math
 
 import pytest

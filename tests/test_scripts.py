@@ -95,6 +95,7 @@ def test_wrong_input_ends_in_one_line_and_exit_code_2(run, tmp_path, capsys):
         (sample.main, [out / "metrics.json"], "metrics.json is not a checkpoint"),
         (sample.main, [student, "--classes", "3,eleven"], "no class 'eleven'"),
         (sample.main, [student, "--guidance", 2, "--out", tmp_path / "a.png"], "--guidance"),
+        (sample.main, [student, "--denoise-steps", 0, "--out", tmp_path / "a.png"], "2...1000 steps"),
         (sample.main, [student, "--steps", 99, "--out", tmp_path / "a.png"], "--steps 99"),
         (sample.main, [student, "--out", tmp_path / "a.xyz"], "a.xyz"),
     ]
