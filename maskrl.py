@@ -100,7 +100,7 @@ class Settings:
     group: int = option(8, "G, rollouts per group; they share class, order and z")
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
     explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
-    clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
+    clip_ratio: float = option(0.2, "epsilon of the clipped ratio; idle while there is one update per rollout, whose ratios are 1")
     beta: float = option(0.03, "weight of KL(policy || student)")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
     # reward and judge
@@ -108,6 +108,13 @@ class Settings:
     judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
 
     def __post_init__(self):
+        for name in "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters prompts critical_steps judge_iters".split():
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.group < 2 or self.explore <= 0:
+            raise InputError("--group must be at least 2 and --explore above 0, or no rollout differs from another")
+        if not 2 <= self.denoise_steps <= 1000:
+            raise InputError(f"--denoise-steps {self.denoise_steps} must lie in 2...1000; the student takes one step anyway")
         if self.image_size % self.patch:
             raise InputError(f"--image-size {self.image_size} is not a multiple of --patch {self.patch}")
         if self.width % 4 or self.width % self.heads:
@@ -135,7 +142,7 @@ PRESETS = {
     "tiny": {},
     "small": dict(image_size=64, patch=4, width=384, depth=6, heads=6, buffer=16, head_width=512, head_depth=4, steps=64,
                   teacher_iters=100_000, teacher_lr=4e-4, ema=0.9999, gsim_iters=20_000, student_lr=3e-5, aux_lr=6e-5,
-                  critical_steps=6, batch=128, judge_iters=2000),
+                  critical_steps=6, prompts=4, batch=128, judge_iters=2000),
 }
 
 
@@ -148,7 +155,7 @@ def preset(name, **overrides):
 
 def add_options(parser):
     """Give `parser` a --preset, and an option for every field of Settings; those not given stay absent."""
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: small on a GPU, else tiny)")
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: small on a CUDA GPU, else tiny)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     group = parser.add_argument_group("settings (defaults of the preset tiny)")
     for f in fields(Settings):
@@ -157,20 +164,25 @@ def add_options(parser):
                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
 
 
-def chosen(args, device, content=None):
-    """Settings from parsed `args`: the preset's (or a checkpoint's, of that `content`) with the options that were given."""
+# What a checkpoint fixes: what its weights depend on; for a student also what was distilled into it.
+SHAPE = "image_size image_channels patch mean scale width depth heads buffer velocity head_width head_depth".split()
+STUDENT_SHAPE = SHAPE + ["noise_ratio", "guidance"]
+
+
+def chosen(args, device, content=None, resume=False):
+    """Settings from parsed `args`: the preset's with the options that were given; or those of a checkpoint's `content`,
+    with the options that it leaves free (none, when resuming what it began)."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     if content is None:
-        return preset(args.preset or ("tiny" if device.type == "cpu" else "small"), **given)
+        return preset(args.preset or ("small" if device.type == "cuda" else "tiny"), **given)
     base = Settings(**content["settings"])
-    shape = SHAPE + (["noise_ratio"] if content["kind"] == "student" else [])
-    fixed = [k for k in shape if given.get(k, getattr(base, k)) != getattr(base, k)]
-    if fixed:
-        raise InputError(f"--{fixed[0].replace('_', '-')} is fixed by the checkpoint: {getattr(base, fixed[0])}")
+    if args.preset and not resume:
+        raise InputError(f"--preset {args.preset}: the settings come from the {content['kind']}; leave it out")
+    for name in asdict(base) if resume else SHAPE if content["kind"] == "teacher" else STUDENT_SHAPE:
+        if given.get(name, getattr(base, name)) != getattr(base, name):
+            raise InputError(f"--{name.replace('_', '-')} is fixed by the checkpoint: {getattr(base, name)}"
+                             + (". Another --out starts afresh" if resume else ""))
     return replace(base, **given)
-
-
-SHAPE = "image_size image_channels patch width depth heads buffer velocity head_width head_depth".split()  # what weights depend on
 
 
 def find_device(name="auto"):
@@ -260,8 +272,8 @@ def draw_shapes(labels, size, difficulty=0, generator=None):
     return (inside * paint + (1 - inside) * ground).round().to(torch.uint8)
 
 
-def load_data(s, progress=True):
-    """Data for the Settings: splits of 60 / 20 / 20 % within every class, the same for the same seed.
+def load_data(s):
+    """Data for the Settings: splits of 60 / 20 / 20 % within every class; those of a folder are the same for every seed.
 
     A broken image is named, skipped and counted. Raises InputError if the folder is missing or has no images."""
     if s.data == "shapes":
@@ -271,9 +283,11 @@ def load_data(s, progress=True):
         g = rng(s.seed, "shapes")
         images = torch.cat([draw_shapes(part, s.image_size, s.difficulty, g) for part in labels.split(4096)])
     else:
-        classes, images, labels = load_folder(s.data, s.image_size, progress)
+        classes, images, labels = load_folder(s.data, s.image_size)
+    if s.image_channels != 3:
+        raise InputError(f"--image-channels {s.image_channels}: images have 3; 16 is for latents, which are not loaded yet")
     parts = ([], [], [])
-    g = rng(s.seed, "split")
+    g = rng("split")  # the same for every seed, so that no stage meets what another held out
     for y in range(len(classes)):
         rows = (labels == y).nonzero().squeeze(1)
         if len(rows) < 10:
@@ -282,10 +296,12 @@ def load_data(s, progress=True):
         a, b = int(0.6 * len(rows)), int(0.8 * len(rows))
         for part, chosen_rows in zip(parts, (rows[:a], rows[a:b], rows[b:])):
             part.append(chosen_rows)
+    if len(classes) == 1 and len(parts[2][0]) < 4:
+        raise InputError(f"{s.data} has one class with {len(labels)} images; at least 20 are needed")
     return Data(classes, *(Split(images[i], labels[i]) for i in map(torch.cat, parts)))
 
 
-def load_folder(folder, size, progress=True):
+def load_folder(folder, size):
     """Class names, images resized and centre-cropped to uint8 [N, 3, size, size], labels [N] of an image folder."""
     try:
         found = datasets.ImageFolder(folder)
@@ -300,7 +316,7 @@ def load_folder(folder, size, progress=True):
             tqdm.write(f"skipped {sample[0]}: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor() as pool:
-        work = tqdm(pool.map(read, found.samples), "images", len(found.samples), disable=not progress, leave=False)
+        work = tqdm(pool.map(read, found.samples), "images", len(found.samples), leave=False)
         read_ok = [pair for pair in work if pair is not None]
     if len(read_ok) < len(found.samples):
         print(f"skipped {len(found.samples) - len(read_ok)} of {len(found.samples)} images in {folder}", file=sys.stderr)
@@ -337,7 +353,7 @@ def to_images(tokens, s):
 # 4 Model ------------------------------------------------------------------------------------------------
 # MAR (2406.11838): an encoder sees the class and the visible tokens, a decoder adds a mask token for each hidden
 # one and gives every token a context c; a small MLP then denoises each hidden token alone, given its c.
-# Names and arithmetic are those of the official code, so that its weights load.
+# Names and arithmetic are those of the official code, whose `diffloss.net` is our `head`.
 
 
 def sincos_positions(side, width):
@@ -386,7 +402,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def mlp(*widths):
+def silu_mlp(*widths):
     """Linear layers with SiLU between them."""
     layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
@@ -397,7 +413,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.mlp = mlp(256, width, width)
+        self.mlp = silu_mlp(256, width, width)
 
     @staticmethod
     def waves(t):
@@ -414,7 +430,7 @@ class HeadBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = mlp(width, width, width)
+        self.mlp = silu_mlp(width, width, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x, condition):
@@ -580,6 +596,7 @@ class Diffusion:
         previous = F.pad(self.alphas_bar[:-1], (1, 0), value=1.0)
         self.betas = 1 - self.alphas_bar / previous
         self.alpha, self.sigma = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
+        self.table = torch.stack([self.alpha, self.sigma]).float()  # moves to the device it is used on
         # q(x_{t-1} | x_t, x_0) = N(coef_x0 x_0 + coef_xt x_t, variance)
         self.coef_x0 = self.betas * previous.sqrt() / (1 - self.alphas_bar)
         self.coef_xt = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_bar)
@@ -589,7 +606,9 @@ class Diffusion:
 
     def alpha_sigma(self, t):
         """alpha_t and sigma_t [N, 1] for indices t [N]."""
-        return (table.float().to(t.device)[t][:, None] for table in (self.alpha, self.sigma))
+        if self.table.device != t.device:
+            self.table = self.table.to(t.device)
+        return self.table[:, t, None].unbind(0)
 
     def q_sample(self, x_0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps for x_0, eps [N, D] and indices t [N]."""
@@ -599,15 +618,15 @@ class Diffusion:
     def step(self, i, x_t, out, noise, temperature=1.0, clip=None):
         """x_{t-1} from x_t [N, D], the head's output [N, 2D] and noise [N, D], at index i of this chain.
 
-        log variance = f log beta + (1 - f) log posterior variance, f = (v + 1) / 2. `temperature` multiplies the
+        log variance = f log beta + (1 - f) log posterior variance, f = (variance channel + 1) / 2. `temperature` multiplies the
         step's standard deviation; `clip` (low, high) bounds the estimate of x_0, without which an imperfect model explodes
         at the noisy end, where 1 / alpha_t is 2e4."""
-        eps, v = out.chunk(2, -1)
+        eps, variance = out.chunk(2, -1)
         x_0 = (x_t - float(self.sigma[i]) * eps) / float(self.alpha[i])
         if clip:
             x_0 = x_0.clamp(*clip)
         mean = float(self.coef_x0[i]) * x_0 + float(self.coef_xt[i]) * x_t
-        f = (v + 1) / 2
+        f = (variance + 1) / 2
         log_variance = f * float(self.log_variance_max[i]) + (1 - f) * float(self.log_variance_min[i])
         return mean + temperature * torch.exp(log_variance / 2) * noise if i else mean
 
@@ -678,7 +697,7 @@ class Trace:
     order: torch.Tensor  # [B, L]
     z: torch.Tensor  # [B, L, D] the noise that each token came from
     counts: torch.Tensor  # [B, T] tokens revealed
-    predictions: torch.Tensor  # [B, T, L, D] the full image predicted at each step, before revealing
+    predictions: torch.Tensor  # [B, T, L, D] the full image predicted at each step, before revealing; or None
     states: torch.Tensor  # [B, T, W + 1] what the schedule policy saw
     actions: torch.Tensor  # [B, T] what it chose
 
@@ -701,7 +720,7 @@ class Trace:
 @torch.no_grad()
 def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, temperature=1.0, explore=0.0,
              order=None, z=None, seed=0, trace=False, progress=False):
-    """Tokens [B, L, D] of new images of classes `labels` [B]; with trace=True also the Trace.
+    """Tokens [B, L, D] of new images of classes `labels` [B]; with trace=True also the Trace, with "steps" the Trace less predictions.
 
     steps: K of the cosine schedule; None: the model's schedule policy if it has one, else settings.steps.
     guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
@@ -717,7 +736,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     drawn_z = torch.randn(B, L, D, generator=g, device=device)
     order, z = drawn_order if order is None else order, drawn_z if z is None else z
     policy = model.schedule if steps is None else None
-    fixed = None if policy else reveal_counts(L, steps or s.steps)
+    fixed = None if policy else reveal_counts(L, s.steps if steps is None else steps)
     chain = Diffusion(denoise_steps) if denoise_steps != 1 else None
 
     rank = order.argsort(1)
@@ -738,7 +757,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
             count = torch.full_like(hidden, fixed[len(record["counts"])])
         reveal = mask & (rank >= (hidden - count)[:, None])
 
-        fill = mask if trace else reveal  # a trace shows the whole predicted image
+        fill = mask if trace is True else reveal  # a full trace shows the whole predicted image
         if chain is None:
             predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
         elif guidance == 1:
@@ -756,22 +775,23 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         hidden = hidden - count
         bar.update(int(count.sum()))
         record["counts"].append(count)
-        if trace:
+        if trace is True:
             record["predictions"].append(image)
+        if trace:
             record["states"].append(states if policy else schedule_state(c, mask))
             record["actions"].append(actions if policy else torch.zeros_like(count))
     bar.close()
     if not trace:
         return tokens
-    return tokens, Trace(order, z, *(torch.stack(record[name], 1) for name in record))
+    return tokens, Trace(order, z, *(torch.stack(steps, 1) if steps else None for steps in record.values()))
 
 
 def guided(head, c, null, scale):
     """head(x, t) -> [N, 2D] with eps = u + scale (c - u); class and null rows in one batch; variance of the class row."""
 
     def call(x, t):
-        (e_c, v), (e_u, _) = (out.chunk(2, -1) for out in head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null])).chunk(2))
-        return torch.cat([e_u + scale * (e_c - e_u), v], -1)
+        (e_c, variance), (e_u, _) = (out.chunk(2, -1) for out in head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null])).chunk(2))
+        return torch.cat([e_u + scale * (e_c - e_u), variance], -1)
 
     return call
 
@@ -827,23 +847,24 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
     N = int(mask.sum()) * s.draws
     noise = lambda: torch.randn(N, D, generator=generator).to(device)
     times = lambda: gsim_times(N, generator, device)
-    hidden = lambda c: c[mask].repeat(s.draws, 1)  # [B, L, W] -> [N, W]
+    at_hidden = lambda c: c[mask].repeat(s.draws, 1)  # [B, L, W] -> [N, W]
 
-    c = hidden(student.context(x, mask, labels))
+    c = at_hidden(student.context(x, mask, labels))
     for _ in range(s.aux_updates):
         with torch.no_grad():
             x_0 = one_step(student.head, noise(), c, s.noise_ratio)
-        aux_loss = denoising_loss(aux.head, x_0, hidden(aux.context(x, mask, labels)), times(), noise())
+        aux_loss = denoising_loss(aux.head, x_0, at_hidden(aux.context(x, mask, labels)), times(), noise())
         descend(aux_loss, optimizers["aux"])
 
     with torch.no_grad():
-        c_q = hidden(aux.context(x, mask, labels))
+        c_q = at_hidden(aux.context(x, mask, labels))
         null = torch.full_like(labels, teacher.num_classes)
-        c_p, c_null = map(hidden, teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2))
+        c_p, c_null = map(at_hidden, teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2))
+        # as if this iteration revealed one token; the paper's s is constant instead
         scale = guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None, None].expand(B, L, 1)
-    head = guided(teacher.head, c_p, c_null, hidden(scale))
+    head = guided(teacher.head, c_p, c_null, at_hidden(scale))
     x_0 = one_step(student.head, noise(), c, s.noise_ratio)
-    aux.requires_grad_(False)
+    aux.requires_grad_(False)  # its parameters are frozen here, but gradient passes through it to x_t
     loss = gsim_loss(x_0, times(), noise(), lambda x_t, t: aux.head.eps(x_t, t, c_q),
                      lambda x_t, t: head(x_t, t).chunk(2, -1)[0], lambda y: pseudo_huber(y, s.huber)).mean()
     norm = descend(loss, optimizers["student"])
@@ -891,13 +912,13 @@ class SchedulePolicy(nn.Module):
 
     Starts independent of the state, preferring small counts: half as likely with every doubling."""
 
-    def __init__(self, width, length, max_steps, hidden=64):
+    def __init__(self, width, length, max_steps, inner=64):
         super().__init__()
         unit = math.ceil(length / max_steps)
         counts = [unit * 2**i for i in range(length.bit_length()) if unit * 2**i < length] + [length]
         self.register_buffer("counts", torch.tensor(counts))
         self.norm = nn.LayerNorm(width)
-        self.net = mlp(width + 1, hidden, len(counts))
+        self.net = silu_mlp(width + 1, inner, len(counts))
         nn.init.zeros_(self.net[-1].weight)
         with torch.no_grad():
             self.net[-1].bias.copy_(-math.log(2) * torch.arange(len(counts)))
@@ -970,18 +991,19 @@ def rollout(model, quality, labels, group, generator_seed):
     return tokens, trace, labels, quality(to_images(tokens, s), labels)
 
 
-def rl_update(model, reference, quality, labels, mean, optimizers, seed):
+def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     """One policy update on G rollouts of each class in `labels` [P]; {name: float} to log.
 
-    Tokens: the exact policy gradient over the tokens revealed at each row's critical steps. Schedule: over all its
-    choices. Both carry the same advantage, of reward = quality x speed^alpha; one update per rollout."""
+    Tokens: the terms of the policy gradient at those revealed at each row's critical steps. With K_c >= T these are all
+    terms and exact (up to the factors 1/D and 1/std); fewer are MaskFocus' choice, made on the finished image, and biased.
+    Schedule: all its choices. Both carry the advantage of reward = quality x speed^alpha; one update per rollout."""
     s = model.settings
     tokens, trace, labels, q = rollout(model, quality, labels, s.group, seed)
     reward = q * speed(trace.steps, s.steps) ** s.alpha
     A = group_advantages(reward, s.group)
 
     valid = trace.counts > 0
-    critical = critical_steps(information_gain(trace.predictions, tokens, valid, mean), s.critical_steps)  # [B, T]
+    critical = critical_steps(information_gain(trace.predictions, tokens, valid, mean_image), s.critical_steps)  # [B, T]
     row, step = critical.nonzero(as_tuple=True)
     mask, revealed = (m[row, step] for m in trace.masks())  # [M, L]
     # A revealed token never changes, so the state at any step is the final image under that step's mask.
@@ -1070,14 +1092,14 @@ def judge_body(size):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48 * 16, 64), nn.GELU())
 
 
-def train_critic(name, split, s, device, progress=True):
+def train_critic(name, split, s, device):
     """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
     body, damaged = (reward_body, int(split.labels.max()) + 1) if name == "reward" else (judge_body, None)
     critic = Critic(body(s.image_size), int(split.labels.max()) + (2 if damaged else 1)).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
-    for step in tqdm(range(s.judge_iters), name, disable=not progress, leave=False):
+    for step in tqdm(range(s.judge_iters), name, leave=False):
         g = rng(s.seed, name, step)
         x, labels = split.batch(128, g, device, s.flip)
         if damaged:
@@ -1090,7 +1112,7 @@ def train_critic(name, split, s, device, progress=True):
 
 def frechet_distance(a, b):
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features a [N, F], b [M, F], in float64: FID's formula."""
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     S_a, S_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(S_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -1104,8 +1126,8 @@ class Judge:
     Every row has the same number n of class-balanced images, and is compared with `halves` reference draws of n
     real held-out images; the row `real` compares each with the other half of its draw."""
 
-    def __init__(self, data, s, device, halves=5, progress=True):
-        self.critic = train_critic("judge", data.judge, s, device, progress)
+    def __init__(self, data, s, device, halves=5):
+        self.critic = train_critic("judge", data.judge, s, device)
         self.device, self.seed = device, s.seed
         self.halves = [data.test.balanced_halves(s.judge_n, rng(s.seed, "halves", i)) for i in range(halves)]
         self.labels = self.halves[0][0].labels.to(device)  # of the images to be judged, in this order
@@ -1118,19 +1140,19 @@ class Judge:
         out = [self.critic(part.to(self.device).clamp(-1, 1)) for part in images.split(512)]
         return torch.cat([f for f, _ in out]), torch.cat([y for _, y in out])
 
+    def row(self, pairs):
+        """accuracy, frechet and its spread (std) of [(features, class logits), ...], one for each reference draw."""
+        distances = torch.tensor([frechet_distance(features, ref) for (features, _), ref in zip(pairs, self.references)])
+        accuracy = torch.stack([(logits.argmax(1) == self.labels).float().mean() for _, logits in pairs]).mean()
+        return {"accuracy": float(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std())}
+
     def __call__(self, images):
-        """Row of the table for images [n, 3, S, S] of classes `self.labels`: accuracy, frechet and its spread (std)."""
-        features, classes = self.features(images)
-        distances = torch.tensor([frechet_distance(features, reference) for reference in self.references])
-        accuracy = float((classes.argmax(1) == self.labels).float().mean())
-        return {"accuracy": accuracy, "frechet": float(distances.mean()), "frechet_std": float(distances.std())}
+        """The row of images [n, 3, S, S] of classes `self.labels`."""
+        return self.row([self.features(images)] * len(self.references))
 
     def real(self):
         """The row of real against real: what a perfect generator would get."""
-        pairs = [(reference, *self.features(other.images)) for reference, (_, other) in zip(self.references, self.halves)]
-        distances = torch.tensor([frechet_distance(features, reference) for reference, features, _ in pairs])
-        accuracy = [float((classes.argmax(1) == self.labels).float().mean()) for _, _, classes in pairs]
-        return {"accuracy": sum(accuracy) / len(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std())}
+        return self.row([self.features(other.images) for _, other in self.halves])
 
 
 # 12 Checkpoints and training ----------------------------------------------------------------------------
@@ -1165,12 +1187,12 @@ def read_checkpoint(path, kind=None, device="cpu"):
     return content
 
 
-def build(content, weights="model_ema", device="cpu"):
-    """The MAR of a checkpoint's content."""
+def build(content, device="cpu"):
+    """The EMA model of a checkpoint's content."""
     model = MAR(Settings(**content["settings"]), content["classes"])
     if content["kind"] == "policy":
         add_schedule(model)
-    model.load_state_dict(content[weights])
+    model.load_state_dict(content["model_ema"])
     return model.to(device)
 
 
@@ -1182,7 +1204,7 @@ def add_schedule(model):
 def load_checkpoint(path, kind=None, device="cpu"):
     """The EMA model of a checkpoint, ready to generate; its `settings`, `classes` and `kind` are attributes."""
     content = read_checkpoint(path, kind, device)
-    model = build(content, device=device).eval().requires_grad_(False)
+    model = build(content, device).eval().requires_grad_(False)
     model.kind = content["kind"]
     return model
 
@@ -1218,11 +1240,11 @@ def weight_decay_groups(model, decay=0.02):
     return [{"params": [p for d, p in named if d], "weight_decay": decay}, {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
 
 
-def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, progress=True):
+def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250):
     """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
 
     state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
-    A non-finite loss stops with the step, and leaves a checkpoint of the last good weights."""
+    A non-finite loss stops with the step, and leaves a checkpoint of the last finite weights."""
     path, ema, state, start = Path(path), ema or model, state or {}, 0
     path.parent.mkdir(parents=True, exist_ok=True)
     if resume and path.exists():
@@ -1237,13 +1259,13 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
         training = None if step == iters else {name: value.state_dict() for name, value in state.items()}
         save_checkpoint(path, kind, model, ema, step, training)
 
-    bar = tqdm(range(start, iters), kind, iters, initial=start, disable=not progress, mininterval=1)
+    bar = tqdm(range(start, iters), kind, iters, initial=start, mininterval=1)
     for step in bar:
         try:
             metrics = update(step)
         except NonFinite as error:
             save(step)
-            raise NonFinite(f"{kind}, step {step}: {error}. The last good weights are in {path}; try a lower learning rate") from None
+            raise NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. Start afresh in another --out with a lower learning rate") from None
         if step % max(1, iters // 200) == 0 or step == iters - 1:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
             if log:

@@ -82,8 +82,8 @@ def main(argv=None):
     start = time.perf_counter()
     learned = model.schedule is not None and args.steps is None
     tokens = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,
-                             seed=args.seed, trace=learned, progress=True)
-    tokens, steps = (tokens[0], f"{tokens[1].steps.float().mean():.1f}") if learned else (tokens, args.steps or model.settings.steps)
+                             seed=args.seed, trace="steps" if learned else False, progress=True)
+    tokens, steps = (tokens[0], f"{tokens[1].steps.float().mean():.1f}") if learned else (tokens, model.settings.steps if args.steps is None else args.steps)
     seconds = time.perf_counter() - start
     images = maskrl.to_images(tokens, model.settings)
     save_image(args.out, picture(images, columns=len(names) if len(names) > 2 else 8))

@@ -105,8 +105,6 @@ def report(out, s, data, judge, models, extra=None):
         for name, (model, how) in ways.items():
             start = time.perf_counter()
             maskrl.generate(model, labels, **how, seed=s.seed)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) / len(labels))
     for name in ways:
         rows[name]["seconds_per_image"] = sorted(times[name][1:])[1]
@@ -132,7 +130,7 @@ def in_batches(model, labels, how, seed, name, size=256):
     """Tokens of many images and the unmasking iterations of each; only a policy's differ from image to image."""
     tokens, steps = [], []
     for i, part in enumerate(tqdm(labels.split(size), f"judging {name}", leave=False)):
-        x = maskrl.generate(model, part, **how, seed=(seed, i), trace=how["steps"] is None)
+        x = maskrl.generate(model, part, **how, seed=(seed, i), trace="steps" if how["steps"] is None else False)
         x, count = (x[0], x[1].steps) if how["steps"] is None else (x, torch.full_like(part, how["steps"]))
         tokens.append(x), steps.append(count)
     return torch.cat(tokens), torch.cat(steps)
@@ -157,10 +155,14 @@ def options(doc):
 
 
 def begin(args, names, base=None):
-    """Everything that can go wrong, before any long work: device, settings, folder, data. Returns s, data, device."""
+    """Everything that can go wrong, before any long work: device, settings, folder, data. Returns s, data, device.
+
+    names: checkpoints that the script writes, the last stage first; base: content of the checkpoint it starts from."""
     device = maskrl.find_device(args.device)
-    s = maskrl.chosen(args, device, base)
     there = [name for name in names if (args.out / name).exists()]
+    if args.resume and there:
+        base = maskrl.read_checkpoint(args.out / there[0])
+    s = maskrl.chosen(args, device, base, args.resume and bool(there))
     if there and not args.resume:
         raise InputError(f"{args.out / there[0]} exists: --resume continues it, another --out starts afresh")
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(s).items()))
@@ -192,7 +194,7 @@ def make(args, s, data, device):
 def main(argv=None):
     args = options(__doc__).parse_args(argv)
     base = maskrl.read_checkpoint(args.teacher, "teacher") if args.teacher else None
-    s, data, device = begin(args, ["teacher.pt", "student.pt"], base)
+    s, data, device = begin(args, ["student.pt", "teacher.pt"], base)
     models, minutes = make(args, s, data, device)
     judge = maskrl.Judge(data, s, device)
     return report(args.out, s, data, judge, models, {"minutes": minutes})

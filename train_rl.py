@@ -28,11 +28,11 @@ def train_policy(s, data, student, quality, out, device, resume=False):
     reference = deepcopy(student).requires_grad_(False)
     optimizers = {"generator": torch.optim.AdamW(generator_parameters, lr=s.rl_lr, betas=(0.9, 0.95), weight_decay=0.0),
                   "schedule": torch.optim.AdamW(model.schedule.parameters(), lr=s.schedule_lr, betas=(0.9, 0.95), weight_decay=0.0)}
-    mean = maskrl.to_tokens(data.train.images.float().mean(0, keepdim=True) / 127.5 - 1, s).to(device)  # [1, L, D]
+    mean_image = maskrl.to_tokens(data.train.images.float().mean(0, keepdim=True) / 127.5 - 1, s).to(device)  # [1, L, D]
 
     def update(step):
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
-        return maskrl.rl_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
+        return maskrl.rl_update(model, reference, quality, labels, mean_image, optimizers, (s.seed, "rollout", step))
 
     start = deepcopy(model).requires_grad_(False)
     maskrl.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",
@@ -53,14 +53,16 @@ def main(argv=None):
     parser = train_distill.options(__doc__)
     parser.add_argument("--student", type=Path, help="a student.pt to start from, instead of making one")
     args = parser.parse_args(argv)
-    given = args.student or args.teacher
-    base = maskrl.read_checkpoint(given, "student" if args.student else "teacher") if given else None
+    contents = [maskrl.read_checkpoint(path, kind) for path, kind in ((args.student, "student"), (args.teacher, "teacher")) if path]
+    base = contents[0] if contents else None
     s, data, device = train_distill.begin(args, ["policy.pt"] + ([] if args.student else ["student.pt", "teacher.pt"]), base)
     if args.student:
         beside = args.teacher or args.student.with_name("teacher.pt")
         models, minutes = {"student": maskrl.load_checkpoint(args.student, "student", device)}, {}
-        if beside.exists():
+        if args.teacher or beside.exists():  # for the report alone
             models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
+            if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in maskrl.SHAPE):
+                raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
     else:
         print("no --student given: making " + ("a student" if args.teacher else "a teacher and a student") + " first")
         models, minutes = train_distill.make(args, s, data, device)

@@ -125,6 +125,20 @@ def test_one_step_generator_inverts_the_noising_of_a_point_mass():
     torch.testing.assert_close(x_0, torch.full_like(x_0, 0.7), atol=1e-5, rtol=0)
 
 
+def test_a_velocity_head_gives_eps_and_is_trained_on_the_velocity_error(model):
+    """v = alpha eps - sigma x_0; the network's output o becomes eps_hat = sigma x_t + alpha o, and the loss is |v - o|^2."""
+    x_0, eps, c, t = torch.randn(7, 12), torch.randn(7, 12), torch.randn(7, 32), torch.tensor([5, 100, 300, 500, 700, 900, 990])
+    alpha, sigma = BASE.alpha_sigma(t)
+    x_t = alpha * x_0 + sigma * eps
+    eps_hat = model.head.eps(x_t, t, c)
+    model.head.velocity = False
+    o = model.head.eps(x_t, t, c)
+    torch.testing.assert_close(eps_hat, sigma * x_t + alpha * o)
+    model.head.velocity = True
+    loss = maskrl.denoising_loss(model.head, x_0, c, t, eps)
+    torch.testing.assert_close(loss, (alpha * eps - sigma * x_0 - o).square().mean(), rtol=1e-3, atol=0)
+
+
 # Generation
 
 
@@ -410,7 +424,7 @@ def test_token_log_prob_is_the_channel_mean_of_the_normal_density():
 
 def rl_parts(model, settings, **overrides):
     model.settings = settings(explore=0.3, **overrides)
-    reference = maskrl.build({"settings": vars(model.settings), "classes": model.classes, "kind": "student", "w": model.state_dict()}, "w")
+    reference = maskrl.build({"settings": vars(model.settings), "classes": model.classes, "kind": "student", "model_ema": model.state_dict()})
     generator = list(model.parameters())
     maskrl.add_schedule(model)
     optimizers = {"generator": torch.optim.SGD(generator, 0.0), "schedule": torch.optim.SGD(model.schedule.parameters(), 0.0)}
@@ -483,7 +497,7 @@ def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
 
 def test_the_judge_sees_blur_seams_and_noise():
     s = maskrl.Settings(scale=1.0)
-    judge = maskrl.Judge(maskrl.load_data(s), s, torch.device("cpu"), progress=False)
+    judge = maskrl.Judge(maskrl.load_data(s), s, torch.device("cpu"))
     real = judge.real()
     assert len(judge.labels) >= 2000 and real["accuracy"] > 0.99
     half = judge.halves[0][1]  # real images that are in no reference draw of row 0

@@ -61,7 +61,7 @@ def test_a_folder_goes_through_all_scripts(run, capsys):
 
 
 def test_a_broken_image_is_named_skipped_and_counted(folder, capsys):
-    data = maskrl.load_data(tiny(data=str(folder)), progress=False)
+    data = maskrl.load_data(tiny(data=str(folder)))
     err = capsys.readouterr().err
     assert "broken.png" in err and "skipped 1 of 101" in err
     assert len(data.train) + len(data.judge) + len(data.test) == 100
@@ -96,6 +96,13 @@ def test_wrong_input_ends_in_one_line_and_exit_code_2(run, tmp_path, capsys):
         (sample.main, [student, "--classes", "3,eleven"], "no class 'eleven'"),
         (sample.main, [student, "--guidance", 2, "--out", tmp_path / "a.png"], "--guidance"),
         (sample.main, [student, "--denoise-steps", 0, "--out", tmp_path / "a.png"], "2...1000 steps"),
+        (sample.main, [student, "--steps", 0, "--out", tmp_path / "a.png"], "--steps 0"),
+        (train_rl.main, ["--student", student, "--guidance", 3, *new], "--guidance is fixed by the checkpoint: 1.5"),
+        (train_rl.main, ["--student", student, "--teacher", tmp_path / "typo.pt", *new], "no checkpoint"),
+        (train_rl.main, ["--out", out, "--resume", "--teacher-lr", 1, "--device", "cpu"], "--teacher-lr is fixed"),
+        (train_rl.main, ["--group", 1, *new], "--group must be at least 2"),
+        (train_rl.main, ["--rl-iters", 0, *new], "--rl-iters 0 must be at least 1"),
+        (train_distill.main, ["--denoise-steps", 1, *new], "--denoise-steps 1"),
         (sample.main, [student, "--steps", 99, "--out", tmp_path / "a.png"], "--steps 99"),
         (sample.main, [student, "--out", tmp_path / "a.xyz"], "a.xyz"),
     ]
@@ -130,7 +137,7 @@ def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypat
         train_distill.main([*SHORT, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(maskrl, "train", real)
     assert maskrl.read_checkpoint(tmp_path / "parts" / "student.pt")["step"] == 2
-    train_rl.main([*SHORT, "--out", str(tmp_path / "parts"), "--resume"])
+    train_rl.main(["--out", str(tmp_path / "parts"), "--resume", "--device", "cpu"])  # settings come from the run
     for kind in maskrl.KINDS:
         assert torch.equal(weights(tmp_path / "whole" / f"{kind}.pt"), weights(tmp_path / "parts" / f"{kind}.pt")), kind
 
