@@ -100,7 +100,7 @@ def report(out, s, data, judge, models, extra=None):
         rows[name] = judge(images[name]) | {"steps": float(steps.mean()), "steps_std": float(steps.std()),
                                             "denoise_steps": how["denoise_steps"]}
     times = {name: [] for name in ways}
-    labels = judge.labels[torch.linspace(0, len(judge.labels) - 1, 64).long()]
+    labels = judge.labels[torch.linspace(0, len(judge.labels) - 1, 32).long()]
     for _ in range(4):  # in turns, so that a busy moment of the machine hits all alike; the first round warms up
         for name, (model, how) in ways.items():
             start = time.perf_counter()
