@@ -28,7 +28,7 @@ def train_policy(s, data, student, quality, out, device, resume=False):
     reference = deepcopy(student).requires_grad_(False)
     optimizers = {"generator": torch.optim.AdamW(generator_parameters, lr=s.rl_lr, betas=(0.9, 0.95), weight_decay=0.0),
                   "schedule": torch.optim.AdamW(model.schedule.parameters(), lr=s.schedule_lr, betas=(0.9, 0.95), weight_decay=0.0)}
-    mean_image = maskrl.to_tokens(data.train.images.float().mean(0, keepdim=True) / 127.5 - 1, s).to(device)  # [1, L, D]
+    mean_image = maskrl.to_tokens(data.some().mean(0, keepdim=True), s).to(device)  # [1, L, D]
 
     def update(step):
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
