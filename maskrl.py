@@ -1070,7 +1070,7 @@ class Critic(nn.Module):
         self.classify = nn.Linear(64, outputs)
 
     def forward(self, images):
-        features = self.body(images)
+        features = self.body(images.clamp(-1, 1))  # or a generator would be paid for colours that no image has
         return features, self.classify(features)
 
     def quality(self, images, labels):
@@ -1141,7 +1141,7 @@ class Judge:
     def features(self, images):
         if images.dtype == torch.uint8:
             images = images.float() / 127.5 - 1
-        out = [self.critic(part.to(self.device).clamp(-1, 1)) for part in images.split(512)]
+        out = [self.critic(part.to(self.device)) for part in images.split(512)]
         return torch.cat([f for f, _ in out]), torch.cat([y for _, y in out])
 
     def row(self, pairs):

@@ -513,7 +513,9 @@ def test_the_judge_sees_blur_seams_and_noise():
 
 def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels():
     critic = maskrl.Critic(maskrl.reward_body(8), 4)
-    x = torch.randn(5, 3, 8, 8, requires_grad=True)
+    x = torch.rand(5, 3, 8, 8, requires_grad=True)
+    assert torch.equal(critic.quality(x * 3 - 1, torch.zeros(5, dtype=torch.long)),
+                       critic.quality((x * 3 - 1).clamp(-1, 1), torch.zeros(5, dtype=torch.long)))  # no pay beyond the range
     q = critic.quality(x, torch.tensor([0, 1, 2, 0, 1]))
     assert q.shape == (5,) and (q > 0).all() and (q <= 1).all()
     assert (torch.autograd.grad(q.sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
