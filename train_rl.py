@@ -41,12 +41,28 @@ def train_policy(s, data, student, quality, out, device, resume=False):
 
 
 @torch.no_grad()
-def score(model, quality, labels, s):
-    """Mean quality, reward and unmasking iterations of the policy without exploration."""
-    tokens, steps = train_distill.in_batches(model, labels, dict(steps=None, denoise_steps=1), s.seed, "policy")
-    q = quality(maskrl.to_images(tokens, s), labels)
-    return {"quality": float(q.mean()), "reward": float((q * maskrl.speed(steps, s.steps) ** s.alpha).mean()),
-            "steps": float(steps.float().mean()), "steps_std": float(steps.float().std())}
+def score(model, quality, judge, s, steps=None):
+    """Quality and reward (means), unmasking iterations and the judge's Fréchet distance, without exploration.
+
+    steps: None for the model's own schedule, else K of the fixed cosine schedule."""
+    tokens, count = train_distill.in_batches(model, judge.labels, dict(steps=steps, denoise_steps=1), s.seed, "schedules")
+    images = maskrl.to_images(tokens, s)
+    q, count = quality(images, judge.labels), count.float()
+    return {"quality": float(q.mean()), "reward": float((q * maskrl.speed(count, s.steps) ** s.alpha).mean()),
+            "steps": float(count.mean()), "steps_std": float(count.std()), "frechet": judge(images)["frechet"]}
+
+
+def compare_schedules(start, policy, quality, judge, s):
+    """Rows before and after RL, and of both generators under fixed schedules: those that a learned one must beat."""
+    rows = {"before": score(start, quality, judge, s), "after": score(policy, quality, judge, s)}
+    lengths = {max(1, s.steps >> i) for i in range(5)} | {max(1, round(rows["after"]["steps"]))}
+    for K in sorted(lengths, reverse=True):
+        rows[f"student, fixed K = {K}"] = score(start, quality, judge, s, K)
+        rows[f"policy, fixed K = {K}"] = score(policy, quality, judge, s, K)
+    print(f"\nRL, without exploration:\n{'':24}{'quality':>8}{'reward':>8}{'steps':>13}{'Fréchet distance':>18}")
+    for name, r in rows.items():
+        print(f"{name:24}{r['quality']:8.3f}{r['reward']:8.3f}{r['steps']:7.1f} ± {r['steps_std']:3.1f}{r['frechet']:18.2f}")
+    return rows
 
 
 def main(argv=None):
@@ -72,11 +88,8 @@ def main(argv=None):
     models["policy"], start = train_policy(s, data, models["student"], quality, args.out, device, args.resume)
     minutes["policy"] = (time.perf_counter() - clock) / 60
     judge = maskrl.Judge(data, s, device)
-    rl = {"before": score(start, quality, judge.labels, s), "after": score(models["policy"], quality, judge.labels, s)}
-    metrics = train_distill.report(args.out, s, data, judge, models, {"rl": rl, "minutes": minutes})
-    print("\nRL, without exploration:" + "".join(
-        f"\n{when:8} quality {r['quality']:.3f}, reward {r['reward']:.3f}, steps {r['steps']:.1f} ± {r['steps_std']:.1f}" for when, r in rl.items()))
-    return metrics
+    rl = compare_schedules(start, models["policy"], quality, judge, s)
+    return train_distill.report(args.out, s, data, judge, models, {"rl": rl, "minutes": minutes})
 
 
 if __name__ == "__main__":
