@@ -1070,7 +1070,7 @@ class Critic(nn.Module):
         self.classify = nn.Linear(64, outputs)
 
     def forward(self, images):
-        features = self.body(images.clamp(-1, 1))  # or a generator would be paid for colours that no image has
+        features = self.body(images.clamp(-1, 1))  # no pay for colours that no image has
         return features, self.classify(features)
 
     def quality(self, images, labels):
