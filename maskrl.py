@@ -22,6 +22,7 @@ import os
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -90,6 +91,10 @@ class Settings:
     aux_lr: float = option(1.2e-3, "the same, of the auxiliary network")
     aux_updates: int = option(2, "auxiliary updates per student update")
     student_ema: float = option(0.98, "as ema, of the student")
+    gsim_terms: str = option("L1+L2", "of the GSIM loss; one alone is for ablations", ("L1+L2", "L1", "L2"))
+    gsim_masks: str = option("uniform", "mask ratios of GSIM, see random_mask", ("uniform", "mar", "mixed"))
+    gsim_units: str = option("velocity", "in which GSIM compares the scores, a weight over t", ("velocity", "eps"))
+    distance: str = option("huber", "d of GSIM: pseudo-Huber or squared", ("huber", "squared"))
     huber: float = option(1e-5, "r of the pseudo-Huber distance sqrt(|y|^2 + r^2) - r")
     noise_ratio: float = option(5.0, "the student starts at the time tau with sigma_tau / alpha_tau = this")
     # RL
@@ -728,7 +733,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
 
     steps: K of the cosine schedule; None: the model's schedule policy if it has one, else settings.steps.
     guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
-    denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c).
+    denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c); (50, 5): annealed linearly from
+    the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
     temperature: of the chain's noise.  explore: sigma of the token policy N(g(z, c), sigma^2) (section 10).
     order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
     Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
@@ -741,7 +747,9 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     order, z = drawn_order if order is None else order, drawn_z if z is None else z
     policy = model.schedule if steps is None else None
     fixed = None if policy else reveal_counts(L, s.steps if steps is None else steps)
-    chain = Diffusion(denoise_steps) if denoise_steps != 1 else None
+    first, last = denoise_steps if isinstance(denoise_steps, tuple) else (denoise_steps, denoise_steps)
+    if policy and first != last:
+        raise InputError("annealed denoising steps need a fixed number of iterations: give --steps")
 
     rank = order.argsort(1)
     tokens = torch.zeros(B, L, D, device=device)
@@ -762,6 +770,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         reveal = mask & (rank >= (hidden - count)[:, None])
 
         fill = mask if trace is True else reveal  # a full trace shows the whole predicted image
+        share = 0 if policy else len(record["counts"]) / max(1, len(fixed) - 1)
+        chain = None if denoise_steps == 1 else Diffusion(round(first + (last - first) * share))
         if chain is None:
             predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
         elif guidance == 1:
@@ -817,22 +827,23 @@ def squared(y):
     return y.square().sum(-1), 2 * y
 
 
-def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber):
+def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber, terms="L1+L2", units="velocity"):
     """GSIM (MARVAL, gradient equivalence theorem): [N] per token, for the student's tokens x_0 = g(z, c) [N, D].
 
         L = L1 + L2,   L1 = -d'(y_t)^T (s_q - grad log p(x_t | x_0)),   L2 = d(y_t),   y_t = s_q - s_p
 
     eps_q, eps_p: functions (x_t, t) -> eps [N, D] of the student's own score and the teacher's guided score; their
     parameters must be frozen, but gradient must pass to x_t, in y_t and in d'(y_t) too. t [N] on 0...999, eps [N, D].
-    Differs from the paper: y and the residual are scaled by sigma_t / alpha_t, so that both are differences of
-    velocities. For each t that is the theorem with the distance d(sigma_t / alpha_t y), and it trains far better
-    than eps units, which forget high noise, where tokens agree with each other (README)."""
-    alpha, _ = BASE.alpha_sigma(t)
+    terms: L1+L2; one alone for ablations, whose gradient is not the divergence's (with a squared d, L1 is SiD, alpha = 1).
+    units: velocity scales y and the residual by sigma_t / alpha_t, so that both are differences of velocities; eps by
+    sigma_t. For each t that is the theorem with the distance d(scale y), a choice the paper leaves open (w(t)); eps
+    units forget high noise, where tokens agree with each other (README)."""
     x_t = BASE.q_sample(x_0, t, eps)
     e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
-    d, d_prime = distance((e_p - e_q) / alpha)  # sigma / alpha (s_q - s_p) = (eps_p - eps_q) / alpha
-    L1 = -(d_prime * (eps - e_q) / alpha).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
-    return L1 + d
+    scale = 1 / BASE.alpha_sigma(t)[0] if units == "velocity" else 1.0
+    d, d_prime = distance(scale * (e_p - e_q))  # sigma (s_q - s_p) = eps_p - eps_q
+    L1 = -(d_prime * scale * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
+    return ("L1" in terms) * L1 + ("L2" in terms) * d
 
 
 def gsim_times(n, generator, device):
@@ -847,7 +858,7 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
     network learns the score of the student's samples, aux_updates times; then the student takes its step. Contexts
     are the costly part, so every hidden token is drawn `draws` times from each."""
     s, (B, L, D), device = student.settings, x.shape, x.device
-    mask = random_mask(B, L, "uniform", generator, device)  # the student meets every stage at generation
+    mask = random_mask(B, L, s.gsim_masks, generator, device)  # uniform: the student meets every stage at generation
     N = int(mask.sum()) * s.draws
     noise = lambda: torch.randn(N, D, generator=generator).to(device)
     times = lambda: gsim_times(N, generator, device)
@@ -869,8 +880,9 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
     head = guided(teacher.head, c_p, c_null, at_hidden(scale))
     x_0 = one_step(student.head, noise(), c, s.noise_ratio)
     aux.requires_grad_(False)  # its parameters are frozen here, but gradient passes through it to x_t
+    distance = squared if s.distance == "squared" else lambda y: pseudo_huber(y, s.huber)
     loss = gsim_loss(x_0, times(), noise(), lambda x_t, t: aux.head.eps(x_t, t, c_q),
-                     lambda x_t, t: head(x_t, t).chunk(2, -1)[0], lambda y: pseudo_huber(y, s.huber)).mean()
+                     lambda x_t, t: head(x_t, t).chunk(2, -1)[0], distance, s.gsim_terms, s.gsim_units).mean()
     norm = descend(loss, optimizers["student"])
     aux.requires_grad_(True)
     return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
@@ -1124,8 +1136,22 @@ def frechet_distance(a, b):
     return float((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross)
 
 
+def precision_recall(real, fake, k=3):
+    """Share of `fake` features [M, F] inside the manifold of `real` [N, F], and of real inside fake's (1904.06991).
+
+    A manifold is the union of balls around its points, each reaching to the k-th nearest other point."""
+    reach = lambda b: torch.cdist(b, b).kthvalue(min(k + 1, len(b))).values  # the nearest point of all is itself
+    inside = lambda a, b: float((torch.cdist(a, b) <= reach(b)).any(1).float().mean())
+    return inside(fake, real), inside(real, fake)
+
+
+def diversity(features, labels):
+    """Mean distance between two images of the same class in feature space, averaged over the classes: 0 = one image a class."""
+    return float(torch.stack([F.pdist(features[labels == y]).mean() for y in labels.unique()]).nanmean())
+
+
 class Judge:
-    """Class accuracy and Fréchet distance on the features of a network that nothing trains on.
+    """What reports are written by, on the features of a network that nothing trains on.
 
     Every row has the same number n of class-balanced images, and is compared with `halves` reference draws of n
     real held-out images; the row `real` compares each with the other half of its draw."""
@@ -1145,10 +1171,14 @@ class Judge:
         return torch.cat([f for f, _ in out]), torch.cat([y for _, y in out])
 
     def row(self, pairs):
-        """accuracy, frechet and its spread (std) of [(features, class logits), ...], one for each reference draw."""
+        """Class accuracy, frechet and its spread (std) of [(features, class logits), ...], one for each reference draw;
+        precision, recall and within-class diversity (1 = as diverse as real images) against the first draw."""
         distances = torch.tensor([frechet_distance(features, ref) for (features, _), ref in zip(pairs, self.references)])
         accuracy = torch.stack([(logits.argmax(1) == self.labels).float().mean() for _, logits in pairs]).mean()
-        return {"accuracy": float(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std())}
+        features, real = pairs[0][0], self.references[0]
+        precision, recall = precision_recall(real, features)
+        return {"accuracy": float(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std()),
+                "precision": precision, "recall": recall, "diversity": diversity(features, self.labels) / diversity(real, self.labels)}
 
     def __call__(self, images):
         """The row of images [n, 3, S, S] of classes `self.labels`."""
@@ -1244,12 +1274,30 @@ def weight_decay_groups(model, decay=0.02):
     return [{"params": [p for d, p in named if d], "weight_decay": decay}, {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
 
 
-def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250):
+class Progress:
+    """A yardstick for training that is not the judge: measure(model) -> Fréchet distance on the reward network's features,
+    of n images from fixed labels, order and noise to as many training images. Lower is better; the loss says nothing.
+
+    It compares moments of one run; n is too small for more, and the reward network is what RL trains on."""
+
+    def __init__(self, critic, data, s, device, n=512):
+        self.critic, self.s, self.device = critic, s, device
+        self.labels = torch.arange(n, device=device) % len(data.classes)
+        self.reference = torch.cat([critic(x.to(device))[0] for x in data.some().split(512)])
+
+    def __call__(self, model, **how):
+        images = to_images(generate(model, self.labels, **how, seed=(self.s.seed, "progress")), self.s)
+        return frechet_distance(self.critic(images)[0], self.reference)
+
+
+def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, measure=None):
     """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
 
     state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
+    measure: function ema -> float, asked ten times; the EMA weights with the lowest value are kept at the end.
     A non-finite loss stops with the step, and leaves a checkpoint of the last finite weights."""
     path, ema, state, start = Path(path), ema or model, state or {}, 0
+    best = {"value": math.inf, "weights": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     if resume and path.exists():
         content = read_checkpoint(path, kind)
@@ -1257,10 +1305,15 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
         ema.load_state_dict(content["model_ema"])
         start = content["step"]
         for name, value in (content["training"] or {}).items():
-            state[name].load_state_dict(value)
+            best.update(value) if name == "best" else state[name].load_state_dict(value)
+
+    def write(step, metrics):
+        if log:
+            with open(log, "a") as file:
+                file.write(json.dumps({"stage": kind, "step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
 
     def save(step):
-        training = None if step == iters else {name: value.state_dict() for name, value in state.items()}
+        training = None if step == iters else {name: value.state_dict() for name, value in state.items()} | {"best": best}
         save_checkpoint(path, kind, model, ema, step, training)
 
     bar = tqdm(range(start, iters), kind, iters, initial=start, mininterval=1)
@@ -1272,9 +1325,14 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
             raise NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. Start afresh in another --out with a lower learning rate") from None
         if step % max(1, iters // 200) == 0 or step == iters - 1:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            if log:
-                with open(log, "a") as file:
-                    file.write(json.dumps({"stage": kind, "step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+            write(step, metrics)
+        if measure and (step + 1) * 10 // iters > step * 10 // iters:
+            value = measure(ema)
+            write(step, {"progress": value})
+            if value < best["value"]:
+                best = {"value": value, "step": step, "weights": deepcopy(ema.state_dict())}
+            if step + 1 == iters:
+                ema.load_state_dict(best["weights"])
         if (step + 1) % every == 0 or step + 1 == iters:
             save(step + 1)
     return ema

@@ -5,7 +5,7 @@
     python train_distill.py --teacher runs/demo/teacher.pt     # distil a teacher that is there already
     python train_distill.py --resume --out runs/photos         # go on after an interruption
 
-Writes teacher.pt, student.pt, log.jsonl, samples.png and metrics.json into --out.
+Writes teacher.pt, student.pt, log.jsonl, samples.png, neighbours.png, curves.png and metrics.json into --out.
 """
 
 import argparse
@@ -52,8 +52,10 @@ def train_teacher(s, data, out, device, resume=False):
                         {"optimizer": optimizer, "rate": rate}, out / "log.jsonl", resume)
 
 
-def train_student(s, data, teacher, out, device, resume=False):
-    """GSIM: student and auxiliary network both start as the teacher. Returns the EMA student."""
+def train_student(s, data, teacher, out, device, resume=False, progress=None, distil=maskrl.gsim_update):
+    """GSIM: student and auxiliary network both start as the teacher. Returns the EMA student, the best by `progress`.
+
+    distil: the update, called as gsim_update is; another one is for rivals."""
     student = deepcopy(teacher).requires_grad_(True)
     student.settings = s
     aux, ema = deepcopy(student), deepcopy(student).requires_grad_(False)
@@ -66,19 +68,20 @@ def train_student(s, data, teacher, out, device, resume=False):
     def update(step):
         g = maskrl.rng(s.seed, "gsim", step)
         x, labels = data.train.batch(s.gsim_batch, g, device, s.flip)
-        metrics = maskrl.gsim_update(teacher, student, aux, maskrl.to_tokens(x, s), labels, optimizers, g)
+        metrics = distil(teacher, student, aux, maskrl.to_tokens(x, s), labels, optimizers, g)
         rates["student"].step(), rates["aux"].step()
         maskrl.update_ema(ema, student, step, s.student_ema)
         return metrics
 
-    return maskrl.train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume)
+    return maskrl.train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume,
+                        measure=progress and (lambda ema: progress(ema, denoise_steps=1)))
 
 
-# The report: one table by the judge, one picture --------------------------------------------------------
+# The report: one table by the judge, three pictures -----------------------------------------------------
 
 
 def report(out, s, data, judge, models, extra=None):
-    """Judge every generator on the same classes and noise, time them side by side, write metrics.json and samples.png.
+    """Judge every generator on the same classes and noise, time them side by side, write metrics.json and the pictures.
 
     models: any of teacher, student, policy. Adds real images, an untrained model, and the one-step start: the
     teacher's weights asked for one step, before GSIM."""
@@ -109,6 +112,11 @@ def report(out, s, data, judge, models, extra=None):
     for name in ways:
         rows[name]["seconds_per_image"] = sorted(times[name][1:])[1]
 
+    held_out, rows["real"]["nearest"] = images["real"][:500], 1.0
+    typical = nearest(held_out, data)[1].median()  # from held-out real images to the training image next to them
+    for name in ways:
+        rows[name]["nearest"] = float(nearest(images[name][:: max(1, len(images[name]) // 500)], data)[1].median() / typical)
+
     metrics = {"n": len(judge.labels), "rows": rows, "hardware": hardware(device), "settings": asdict(s)} | (extra or {})
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     shown = [(judge.labels == y).nonzero().flatten().tolist()[:2] for y in judge.labels.unique()[:12]]
@@ -116,14 +124,54 @@ def report(out, s, data, judge, models, extra=None):
     captions = {"real": "real"} | {name: f"{name}: {row['steps']:.1f} x {row['denoise_steps']} steps, "
                                    f"{1000 * row['seconds_per_image']:.1f} ms per image" for name, row in rows.items() if name in ways}
     labelled_rows(out / "samples.png", {captions[k]: images[k][pick] for k in captions if k != "untrained"}, len(shown))
+    last = list(ways)[-1]
+    first = images[last][pick[: len(shown)]]
+    labelled_rows(out / "neighbours.png", {last: first, "its nearest training images": nearest(first, data)[0]}, len(shown))
+    curves(out)
 
     print(f"\nBy the judge, n = {metrics['n']} per row, seed {s.seed}, {metrics['hardware']}:")
-    print(f"{'':16}{'class accuracy':>15}{'Fréchet distance':>18}{'steps':>14}{'ms/image':>10}")
+    print(f"{'':16}{'class accuracy':>15}{'Fréchet distance':>18}{'precision':>11}{'recall':>8}{'diversity':>11}{'nearest':>9}"
+          f"{'steps':>14}{'ms/image':>10}")
     for name, row in rows.items():
-        cost = f"{row['steps']:7.1f} x {row['denoise_steps']:<4}{1000 * row['seconds_per_image']:10.2f}" if name in ways else ""
-        print(f"{name:16}{row['accuracy']:15.3f}{row['frechet']:11.2f} ± {row['frechet_std']:4.2f}{cost}")
-    print(f"\nPictures: {out / 'samples.png'}, figures: {out / 'metrics.json'}")
+        cost = f"{row['steps']:8.1f} x {row['denoise_steps']:<4}{1000 * row['seconds_per_image']:9.2f}" if name in ways else ""
+        print(f"{name:16}{row['accuracy']:15.3f}{row['frechet']:11.2f} ± {row['frechet_std']:4.2f}{row['precision']:11.3f}"
+              f"{row['recall']:8.3f}{row['diversity']:11.3f}{row['nearest']:9.2f}{cost}")
+    print("diversity: within classes; nearest: distance to the nearest training image; of both, 1 = as real held-out images")
+    print(f"\nPictures: {out / 'samples.png'}, neighbours.png, curves.png; figures: {out / 'metrics.json'}")
     return metrics
+
+
+def nearest(images, data):
+    """The training image next to each of `images` [N, 3, S, S] in [-1, 1], and its distance (root mean square, in pixels)."""
+    train = data.some()
+    distance, index = torch.cdist(images.clamp(-1, 1).flatten(1), train.flatten(1)).min(1)
+    return train[index], distance / images[0].numel() ** 0.5
+
+
+def curves(out):
+    """curves.png from log.jsonl: what was logged of every stage, one row a stage; needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no curves.png: pip install matplotlib")
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
+    keys = {"teacher": ["loss"], "student": ["aux_loss", "progress"], "policy": ["reward", "quality", "steps", "kl"]}
+    stages = [stage for stage in keys if any(line["stage"] == stage for line in lines)]
+    if not stages:
+        return
+    figure, axes = plt.subplots(len(stages), 4, figsize=(13, 2.6 * len(stages)), squeeze=False, layout="constrained")
+    for stage, row in zip(stages, axes):
+        for key, axis in zip(keys[stage] + [None] * 4, row):
+            axis.set_visible(key is not None)
+            points = {line["step"]: line[key] for line in lines if line["stage"] == stage and key in line}  # resumed: the last counts
+            axis.plot(points.keys(), points.values(), ".-" if key == "progress" else "-", markersize=5, linewidth=1)
+            axis.set_title(f"{stage}: " + {"progress": "Fréchet distance, reward's features"}.get(key, str(key)), fontsize=9)
+            if key == "progress":
+                axis.set_yscale("log")
+    figure.savefig(out / "curves.png", dpi=80)
+    plt.close(figure)
 
 
 def in_batches(model, labels, how, seed, name, size=256):
@@ -178,24 +226,27 @@ def begin(args, names, base=None):
 
 
 def make(args, s, data, device):
-    """Teacher (unless one is given) and student; {name: model} and the minutes that each took."""
-    minutes, start = {}, time.perf_counter()
+    """Teacher (unless one is given), student and reward network; {name: model}, the network, the minutes that each took."""
+    start = time.perf_counter()
+    critic = maskrl.train_critic("reward", data.train, s, device)
+    progress = maskrl.Progress(critic, data, s, device)
+    minutes, start = {"reward": (time.perf_counter() - start) / 60}, time.perf_counter()
     if args.teacher:
         teacher = maskrl.load_checkpoint(args.teacher, "teacher", device)
     else:
         teacher = train_teacher(s, data, args.out, device, args.resume)
         minutes["teacher"] = (time.perf_counter() - start) / 60
     start = time.perf_counter()
-    student = train_student(s, data, teacher, args.out, device, args.resume)
+    student = train_student(s, data, teacher, args.out, device, args.resume, progress)
     minutes["student"] = (time.perf_counter() - start) / 60
-    return {"teacher": teacher, "student": student}, minutes
+    return {"teacher": teacher, "student": student}, critic, minutes
 
 
 def main(argv=None):
     args = options(__doc__).parse_args(argv)
     base = maskrl.read_checkpoint(args.teacher, "teacher") if args.teacher else None
     s, data, device = begin(args, ["student.pt", "teacher.pt"], base)
-    models, minutes = make(args, s, data, device)
+    models, _, minutes = make(args, s, data, device)
     judge = maskrl.Judge(data, s, device)
     return report(args.out, s, data, judge, models, {"minutes": minutes})
 

@@ -75,15 +75,16 @@ def main(argv=None):
     if args.student:
         beside = args.teacher or args.student.with_name("teacher.pt")
         models, minutes = {"student": maskrl.load_checkpoint(args.student, "student", device)}, {}
+        critic = maskrl.train_critic("reward", data.train, s, device)
         if args.teacher or beside.exists():  # for the report alone
             models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
             if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in maskrl.SHAPE):
                 raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
     else:
         print("no --student given: making " + ("a student" if args.teacher else "a teacher and a student") + " first")
-        models, minutes = train_distill.make(args, s, data, device)
+        models, critic, minutes = train_distill.make(args, s, data, device)
 
-    quality = maskrl.train_critic("reward", data.train, s, device).quality
+    quality = critic.quality
     clock = time.perf_counter()
     models["policy"], start = train_policy(s, data, models["student"], quality, args.out, device, args.resume)
     minutes["policy"] = (time.perf_counter() - clock) / 60

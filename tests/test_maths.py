@@ -1,6 +1,7 @@
 """Statements about the mathematics, in the order of maskrl.py."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -159,6 +160,13 @@ def test_same_seed_same_samples(model, how):
     assert trace.counts.sum(1).tolist() == [16] * 4
 
 
+def test_denoising_steps_are_annealed_from_the_first_iteration_to_the_last(model, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(maskrl, "Diffusion", lambda n: lengths.append(n) or maskrl.BASE.__class__(n))
+    maskrl.generate(model, torch.tensor([0]), steps=4, denoise_steps=(8, 2))
+    assert lengths == [8, 6, 4, 2]
+
+
 def test_a_trace_agrees_with_what_was_generated(model):
     maskrl.add_schedule(model)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -217,15 +225,17 @@ def grid(n=121, width=7.0):
     return u.reshape(-1, 1), v.reshape(-1, 1), ((w[:, None] * w) / w.sum() ** 2).flatten()
 
 
-def divergence(theta, eps_p, distance):
-    """sum over t of E d(sigma_t / alpha_t (s_q - s_p)) for the student N(theta_0, theta_1^2), its exact score, by quadrature."""
+def divergence(theta, eps_p, distance, units="velocity"):
+    """sum over t of E d(sigma_t / alpha_t (s_q - s_p)) for the student N(theta_0, theta_1^2), its exact score, by quadrature.
+
+    In eps units it is E d(sigma_t (s_q - s_p))."""
     u, v, w = grid()
     total = 0.0
     for t in TIMES:
         t = t.repeat(len(u))
         alpha, sigma = (x.double() for x in BASE.alpha_sigma(t))
         x_t = alpha * (theta[0] + theta[1] * u) + sigma * v
-        total = total + (w * distance((eps_p(x_t, t) - gaussian_eps(theta[0], theta[1])(x_t, t)) / alpha)[0]).sum()
+        total = total + (w * distance((eps_p(x_t, t) - gaussian_eps(theta[0], theta[1])(x_t, t)) / (alpha if units == "velocity" else 1))[0]).sum()
     return total
 
 
@@ -241,33 +251,26 @@ def gsim_gradient(theta, eps_p, distance, score_gradient=False, loss=maskrl.gsim
     return torch.autograd.grad(total, theta)[0]
 
 
+@pytest.mark.parametrize("units", ["velocity", "eps"])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_gradient_equivalence_theorem(teacher, distance):
+def test_gradient_equivalence_theorem(teacher, distance, units):
     """The gradient of L1 + L2 is that of the divergence, although no gradient enters the student's score function."""
     theta = torch.tensor([-0.1, 0.8], dtype=torch.float64, requires_grad=True)
-    exact = torch.autograd.grad(divergence(theta, TEACHERS[teacher], DISTANCES[distance]), theta)[0]
-    ours = gsim_gradient(theta.detach(), TEACHERS[teacher], DISTANCES[distance])
+    exact = torch.autograd.grad(divergence(theta, TEACHERS[teacher], DISTANCES[distance], units), theta)[0]
+    ours = gsim_gradient(theta.detach(), TEACHERS[teacher], DISTANCES[distance], loss=partial(maskrl.gsim_loss, units=units))
     assert (ours - exact).norm() < 1e-2 * exact.norm()
 
 
 def wrong_losses():
     """gsim_loss with one thing wrong, each of which must break the theorem."""
 
-    def variant(l1=1.0, l2=1.0, detach_x=False, detach_d=False):
-        def loss(x_0, t, eps, eps_q, eps_p, distance):
-            x_t = BASE.q_sample(x_0.detach() if detach_x else x_0, t, eps)
-            e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
-            alpha, _ = BASE.alpha_sigma(t)
-            d, d_prime = distance((e_p - e_q) / alpha)
-            d_prime = d_prime.detach() if detach_d else d_prime
-            L1 = -(d_prime * (eps - e_q) / alpha).sum(-1)
-            return l1 * L1 + l2 * d + 0 * x_0.sum()
-
-        return loss
-
-    return {"L1 dropped": variant(l1=0.0), "L2 dropped": variant(l2=0.0), "sign of L1": variant(l1=-1.0),
-            "x_t detached": variant(detach_x=True), "d' detached": variant(detach_d=True)}
+    gsim = maskrl.gsim_loss
+    only = lambda terms: lambda *args: gsim(*args, terms=terms)
+    detached = lambda distance: lambda y: (distance(y)[0], distance(y)[1].detach())
+    return {"L1 dropped": only("L2"), "L2 dropped": only("L1"), "sign of L1": lambda *args: 2 * only("L2")(*args) - gsim(*args),
+            "x_t detached": lambda x_0, *args: gsim(x_0.detach(), *args) + 0 * x_0.sum(),
+            "d' detached": lambda *args: gsim(*args[:-1], detached(args[-1]))}
 
 
 @pytest.mark.parametrize("wrong", wrong_losses())
@@ -481,6 +484,20 @@ def test_frechet_distance_of_two_gaussians():
     assert maskrl.frechet_distance(a, a) < 1e-6
 
 
+def test_precision_and_recall_tell_a_collapse_from_garbage():
+    real, same, labels = torch.randn(600, 4), torch.randn(600, 4), torch.arange(600) % 3
+    precision, recall = maskrl.precision_recall(real, same)
+    assert precision > 0.9 and recall > 0.9
+    collapsed = same[labels] + 0.01 * torch.randn(600, 4)  # three images, again and again: all good, few covered
+    precision, recall = maskrl.precision_recall(real, collapsed)
+    assert precision > 0.6 and recall < 0.1
+    precision, recall = maskrl.precision_recall(real, 4 * same)  # too wide: most are not real, but they surround all
+    assert precision < 0.4
+    assert maskrl.diversity(collapsed, labels) < 0.02 * maskrl.diversity(same, labels)
+    x = torch.tensor([[0.0], [1.0], [5.0], [8.0]])  # classes 0, 0, 1, 1: distances 1 and 3
+    assert maskrl.diversity(x, torch.tensor([0, 0, 1, 1])) == 2
+
+
 def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
     labels = torch.arange(3).repeat(400)
     x = labels[:, None, None, None].float().expand(-1, 3, 8, 8) / 3
@@ -522,6 +539,21 @@ def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels()
 
 
 # Training
+
+
+def test_training_keeps_the_weights_that_measured_best(tmp_path, model):
+    """The yardstick is lowest after the fourth of ten updates; those weights come back, though training went on."""
+    bias = model.decoder_norm.bias
+
+    def update(step):
+        bias.data.fill_(step)
+        return {"loss": 0.0}
+
+    maskrl.train("student", tmp_path / "student.pt", 10, update, model, log=tmp_path / "log.jsonl",
+                 measure=lambda ema: abs(float(ema.decoder_norm.bias[0]) - 3.2))
+    assert (model.decoder_norm.bias == 3).all()
+    assert (maskrl.load_checkpoint(tmp_path / "student.pt").decoder_norm.bias == 3).all()
+    assert sum("progress" in line for line in (tmp_path / "log.jsonl").read_text().splitlines()) == 10
 
 
 def test_ema_follows_at_once_and_then_ever_more_slowly():
