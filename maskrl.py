@@ -20,6 +20,7 @@ import json
 import math
 import os
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -103,17 +104,26 @@ class Settings:
     schedule_lr: float = option(1e-3, "AdamW, of the schedule policy")
     prompts: int = option(16, "groups per policy update")
     group: int = option(8, "G, rollouts per group; they share class, order and z")
+    rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all", ("critical", "random", "first", "all"))
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
+    rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy gradient), all that are hidden, "
+                            "or all under a fresh mask (surrogates)", ("revealed", "hidden", "fresh"))
+    rl_epochs: int = option(1, "updates per rollout; from the second on, ratios leave 1 and are clipped")
     explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
-    clip_ratio: float = option(0.2, "epsilon of the clipped ratio; idle while there is one update per rollout, whose ratios are 1")
+    route: float = option(0.0, "T: the less uncertain half of the prompts explores 1 + T exp(-H) times as much; 0 = no routing")
+    baseline: str = option("mean", "of the advantage: mean of the group, or of its other rollouts (leave-one-out)", ("mean", "others"))
+    normalise: bool = option(True, "divide the advantage by the group's std")
+    quality_floor: float = option(0.0, "rollouts of lower quality are left out; groups without any spread always are")
+    clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
     beta: float = option(0.03, "weight of KL(policy || student)")
+    learn_steps: bool = option(True, "learn a schedule policy; off: the fixed cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
     # reward and judge
     judge_iters: int = option(400, "updates of the reward network, and of the judge")
     judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
 
     def __post_init__(self):
-        for name in "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters prompts critical_steps judge_iters".split():
+        for name in "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters rl_epochs prompts critical_steps judge_iters".split():
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.group < 2 or self.explore <= 0:
@@ -258,27 +268,57 @@ class Data:
         return s if s.scale else replace(s, mean=round(float(x.mean()), 4), scale=round(float(1 / x.std().clamp(min=1e-3)), 4))
 
 
+def shape_masks(x, y, r, size):
+    """Share of every pixel inside each of the FORMS [N, 4, size, size], for centres x, y and radii r [N] as shares of the image."""
+    grid = (torch.arange(size, device=x.device) + 0.5) / size
+    dx, dy, r = grid - x[:, None, None], grid[:, None] - y[:, None, None], r[:, None, None]
+    circle = (dx**2 + dy**2).sqrt() - r  # signed distances, negative inside
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
+    triangle = torch.maximum(dy + 0 * dx, 0.866 * dx.abs() - 0.5 * dy) - 0.6 * r
+    ring = (circle + 0.25 * r).abs() - 0.25 * r
+    return (0.5 - torch.stack([circle, square, triangle, ring], 1) * size).clamp(0, 1)
+
+
 def draw_shapes(labels, size, difficulty=0, generator=None):
     """Draw shape `labels % n_forms` in colour `labels // n_forms`: uint8 [N, 3, size, size], antialiased.
 
     Difficulty 0: circle, square, triangle x 3 colours, dark grey backgrounds, centres within +-0.1 of the middle.
     Difficulty 1: ring and yellow too, coloured backgrounds, centres within +-0.2."""
     n, forms = len(labels), 3 + difficulty
-    u = torch.rand(n, 6, 1, 1, generator=generator)
-    jitter = 0.1 * (1 + difficulty)
-    grid = (torch.arange(size) + 0.5) / size
-    dx = grid - (0.5 + jitter * (2 * u[:, 0] - 1))  # [n, 1, size]
-    dy = grid[:, None] - (0.5 + jitter * (2 * u[:, 1] - 1))  # [n, size, 1]
-    r = 0.22 + 0.10 * u[:, 2]
-    circle = (dx**2 + dy**2).sqrt() - r  # signed distances, negative inside
-    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
-    triangle = torch.maximum(dy + 0 * dx, 0.866 * dx.abs() - 0.5 * dy) - 0.6 * r
-    ring = (circle + 0.25 * r).abs() - 0.25 * r
-    distance = torch.stack([circle, square, triangle, ring], 1)[torch.arange(n), labels % forms]
-    inside = (0.5 - distance * size).clamp(0, 1)[:, None]
+    u = torch.rand(n, 6, generator=generator)
+    x, y = 0.5 + 0.1 * (1 + difficulty) * (2 * u[:, :2] - 1).T
+    inside = shape_masks(x, y, 0.22 + 0.10 * u[:, 2], size)[torch.arange(n), labels % forms][:, None]
     paint = torch.tensor(list(COLOURS.values())).float()[labels // forms][:, :, None, None]
-    ground = 51 * u[:, 3:] if difficulty else 51 * u[:, 3:4]
+    ground = 51 * (u[:, 3:] if difficulty else u[:, 3:4])[:, :, None, None]
     return (inside * paint + (1 - inside) * ground).round().to(torch.uint8)
+
+
+class ShapeFit:
+    """A reward that nobody has to learn: how well an image is *some* shape of its class, exp(-e / 0.04) in (0, 1].
+
+    e: root mean square difference, in units of the 0...1 pixel range, to the nearest of 4,851 shapes of the right form and colour
+    (21 x 21 places, 11 sizes), each on the flat background that suits the image best, found in closed form. Differentiable."""
+
+    def __init__(self, size, difficulty, device):
+        self.forms = 3 + difficulty
+        place = 0.5 + 0.1 * (1 + difficulty) * torch.linspace(-1, 1, 21, device=device)
+        x, y, r = torch.cartesian_prod(place, place, torch.linspace(0.22, 0.32, 11, device=device)).T
+        self.masks = shape_masks(x, y, r, size).flatten(2).permute(1, 2, 0)  # [4, pixels, N]
+        self.paint = torch.tensor(list(COLOURS.values()), device=device) / 255
+
+    def __call__(self, images, labels):
+        """Quality [B] of images [B, 3, S, S] in [-1, 1] of the classes `labels` [B]."""
+        pixels, e = (images.clamp(-1, 1) + 1).flatten(2) / 2, torch.zeros(len(images), device=images.device)
+        for form in range(self.forms):
+            m, rows = self.masks[form], (labels % self.forms == form).nonzero().squeeze(1)
+            p = self.paint[labels[rows] // self.forms][:, :, None]  # [b, 3, 1]
+            x = pixels[rows]
+            x_m, x_1, x_x = x @ m, x.sum(2, keepdim=True), x.square().sum(2, keepdim=True)  # [b, 3, N or 1]
+            m_m, m_1, area = m.square().sum(0), m.sum(0), len(m)
+            ground = ((x_1 - x_m - p * (m_1 - m_m)) / (area - 2 * m_1 + m_m)).clamp(0, 0.2)  # least squares
+            error = (x_x - 2 * p * x_m + p**2 * m_m - 2 * ground * (x_1 - x_m - p * (m_1 - m_m)) + ground**2 * (area - 2 * m_1 + m_m))
+            e = e.index_put((rows,), (error.sum(1).min(1).values / (3 * area)).clamp(min=1e-8).sqrt())
+        return torch.exp(-e / 0.04)
 
 
 def load_data(s):
@@ -705,6 +745,7 @@ class Trace:
 
     order: torch.Tensor  # [B, L]
     z: torch.Tensor  # [B, L, D] the noise that each token came from
+    means: torch.Tensor  # [B, L, D] each token as it was predicted when it was revealed, before exploration noise
     counts: torch.Tensor  # [B, T] tokens revealed
     predictions: torch.Tensor  # [B, T, L, D] the full image predicted at each step, before revealing; or None
     states: torch.Tensor  # [B, T, W + 1] what the schedule policy saw
@@ -735,7 +776,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
     denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c); (50, 5): annealed linearly from
     the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
-    temperature: of the chain's noise.  explore: sigma of the token policy N(g(z, c), sigma^2) (section 10).
+    temperature: of the chain's noise.  explore: sigma, a number or [B], of the token policy N(g(z, c), sigma^2) (section 10).
     order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
     Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
     if denoise_steps == 1 and guidance != 1:
@@ -752,7 +793,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         raise InputError("annealed denoising steps need a fixed number of iterations: give --steps")
 
     rank = order.argsort(1)
-    tokens = torch.zeros(B, L, D, device=device)
+    tokens, means = torch.zeros(2, B, L, D, device=device)
+    explore = torch.as_tensor(explore, device=device).expand(B)[:, None, None]
     hidden = torch.full((B,), L, device=device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
     bar = tqdm(total=B * L, desc="tokens", disable=not progress, leave=False)
@@ -784,8 +826,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
             predicted = chain.sample(head, z[fill], g, temperature, s.clip_range)
         image = tokens.clone()
         image[fill] = predicted
-        noise = explore * torch.randn(B, L, D, generator=g, device=device) if explore else 0.0
-        tokens = torch.where(reveal[..., None], image + noise, tokens)
+        noise = explore * torch.randn(B, L, D, generator=g, device=device) if explore.any() else 0.0
+        tokens, means = torch.where(reveal[..., None], image + noise, tokens), torch.where(reveal[..., None], image, means)
         hidden = hidden - count
         bar.update(int(count.sum()))
         record["counts"].append(count)
@@ -797,7 +839,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     bar.close()
     if not trace:
         return tokens
-    return tokens, Trace(order, z, *(torch.stack(steps, 1) if steps else None for steps in record.values()))
+    return tokens, Trace(order, z, means, *(torch.stack(steps, 1) if steps else None for steps in record.values()))
 
 
 def guided(head, c, null, scale):
@@ -907,7 +949,7 @@ def information_gain(predictions, final, valid=None, mean=0.0):
 
 
 def critical_steps(gain, k):
-    """The k steps of largest information gain of each row, as a mask [B, K]; fewer in rows with fewer steps."""
+    """The k steps of largest gain (or of another score) of each row, as a mask [B, K]; fewer in rows with fewer steps."""
     top = gain.topk(min(k, gain.shape[1]), dim=1).indices
     return torch.zeros_like(gain, dtype=torch.bool).scatter(1, top, True) & gain.isfinite()
 
@@ -964,23 +1006,32 @@ def speed(steps, max_steps):
 # Gaussian in closed form. A group shares class, order and z, so that only the actions differ.
 
 
-def group_advantages(rewards, group):
-    """A = (R - mean) / std within each group of G consecutive rollouts [P G]; zero where all rewards are equal."""
+def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True):
+    """A = (R - baseline) / std within each group of G consecutive rollouts [P G]; zero where all rewards are equal.
+
+    keep [P G]: rollouts that count; the others get zero. baseline: the group's `mean` (GRPO), or that of the `others`, which
+    multiplies A by G / (G - 1) and makes its expected gradient exact. normalise: divide by the std (GRPO), which weighs
+    prompts alike; without it those on which little can be won count little."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
-    A = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-6)
-    return A.flatten()
+    w = torch.ones_like(R) if keep is None else rearrange(keep.to(R), "(p g) -> p g", g=group)
+    n = w.sum(1, keepdim=True).clamp(min=2)
+    A = w * (R - (w * R).sum(1, keepdim=True) / n)
+    std = (A.square().sum(1, keepdim=True) / (n - 1)).sqrt()
+    A = A * n / (n - 1) if baseline == "others" else A
+    return torch.where((std > 1e-5) & (w.sum(1, keepdim=True) > 1), A / std if normalise else A, 0.0).flatten()
 
 
 def token_log_prob(x, mean, sigma):
-    """Mean over the D channels of log N(x; mean, sigma^2) [N]: log pi of the token, divided by D.
+    """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi of the token, divided by D.
 
     The division keeps ratios tame: they are the exact ratio to the power 1/D."""
-    return (-((x - mean) / sigma).square() / 2 - math.log(sigma * math.sqrt(2 * math.pi))).mean(-1)
+    sigma = torch.as_tensor(sigma)[..., None]
+    return (-((x - mean) / sigma).square() / 2 - (sigma * math.sqrt(2 * math.pi)).log()).mean(-1)
 
 
 def token_kl(mean, mean_ref, sigma):
     """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N], in closed form, divided by D like the log-probability."""
-    return ((mean - mean_ref) / sigma).square().mean(-1) / 2
+    return ((mean - mean_ref) / torch.as_tensor(sigma)[..., None]).square().mean(-1) / 2
 
 
 def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta=0.01):
@@ -996,51 +1047,100 @@ def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta
     return -(gain - beta * kl).mean(), stats
 
 
-def rollout(model, quality, labels, group, generator_seed):
-    """G rollouts for each class of `labels` [P]: tokens, Trace, labels, quality, steps; rows of a group are consecutive."""
-    s, device = model.settings, labels.device
-    g = rng(generator_seed, "shared", device=device)
-    order = torch.rand(len(labels), model.length, generator=g, device=device).argsort(1).repeat_interleave(group, 0)
-    z = torch.randn(len(labels), model.length, model.channels, generator=g, device=device).repeat_interleave(group, 0)
-    labels = labels.repeat_interleave(group)
-    tokens, trace = generate(model, labels, denoise_steps=1, explore=s.explore, order=order, z=z, seed=generator_seed, trace=True)
-    return tokens, trace, labels, quality(to_images(tokens, s), labels)
+@torch.no_grad()
+def routing(model, labels, generator, draws=8):
+    """How much hotter each prompt explores [P], >= 1 (MaskFocus, dynamic routing): the half with the lower entropy, 1 + T exp(-H).
+
+    H >= 0: differential entropy per channel of the one-step predictions of a wholly hidden image, estimated from the
+    variance over `draws` of z as if Gaussian, above that of the exploration noise. Differs from the paper: it routes the samples
+    within a group step by step; ours share class, order and z, so they are alike at the start, and prompts are routed."""
+    s, (P,), L, D = model.settings, labels.shape, model.length, model.channels
+    mask = torch.ones(P, L, dtype=torch.bool, device=labels.device)
+    c = model.context(torch.zeros(P, L, D, device=labels.device), mask, labels)
+    z = torch.randn(draws * P * L, D, generator=generator, device=labels.device)
+    g = rearrange(one_step(model.head, z, repeat(c, "p l w -> (n p l) w", n=draws), s.noise_ratio), "(n p l) d -> n p l d", n=draws, p=P)
+    H = (g.var(0).clamp(min=1e-12).log() / 2 - math.log(s.explore)).mean((1, 2)).clamp(min=0)
+    return torch.where(H.argsort().argsort() < P // 2, 1 + s.route * torch.exp(-H), 1.0)
+
+
+def rollout(model, quality, labels, seed, full=True):
+    """G rollouts of each class of `labels` [P], G consecutive rows a group: tokens, Trace, labels, quality [P G], sigma [P G].
+
+    A group shares class, order and z, which leaves the gradient unbiased and quiets it; where routing heats a prompt, its rows
+    explore with a larger sigma, and each shuffles the order a little. full: the Trace has the predictions of every step."""
+    s, device, (P,) = model.settings, labels.device, labels.shape
+    g = rng(seed, "shared", device=device)
+    place = torch.rand(P, 1, model.length, generator=g, device=device)
+    z = torch.randn(P, model.length, model.channels, generator=g, device=device).repeat_interleave(s.group, 0)
+    heat = routing(model, labels, g) if s.route else torch.ones(P, device=device)
+    shuffle = torch.randn(P, s.group, model.length, generator=g, device=device)
+    order = (place + 0.2 * (heat[:, None, None] - 1) * shuffle).flatten(0, 1).argsort(1)
+    labels, sigma = labels.repeat_interleave(s.group), (s.explore * heat).repeat_interleave(s.group)
+    tokens, trace = generate(model, labels, denoise_steps=1, explore=sigma, order=order, z=z, seed=seed, trace=True if full else "steps")
+    return tokens, trace, labels, quality(to_images(tokens, s), labels), sigma
+
+
+def optimised_steps(trace, tokens, s, mean_image, generator):
+    """Which steps of each rollout are optimised [B, T]: K_c of its own by --rl-steps, or all."""
+    valid = trace.counts > 0
+    if s.rl_steps == "critical":
+        score = information_gain(trace.predictions, tokens, valid, mean_image)
+    else:
+        score = {"random": torch.rand(valid.shape, generator=generator).to(tokens), "first": -torch.arange(valid.shape[1]).to(tokens),
+                 "all": torch.zeros(1).to(tokens)}[s.rl_steps].expand(valid.shape).masked_fill(~valid, -math.inf)
+    return critical_steps(score, valid.shape[1] if s.rl_steps == "all" else s.critical_steps)
 
 
 def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
-    """One policy update on G rollouts of each class in `labels` [P]; {name: float} to log.
+    """G rollouts of each class in `labels` [P], then `rl_epochs` updates on them; {name: float} to log.
 
-    Tokens: the terms of the policy gradient at those revealed at each row's critical steps. With K_c >= T these are all
-    terms and exact (up to the factors 1/D and 1/std); fewer are MaskFocus' choice, made on the finished image, and biased.
-    Schedule: all its choices. Both carry the advantage of reward = quality x speed^alpha; one update per rollout."""
-    s = model.settings
-    tokens, trace, labels, q = rollout(model, quality, labels, s.group, seed)
+    Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy gradient
+    (up to the factors 1/D and 1/std); fewer steps are MaskFocus' choice, made on the finished image, and biased; `hidden` and
+    `fresh` count tokens that were not drawn from this context and are surrogates. Schedule: all its choices, by its own
+    optimiser, so that the two have no common weight. Both carry the advantage of reward = quality x speed^alpha.
+    Filter (our choice): rollouts below the quality floor, and groups without spread, take no part."""
+    s, g = model.settings, rng(seed, "update")
+    tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, s.rl_steps == "critical" or s.rl_tokens == "hidden")
     reward = q * speed(trace.steps, s.steps) ** s.alpha
-    A = group_advantages(reward, s.group)
+    A = group_advantages(reward, s.group, q >= s.quality_floor, s.baseline, s.normalise)
+    live, valid = A != 0, trace.counts > 0
+    steps = optimised_steps(trace, tokens, s, mean_image, g)
+    first = steps.float().cumprod(1).sum(1) == steps.sum(1)  # the optimised steps are simply the first ones
+    stats = {"reward": float(reward.mean()), "quality": float(q.mean()), "steps": float(trace.steps.float().mean()),
+             "spread": float(rearrange(reward, "(p g) -> p g", g=s.group).std(1).mean()), "filtered": 1 - float(live.float().mean()),
+             "not_first": 1 - float(first.float().mean())}
+    if not live.any():
+        return stats
 
-    valid = trace.counts > 0
-    critical = critical_steps(information_gain(trace.predictions, tokens, valid, mean_image), s.critical_steps)  # [B, T]
-    row, step = critical.nonzero(as_tuple=True)
-    mask, revealed = (m[row, step] for m in trace.masks())  # [M, L]
+    row, step = (steps & live[:, None]).nonzero(as_tuple=True)
+    mask, counted = (m[row, step] for m in trace.masks())  # [M, L]
+    if s.rl_tokens == "hidden":
+        counted = mask
+    elif s.rl_tokens == "fresh":
+        rank = torch.rand(mask.shape, generator=g).argsort(1).to(mask.device)
+        mask = counted = rank < mask.sum(1, keepdim=True)
     # A revealed token never changes, so the state at any step is the final image under that step's mask.
-    c = model.context(tokens[row], mask, labels[row])[revealed]
-    x, z = tokens[row][revealed], trace.z[row][revealed]
-    g_mean = one_step(model.head, z, c, s.noise_ratio)
+    means = lambda net: one_step(net.head, trace.z[row][counted], net.context(tokens[row], mask, labels[row])[counted], s.noise_ratio)
+    spread_out = lambda rows: rows[row][:, None].expand(mask.shape)[counted]  # [B] -> one for each counted token
+    x, A_token, sigma = tokens[row][counted], spread_out(A), spread_out(sigma)
     with torch.no_grad():
-        g_old = trace.predictions[row, step][revealed]
-        g_ref = one_step(reference.head, z, reference.context(tokens[row], mask, labels[row])[revealed], s.noise_ratio)
-    A_token = A[row][:, None].expand(mask.shape)[revealed]
-    loss, stats = policy_loss(token_log_prob(x, g_mean, s.explore), token_log_prob(x, g_old, s.explore), A_token,
-                              token_kl(g_mean, g_ref, s.explore), s.clip_ratio, s.beta)
-
-    choices = model.schedule.log_probs(trace.states[valid], trace.hidden()[valid])  # [N, A]
-    log_prob = choices.gather(1, trace.actions[valid][:, None]).squeeze(1)
-    schedule_loss, _ = policy_loss(log_prob, log_prob.detach(), A[:, None].expand(valid.shape)[valid])
-    norm = descend(loss, optimizers["generator"])
-    descend(schedule_loss, optimizers["schedule"])
-    first = critical.float().cumprod(1).sum(1) == critical.sum(1)  # the critical set is simply the first steps
-    return {"loss": loss.item(), "reward": float(reward.mean()), "quality": float(q.mean()),
-            "steps": float(trace.steps.float().mean()), "not_first": 1 - float(first.float().mean()), "grad_norm": norm, **stats}
+        g_ref = means(reference)
+        g_old = trace.means[row][counted] if s.rl_tokens == "revealed" else trace.predictions[row, step][counted] if s.rl_tokens == "hidden" else means(model)
+    chosen = valid & live[:, None]
+    log_old = None
+    for epoch in range(s.rl_epochs):
+        g_mean = means(model)
+        loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), token_log_prob(x, g_old, sigma), A_token,
+                                  token_kl(g_mean, g_ref, sigma), s.clip_ratio, s.beta)
+        stats |= terms | {"loss": loss.item(), "log_ratio": stats.get("log_ratio", terms["log_ratio"])}  # of the first pass
+        stats["grad_norm"] = descend(loss, optimizers["generator"])
+        if model.schedule is not None:
+            choices = model.schedule.log_probs(trace.states[chosen], trace.hidden()[chosen])  # [N, A]
+            log_prob = choices.gather(1, trace.actions[chosen][:, None]).squeeze(1)
+            log_old = log_prob.detach() if log_old is None else log_old
+            schedule_loss, _ = policy_loss(log_prob, log_old, A[:, None].expand(chosen.shape)[chosen], clip_ratio=s.clip_ratio)
+            descend(schedule_loss, optimizers["schedule"])
+    return stats
 
 
 # 11 Reward and judge ------------------------------------------------------------------------------------
@@ -1224,7 +1324,7 @@ def read_checkpoint(path, kind=None, device="cpu"):
 def build(content, device="cpu"):
     """The EMA model of a checkpoint's content."""
     model = MAR(Settings(**content["settings"]), content["classes"])
-    if content["kind"] == "policy":
+    if content["kind"] == "policy" and model.settings.learn_steps:
         add_schedule(model)
     model.load_state_dict(content["model_ema"])
     return model.to(device)
@@ -1294,10 +1394,11 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
     """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
 
     state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
-    measure: function ema -> float, asked ten times; the EMA weights with the lowest value are kept at the end.
+    measure: function ema -> {name: float} to log, asked ten times; where it gives `progress`, the EMA weights for which that was
+    lowest are kept at the end. The log's `seconds` are those of the updates alone.
     A non-finite loss stops with the step, and leaves a checkpoint of the last finite weights."""
     path, ema, state, start = Path(path), ema or model, state or {}, 0
-    best = {"value": math.inf, "weights": {}}
+    best = {"value": math.inf, "weights": {}, "seconds": 0.0}  # and the seconds of all updates so far
     path.parent.mkdir(parents=True, exist_ok=True)
     if resume and path.exists():
         content = read_checkpoint(path, kind)
@@ -1310,7 +1411,8 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
     def write(step, metrics):
         if log:
             with open(log, "a") as file:
-                file.write(json.dumps({"stage": kind, "step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+                values = {k: round(v, 6) for k, v in ({"seconds": best["seconds"]} | metrics).items()}
+                file.write(json.dumps({"stage": kind, "step": step, **values}) + "\n")
 
     def save(step):
         training = None if step == iters else {name: value.state_dict() for name, value in state.items()} | {"best": best}
@@ -1318,20 +1420,22 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
 
     bar = tqdm(range(start, iters), kind, iters, initial=start, mininterval=1)
     for step in bar:
+        began = time.perf_counter()
         try:
             metrics = update(step)
         except NonFinite as error:
             save(step)
             raise NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. Start afresh in another --out with a lower learning rate") from None
+        best["seconds"] += time.perf_counter() - began
         if step % max(1, iters // 200) == 0 or step == iters - 1:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
             write(step, metrics)
         if measure and (step + 1) * 10 // iters > step * 10 // iters:
-            value = measure(ema)
-            write(step, {"progress": value})
-            if value < best["value"]:
-                best = {"value": value, "step": step, "weights": deepcopy(ema.state_dict())}
-            if step + 1 == iters:
+            values = measure(ema)
+            write(step, values)
+            if values.get("progress", math.inf) < best["value"]:
+                best |= {"value": values["progress"], "weights": deepcopy(ema.state_dict())}
+            if step + 1 == iters and best["weights"]:
                 ema.load_state_dict(best["weights"])
         if (step + 1) % every == 0 or step + 1 == iters:
             save(step + 1)

@@ -10,6 +10,7 @@ Writes teacher.pt, student.pt, log.jsonl, samples.png, neighbours.png, curves.pn
 
 import argparse
 import json
+import math
 import platform
 import time
 from copy import deepcopy
@@ -74,7 +75,7 @@ def train_student(s, data, teacher, out, device, resume=False, progress=None, di
         return metrics
 
     return maskrl.train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume,
-                        measure=progress and (lambda ema: progress(ema, denoise_steps=1)))
+                        measure=progress and (lambda ema: {"progress": progress(ema, denoise_steps=1)}))
 
 
 # The report: one table by the judge, three pictures -----------------------------------------------------
@@ -148,28 +149,36 @@ def nearest(images, data):
     return train[index], distance / images[0].numel() ** 0.5
 
 
-def curves(out):
-    """curves.png from log.jsonl: what was logged of every stage, one row a stage; needs matplotlib."""
+def pyplot():
+    """matplotlib's pyplot, drawing into files; None, with a word, where it is not installed: nothing else needs it."""
     try:
         import matplotlib
     except ImportError:
-        return print("no curves.png: pip install matplotlib")
+        return print("curves are not drawn: pip install matplotlib")
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def curves(out):
+    """curves.png from log.jsonl: what was logged of every stage, one row a stage."""
+    plt = pyplot()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
-    keys = {"teacher": ["loss"], "student": ["aux_loss", "progress"], "policy": ["reward", "quality", "steps", "kl"]}
+    keys = {"teacher": ["loss"], "student": ["aux_loss", "progress"],
+            "policy": ["reward", "quality", "steps", "kl", "quality_mean", "held_out", "judge", "grad_norm"]}
+    titles = {"progress": "Fréchet distance, reward's features", "quality_mean": "quality, no exploration", "held_out": "held-out reward",
+              "judge": "Fréchet distance, judge"}
     stages = [stage for stage in keys if any(line["stage"] == stage for line in lines)]
-    if not stages:
+    if not plt or not stages:
         return
-    figure, axes = plt.subplots(len(stages), 4, figsize=(13, 2.6 * len(stages)), squeeze=False, layout="constrained")
-    for stage, row in zip(stages, axes):
-        for key, axis in zip(keys[stage] + [None] * 4, row):
-            axis.set_visible(key is not None)
-            points = {line["step"]: line[key] for line in lines if line["stage"] == stage and key in line}  # resumed: the last counts
-            axis.plot(points.keys(), points.values(), ".-" if key == "progress" else "-", markersize=5, linewidth=1)
-            axis.set_title(f"{stage}: " + {"progress": "Fréchet distance, reward's features"}.get(key, str(key)), fontsize=9)
-            if key == "progress":
-                axis.set_yscale("log")
+    panels = [(stage, key) for stage in stages for key in keys[stage]]
+    figure, axes = plt.subplots(math.ceil(len(panels) / 4), 4, figsize=(13, 2.4 * math.ceil(len(panels) / 4)), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for (stage, key), axis in zip(panels, axes.flat):
+        points = {line["step"]: line[key] for line in lines if line["stage"] == stage and key in line}  # resumed: the last counts
+        axis.plot(points.keys(), points.values(), ".-" if key in titles else "-", markersize=5, linewidth=1)
+        axis.set_title(f"{stage}: {titles.get(key, key)}", fontsize=9)
     figure.savefig(out / "curves.png", dpi=80)
     plt.close(figure)
 

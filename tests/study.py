@@ -6,6 +6,10 @@
     python tests/study.py grid                 # iterations x denoising steps
     python tests/study.py guidance             # teacher and student at the same s
     python tests/study.py teacher              # what the teacher needs (velocity, centred tokens)
+    python tests/study.py cost                 # time and memory of a GSIM update, by part
+    python tests/study.py rates                # RL on critical, random, the first and all steps, at three learning rates
+    python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
+    python tests/study.py drift                # RL with beta from 0 to 1
 
 Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
 seeds can run beside each other (--seeds 0 in one shell, --seeds 1 in another), and the table is of all that is there.
@@ -13,7 +17,10 @@ Every row is judged as in train_distill.py: 2,250 class-balanced images, a judge
 """
 
 import argparse
+import copy
 import json
+import math
+import resource
 import statistics
 import sys
 import time
@@ -25,7 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maskrl
 import train_distill
+import train_rl
 
+RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=100)  # of every RL arm: quality alone, K = 8 fixed
 SHORT = dict(gsim_iters=400)  # of every arm of the ablations
 
 
@@ -39,8 +48,12 @@ class Lab:
         self.s = self.data.measure(s)
 
     @cached_property
+    def critic(self):
+        return maskrl.train_critic("reward", self.data.train, self.s, self.device)
+
+    @cached_property
     def progress(self):
-        return maskrl.Progress(maskrl.train_critic("reward", self.data.train, self.s, self.device), self.data, self.s, self.device)
+        return maskrl.Progress(self.critic, self.data, self.s, self.device)
 
     @cached_property
     def judge(self):
@@ -62,6 +75,21 @@ class Lab:
         return self.made("student", lambda: train_distill.train_student(s, self.data, self.teacher, self.out / name, self.device,
                                                                         True, self.progress, distil), name)
 
+    def policy(self, name, **overrides):
+        """RL on the student with settings replaced, its log, and the judge's row of the end, without exploration."""
+        student, out = self.student("student"), self.out / name
+        s = maskrl.replace(self.s, **RL | overrides)
+        quality, held_out = self.critic.quality, maskrl.ShapeFit(s.image_size, s.difficulty, self.device)
+        (out / "log.jsonl").unlink(missing_ok=True)
+        measure = train_rl.watch(s, self.data, quality, held_out, self.judge)
+        before = measure(student if s.learn_steps else fixed(student, s))
+        policy, _ = train_rl.train_policy(s, self.data, student, quality, out, self.device, False, measure)
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        curve = [{"step": -1, "seconds": 0.0} | before] + [line for line in log if "judge" in line]
+        stats = {k: statistics.mean(line[k] for line in log if k in line) for k in ("kl", "not_first", "clip_fraction", "filtered", "spread", "grad_norm")}
+        row = train_rl.score(policy, quality, self.judge, s) | {"held_out": curve[-1]["held_out"], "kl_end": [x for x in log if "kl" in x][-1]["kl"]}
+        return {"curve": curve, "seconds": curve[-1]["seconds"]} | stats | row
+
     def judged(self, model, **how):
         """The judge's row, with seconds per image in batches of 256."""
         start = time.perf_counter()
@@ -78,6 +106,12 @@ class Lab:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
         return json.loads(path.read_text())
+
+
+def fixed(student, s):
+    """The student as it would be sampled in `s`."""
+    student.settings = s
+    return student
 
 
 def regression(teacher, student, aux, x, labels, optimizers, generator):
@@ -158,23 +192,134 @@ def teacher(lab):
         yield name, work
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher)}
+def rl_arm(lab, name, **overrides):
+    return name, lambda: lab.policy("rl " + name, **overrides)
+
+
+def rates(lab):
+    """Which of three learning rates suits which steps."""
+    for how in ("critical", "random", "first", "all"):
+        for lr in (1e-5, 3e-5, 1e-4):
+            yield rl_arm(lab, f"{how} {lr:g}", rl_steps=how, rl_lr=lr)
+
+
+def tokens(lab):
+    for how in ("revealed", "hidden", "fresh"):
+        yield rl_arm(lab, f"tokens {how}", rl_tokens=how)
+        yield rl_arm(lab, f"tokens {how}, 4 updates per rollout", rl_tokens=how, rl_epochs=4, rl_iters=RL["rl_iters"] // 2)
+    yield rl_arm(lab, "routing", route=1.0)
+    yield rl_arm(lab, "leave-one-out, no std", baseline="others", normalise=False)
+
+
+def drift(lab):
+    for beta in (0.0, 0.03, 0.1, 0.3, 1.0):
+        yield rl_arm(lab, f"beta {beta:g}", beta=beta)
+
+
+def cost(lab):
+    """Milliseconds of a GSIM update and of its parts, all in turns; memory that the process grew by, or the GPU's peak."""
+    class Nothing:
+        num_classes = lab.teacher.num_classes
+        head = staticmethod(lambda x, t, c: torch.cat([x, x], 1) * 0)
+        context = staticmethod(lambda tokens, mask, labels: torch.zeros(*mask.shape, lab.s.width, device=mask.device))
+
+    def work(rounds=15):
+        x, labels = lab.data.train.batch(lab.s.gsim_batch, maskrl.rng(0), lab.device)
+        x = maskrl.to_tokens(x, lab.s)
+        nets = [copy.deepcopy(lab.teacher).requires_grad_(True) for _ in range(2)]
+        optimizers = {name: torch.optim.Adam(net.parameters(), 1e-5) for name, net in zip(("student", "aux"), nets)}
+        variants = {"update": {}, "one auxiliary update less": dict(aux_updates=lab.s.aux_updates - 1) if lab.s.aux_updates > 1 else dict(aux_updates=2),
+                    "no teacher": {}, "1 draw": dict(draws=1)}
+        times = {name: [] for name in variants}
+        memory = peak(lab.device)
+        for i in range(rounds + 2):
+            for name, overrides in variants.items():
+                nets[0].settings = maskrl.replace(lab.s, **overrides)
+                start = time.perf_counter()
+                maskrl.gsim_update(Nothing if name == "no teacher" else lab.teacher, *nets, x, labels, optimizers, maskrl.rng(i))
+                times[name].append(1000 * (time.perf_counter() - start))
+        ms = {name: statistics.median(t[2:]) for name, t in times.items()}
+        auxiliary = abs(ms["update"] - ms["one auxiliary update less"]) * lab.s.aux_updates
+        teacher = ms["update"] - ms["no teacher"]
+        return {"update ms": ms["update"], "auxiliary ms": auxiliary, "teacher ms": teacher, "student ms": ms["update"] - auxiliary - teacher,
+                "with 1 draw instead of 4, ms": ms["1 draw"], "speed-up per draw": lab.s.draws * ms["1 draw"] / ms["update"],
+                "memory MB": peak(lab.device) - memory}
+
+    yield "cost", work
+
+
+def peak(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, cost, rates, tokens, drift)}
 SEEDS = {"distil": "0,1,2", "ablations": "0,1,2", "rivals": "0,1,2"}
+
+
+COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
+           "s/image": "seconds_per_image", "quality": "quality", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
+           "clipped": "clip_fraction", "s of RL": "seconds"}
 
 
 def table(rows):
     """Markdown from {row name: [JSON of every seed]}: median and range over the seeds."""
-    columns = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
-               "s/image": "seconds_per_image", "minutes": "minutes"}
+    if "cost" in rows:
+        return print(json.dumps(rows["cost"], indent=1))
+    columns = {title: key for title, key in COLUMNS.items() if any(key in run for runs in rows.values() for run in runs)}
     print("| | seeds | " + " | ".join(columns) + " |\n|---|---" + "|---" * len(columns) + "|")
     for name, runs in rows.items():
         cells = []
         for key in columns.values():
             values = [run[key] for run in runs if key in run]
-            digits = 4 if key == "seconds_per_image" else 1 if key == "minutes" else 2 if key == "frechet" else 3
-            spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "diversity") else ""
+            digits = {"seconds_per_image": 4, "seconds": 0, "frechet": 2}.get(key, 3)
+            spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "quality", "held_out") else ""
             cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
         print(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
+
+
+def draw(study, rows, path):
+    """The study's picture, if it has one."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    first = {name: runs[0] for name, runs in rows.items()}
+    if study == "grid":
+        Ks, chains = (1, 2, 4, 8, 16), (1, 5, 10, 25, 50, 100)
+        name = lambda K, n: ("student" if n == 1 else f"teacher, {n} steps") + ("" if K == 16 else f", K = {K}")
+        cells = [[first[name(K, n)] for n in chains] for K in Ks]
+        figure, axis = plt.subplots(figsize=(6.6, 3.6), layout="constrained")
+        axis.imshow([[math.log(cell["frechet"]) for cell in row] for row in cells], cmap="viridis_r", aspect="auto")
+        for i, row in enumerate(cells):
+            for j, cell in enumerate(row):
+                axis.text(j, i, f"{cell['frechet']:.2f}\n{1000 * cell['seconds_per_image']:.1f} ms", ha="center", va="center", fontsize=8,
+                          color="white" if cell["frechet"] < 4 else "black")
+        axis.set_xticks(range(len(chains)), ["1\n(student)"] + [str(n) for n in chains[1:]])
+        axis.set_yticks(range(len(Ks)), Ks)
+        axis.set(xlabel="denoising steps per iteration", ylabel="unmasking iterations K", title="Fréchet distance and ms per image")
+    elif study == "guidance":
+        figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+        scales = (1.0, 1.5, 2.0, 3.0)
+        for label, name in (("teacher, 100 steps", lambda s: "teacher, 100 steps" if s == 1.5 else f"teacher, s = {s:g}"),
+                            ("student, 400 updates", lambda s: "L1+L2" if s == 1.5 else f"s = {s:g}")):
+            axis.plot(scales, [first[name(s)]["frechet"] for s in scales], "o-", label=label)
+        axis.set(xlabel="guidance s", ylabel="Fréchet distance", yscale="log")
+        axis.legend()
+    elif any("curve" in run for run in first.values()):
+        keys = {"quality_mean": "trained reward", "held_out": "held-out reward", "judge": "Fréchet distance (judge, n = 512)"}
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
+        for axis, (against, key) in zip(axes.flat, [(a, k) for a in ("step", "seconds") for k in keys]):
+            for label, runs in rows.items():
+                x = [statistics.mean(p) for p in zip(*([point[against] for point in run["curve"]] for run in runs))]
+                y = [statistics.mean(p) for p in zip(*([point[key] for point in run["curve"]] for run in runs))]
+                axis.plot(x, y, ".-", linewidth=1, label=label.removeprefix("rl "))
+            axis.set(xlabel={"step": "updates", "seconds": "seconds of updates"}[against], title=keys[key])
+        axes[0, 0].legend(fontsize=6)
+    else:
+        return
+    figure.savefig(path, dpi=80)
+    print(f"\npicture: {path}")
 
 
 def main():
@@ -192,6 +337,7 @@ def main():
                 rows.setdefault(name, []).append(lab.result(name, work))
         print(f"\n## {study}, {train_distill.hardware(maskrl.find_device(args.device))}\n")
         table(rows)
+        draw(study, rows, Path(args.out) / f"{study}.png")
 
 
 if __name__ == "__main__":
