@@ -225,10 +225,10 @@ def begin(args, names, base=None):
     return s, data, device
 
 
-def make(args, s, data, device):
-    """Teacher (unless one is given), student and reward network; {name: model}, the network, the minutes that each took."""
+def make(args, s, data, device, critic=None):
+    """Teacher (unless one is given), student and reward network (the same); {name: model}, the network, the minutes that each took."""
     start = time.perf_counter()
-    critic = maskrl.train_critic("reward", data.train, s, device)
+    critic = critic or maskrl.train_critic("reward", data.train, s, device)
     progress = maskrl.Progress(critic, data, s, device)
     minutes, start = {"reward": (time.perf_counter() - start) / 60}, time.perf_counter()
     if args.teacher:
