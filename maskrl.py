@@ -16,9 +16,13 @@ Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation
 """
 
 import argparse
+import csv
+import importlib
 import json
+import logging
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -90,7 +94,7 @@ class Settings:
     gsim_iters: int = option(800, "student updates")
     student_lr: float = option(6e-4, "Adam (beta_1 = 0), cosine decay")
     aux_lr: float = option(1.2e-3, "the same, of the auxiliary network")
-    aux_updates: int = option(2, "auxiliary updates per student update")
+    aux_updates: int = option(1, "auxiliary updates per student update")
     student_ema: float = option(0.98, "as ema, of the student")
     gsim_terms: str = option("L1+L2", "of the GSIM loss; one alone is for ablations", ("L1+L2", "L1", "L2"))
     gsim_masks: str = option("uniform", "mask ratios of GSIM, see random_mask", ("uniform", "mar", "mixed"))
@@ -118,6 +122,11 @@ class Settings:
     beta: float = option(0.03, "weight of KL(policy || student)")
     learn_steps: bool = option(True, "learn a schedule policy; off: the fixed cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
+    reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on the data), 'fit' (exact, for shapes), 'clip', a .csv file of "
+                                     "preferred pairs, or 'module:function'; or a weighted mean: 'clip:1,embedded:0.5,module:function:2'")
+    clip_model: str = option("ViT-B-32", "architecture of --reward clip, as open_clip names it; for OpenAI's weights ViT-B-32-quickgelu")
+    clip_weights: str = option("laion2b_s34b_b79k", "a local file of weights, or the name of some that open_clip downloads for that model")
+    clip_prompt: str = option("a high-quality and harmonious picture of {class}", "the text that --reward clip compares with, as in MARVAL-RL")
     # reward and judge
     judge_iters: int = option(400, "updates of the reward network, and of the judge")
     judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
@@ -136,6 +145,7 @@ class Settings:
             raise InputError(f"--width {self.width} must be a multiple of 4 and of --heads {self.heads}")
         if not 1 <= self.steps <= self.length:
             raise InputError(f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens")
+        parse_reward(self.reward)
 
     @property
     def length(self):
@@ -350,6 +360,11 @@ def load_data(s):
     return Data(classes, *(Split(images[i], labels[i]) for i in map(torch.cat, parts)))
 
 
+def read_image(path, size):
+    """An image file, resized and centre-cropped to uint8 [3, size, size]."""
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(datasets.folder.default_loader(path), size, antialias=True), [size, size]))
+
+
 def load_folder(folder, size):
     """Class names, images resized and centre-cropped to uint8 [N, 3, size, size], labels [N] of an image folder."""
     try:
@@ -359,8 +374,7 @@ def load_folder(folder, size):
 
     def read(sample):
         try:
-            image = TF.center_crop(TF.resize(found.loader(sample[0]), size, antialias=True), [size, size])
-            return TF.pil_to_tensor(image), sample[1]
+            return read_image(sample[0], size), sample[1]
         except (OSError, SyntaxError, ValueError) as error:
             tqdm.write(f"skipped {sample[0]}: {error}", file=sys.stderr)
 
@@ -1147,6 +1161,7 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
 # Two networks of different architecture, seed and data. The reward is what RL climbs; the judge is what reports
 # are written by, and nothing trains on it. Both learn from real images alone: the judge to tell the classes, the
 # reward also to tell images from damaged ones (blurred, with patches of another image, noisy), so that it sees seams.
+# --reward replaces that network by CLIP, by a network trained on preferred pairs, by your function, or mixes them.
 
 
 def damage(x, labels, patch, generator):
@@ -1224,6 +1239,153 @@ def train_critic(name, split, s, device):
         descend(F.cross_entropy(critic(x)[1], labels), optimizer)
         rate.step()
     return critic.eval().requires_grad_(False)
+
+
+def parse_reward(text):
+    """--reward as [(source, weight)]: "clip:0.5,my.rewards:sharp" -> [("clip", 0.5), ("my.rewards:sharp", 1.0)]."""
+    found = [re.fullmatch(r"\s*(embedded|fit|clip|.+\.csv|[\w.]+:[a-zA-Z_]\w*)(?::(\d*\.?\d+))?\s*", term) for term in text.split(",")]
+    terms = [(match[1], float(match[2] or 1)) for match in found if match]
+    if len(terms) < len(found) or not all(weight for _, weight in terms):
+        raise InputError(f"--reward {text}: expected embedded, fit, clip, FILE.csv or module:function, or several with commas between; "
+                         "each may have a weight above 0 behind it, as in clip:0.5")
+    return terms
+
+
+def make_reward(s, data, device, critic=None):
+    """--reward as a function quality(images [B, 3, S, S], labels [B]) -> [B] in (0, 1], checked; and the embedded critic.
+
+    The critic, Progress' yardstick under any reward, is trained unless given; last, so that a wrong --reward shows at once."""
+    kind = lambda name: {"clip": clip_reward, "fit": fit_reward}.get(name, pairs_reward if name.endswith(".csv") else function_reward)
+    terms = parse_reward(s.reward)
+    sources = {name: kind(name)(name, s, data.classes, device) for name, _ in terms if name != "embedded"}
+    critic = critic or train_critic("reward", data.train, s, device)
+    sources["embedded"] = critic.quality
+    g = rng(s.seed, "reward check")
+    x, labels = data.train.batch(32, g, device)
+    x, _ = damage(x, labels, s.patch, g)  # images that a reward should tell apart
+    parts, total = [(checked(name, sources[name], x, labels), weight) for name, weight in terms], sum(weight for _, weight in terms)
+    return lambda images, labels: sum(part(images, labels) * weight for part, weight in parts) / total, critic
+
+
+def checked(name, quality, images, labels):
+    """`quality` on images clamped to [-1, 1], its answers checked: [B], finite, in (0, 1]. NonFinite stops training if one fails;
+    InputError says now if it fails on these images [B, 3, S, S], labels [B], or cannot tell any two of them apart."""
+
+    def call(images, labels, error=NonFinite):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            q = quality(images.clamp(-1, 1), labels)
+        if not torch.is_tensor(q) or q.shape != labels.shape:
+            raise error(f"--reward {name} gave {list(q.shape) if torch.is_tensor(q) else type(q).__name__}, not a tensor [{len(labels)}]")
+        if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too
+            raise error(f"--reward {name} gave values from {q.min():.4g} to {q.max():.4g}; they must lie in (0, 1]")
+        return q.to(images)
+
+    first = call(images, labels, InputError)
+    if first.min() == first.max():
+        raise InputError(f"--reward {name} gave {first[0]:.4g} for all of {len(first)} images, half of them damaged: nothing to learn")
+    return call
+
+
+def fit_reward(_, s, classes, device):
+    if s.data != "shapes":
+        raise InputError(f"--reward fit knows what a perfect image is, which only --data shapes can say, not {s.data}")
+    return ShapeFit(s.image_size, s.difficulty, device)
+
+
+def function_reward(name, *_):
+    """The function that "module:function" names; the module may lie in the folder that the script was started from."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, function = name.split(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError("it cannot be called")
+        return found
+    except Exception as error:
+        raise InputError(f"--reward {name}: {type(error).__name__}: {error}") from None
+
+
+def clip_pixels(images, size, mean, std, interpolation="bicubic", **_):
+    """Square images [B, 3, S, S] in [-1, 1] as CLIP takes them [B, 3, side, side]: open_clip's own transform, in tensors."""
+    side, x = size if isinstance(size, int) else min(size), (images + 1) / 2
+    for shape in ((x.shape[-2], side), (side, side)):  # first the width, then the height: bicubic overshoots, and PIL clips after each
+        x = TF.resize(x, shape, TF.InterpolationMode(interpolation), antialias=True).clamp(0, 1)
+    return TF.normalize(x, mean, std)
+
+
+def clip_reward(_, s, classes, device):
+    """(1 + c) / 2, c the cosine of CLIP's embeddings of the image and of --clip-prompt with the class's name in it."""
+    try:
+        import open_clip
+    except ImportError:
+        raise InputError("--reward clip needs open_clip: pip install open_clip_torch") from None
+    model, weights, known = s.clip_model, s.clip_weights, open_clip.list_pretrained_tags_by_model(s.clip_model)
+    local = os.path.isfile(weights)
+    if model not in open_clip.list_models():
+        raise InputError(f"--clip-model {model}: open_clip has no such model; open_clip.list_models() has their names")
+    if not local and weights not in known:
+        raise InputError(f"--clip-weights {weights}: neither a file nor weights that open_clip has for {model}: {', '.join(known[:6]) or 'none'}")
+    logging.disable()  # downloads complain at length; here is one line for all of it
+    try:
+        clip = open_clip.create_model(model, os.path.abspath(weights) if local else weights, device=device).eval().requires_grad_(False)
+        prompts = open_clip.get_tokenizer(model)([s.clip_prompt.replace("{class}", c.replace("_", " ")) for c in classes])
+    except Exception as error:
+        raise InputError(f"--clip-weights {weights} could not be " + (f"loaded safely as weights of --clip-model {model}" if local else
+                         "downloaded; without a network, give a file of weights") + f" ({type(error).__name__})") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    text = torch.cat([clip.encode_text(part, normalize=True) for part in prompts.to(device).split(256)])  # [classes, E]
+
+    def quality(images, labels):
+        pixels = (clip_pixels(part, **clip.visual.preprocess_cfg) for part in images.split(64))
+        image = torch.cat([clip.encode_image(x, normalize=True) for x in pixels])  # [B, E]
+        return (1 + (image * text[labels]).sum(-1)) / 2
+
+    return quality
+
+
+def read_pairs(path, size, classes):
+    """Preferences from a CSV with a header: `better` and `worse`, images named relative to the file, and perhaps `class`, of both.
+
+    Returns a Split of images uint8 [N, 6, S, S], the better one's channels first, and labels [N]: the class, or 0."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or set(rows[0]) - {"class"} != {"better", "worse"}:
+            raise ValueError("expected a header `better,worse` or `better,worse,class`, and then a line for every pair")
+        names, given = classes if "class" in rows[0] else [None], {row.get("class") for row in rows}
+        if set(names) != given:
+            raise ValueError(f"every class needs pairs, and no other name may stand there; see {', '.join(map(str, set(names) ^ given))}")
+        images = [torch.cat([read_image(Path(path).parent / (row[k] or ""), size) for k in ("better", "worse")]) for row in rows]
+    except (OSError, SyntaxError, ValueError, csv.Error) as error:
+        raise InputError(f"--reward {path}: {error}") from None
+    return Split(torch.stack(images), torch.tensor([names.index(row.get("class")) for row in rows]))
+
+
+def pairs_reward(path, s, classes, device):
+    """sigmoid(r) of a score r(image, class) learned from pairs by -log sigmoid(r(better) - r(worse))   (Bradley and Terry).
+
+    0.01 r^2 keeps scores around 0 and off the flat ends of the sigmoid; a little noise keeps a few pairs from being learned by
+    heart. Every fifth pair, class by class, is held out, to say what was learned."""
+    pairs = read_pairs(path, s.image_size, classes)
+    order, outputs = pairs.labels.argsort(stable=True), int(pairs.labels.max()) + 1
+    held_out = torch.zeros(len(pairs), dtype=torch.bool).index_fill(0, order[4::5], True)
+    torch.manual_seed(zlib.crc32(f"pairs {s.seed}".encode()))
+    critic = Critic(reward_body(s.image_size), outputs).to(device)
+    score = lambda x, labels: critic(x)[1].gather(1, labels.clamp(max=outputs - 1)[:, None]).squeeze(1)  # no classes: one output
+    scores = lambda x, labels: score(rearrange(x, "n (k c) h w -> (k n) c h w", k=2), labels.repeat(2)).chunk(2)  # better, worse
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.01)
+    for step in tqdm(range(s.judge_iters), "pairs", leave=False):
+        g = rng(s.seed, "pairs", step)
+        x, labels = pairs.take(~held_out).batch(64, g, device, s.flip)
+        better, worse = scores(x + 0.1 * torch.randn(x.shape, generator=g).to(device), labels)
+        descend(0.005 * (better.square() + worse.square()).mean() - F.logsigmoid(better - worse).mean(), optimizer)
+    critic.eval().requires_grad_(False)
+    if held_out.any():
+        better, worse = scores(*pairs.take(held_out).batch(1000, rng("held out"), device))
+        print(f"{path}: {len(pairs)} pairs; about {float((better > worse).float().mean()):.0%} of those held out are ordered as there")
+    return lambda images, labels: score(images, labels).sigmoid()
 
 
 def frechet_distance(a, b):
@@ -1375,19 +1537,23 @@ def weight_decay_groups(model, decay=0.02):
 
 
 class Progress:
-    """A yardstick for training that is not the judge: measure(model) -> Fréchet distance on the reward network's features,
-    of n images from fixed labels, order and noise to as many training images. Lower is better; the loss says nothing.
+    """A yardstick for training that is not the judge, on n images of fixed labels, order and noise: {name: Fréchet distance}.
 
-    It compares moments of one run; n is too small for more, and the reward network is what RL trains on."""
+    `reward_features` is on the reward network's features, `progress` on the pixels (every fourth of them: 8x8 of 16x16). Weights are
+    kept by the latter: the former prefers clean, alike images to diverse ones, and chose worse weights than the last (README)."""
 
-    def __init__(self, critic, data, s, device, n=512):
-        self.critic, self.s, self.device = critic, s, device
+    def __init__(self, critic, data, s, device, n=1024):
+        self.critic, self.s = critic, s
         self.labels = torch.arange(n, device=device) % len(data.classes)
-        self.reference = torch.cat([critic(x.to(device))[0] for x in data.some().split(512)])
+        self.reference = [torch.cat(parts) for parts in zip(*(self.views(x.to(device)) for x in data.some().split(512)))]
+
+    def views(self, images):
+        stride = max(2, images.shape[-1] // 8)
+        return images[..., ::stride, ::stride].flatten(1), self.critic(images)[0]
 
     def __call__(self, model, **how):
-        images = to_images(generate(model, self.labels, **how, seed=(self.s.seed, "progress")), self.s)
-        return frechet_distance(self.critic(images)[0], self.reference)
+        views = self.views(to_images(generate(model, self.labels, **how, seed=(self.s.seed, "progress")), self.s))
+        return dict(zip(("progress", "reward_features"), map(frechet_distance, views, self.reference)))
 
 
 def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, measure=None):

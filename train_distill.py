@@ -75,7 +75,7 @@ def train_student(s, data, teacher, out, device, resume=False, progress=None, di
         return metrics
 
     return maskrl.train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume,
-                        measure=progress and (lambda ema: {"progress": progress(ema, denoise_steps=1)}))
+                        measure=progress and (lambda ema: progress(ema, denoise_steps=1)))
 
 
 # The report: one table by the judge, three pictures -----------------------------------------------------
@@ -164,9 +164,9 @@ def curves(out):
     """curves.png from log.jsonl: what was logged of every stage, one row a stage."""
     plt = pyplot()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
-    keys = {"teacher": ["loss"], "student": ["aux_loss", "progress"],
+    keys = {"teacher": ["loss"], "student": ["aux_loss", "progress", "reward_features"],
             "policy": ["reward", "quality", "steps", "kl", "quality_mean", "held_out", "judge", "grad_norm"]}
-    titles = {"progress": "Fréchet distance, reward's features", "quality_mean": "quality, no exploration", "held_out": "held-out reward",
+    titles = {"progress": "Fréchet distance, pixels", "reward_features": "Fréchet distance, reward's features", "quality_mean": "quality, no exploration", "held_out": "held-out reward",
               "judge": "Fréchet distance, judge"}
     stages = [stage for stage in keys if any(line["stage"] == stage for line in lines)]
     if not plt or not stages:
@@ -234,10 +234,10 @@ def begin(args, names, base=None):
     return s, data, device
 
 
-def make(args, s, data, device):
-    """Teacher (unless one is given), student and reward network; {name: model}, the network, the minutes that each took."""
+def make(args, s, data, device, critic=None):
+    """Teacher (unless one is given), student and reward network (the same); {name: model}, the network, the minutes that each took."""
     start = time.perf_counter()
-    critic = maskrl.train_critic("reward", data.train, s, device)
+    critic = critic or maskrl.train_critic("reward", data.train, s, device)
     progress = maskrl.Progress(critic, data, s, device)
     minutes, start = {"reward": (time.perf_counter() - start) / 60}, time.perf_counter()
     if args.teacher:

@@ -3,6 +3,7 @@
     python train_rl.py                                    # everything from nothing: teacher, student, then RL
     python train_rl.py --student runs/demo/student.pt     # RL on a student that is there already
     python train_rl.py --student runs/demo/student.pt --alpha 0 --critical-steps 16 --out runs/quality
+    python train_rl.py --student runs/demo/student.pt --reward clip:1,embedded:0.5 --out runs/clip
 
 Where no --student is given, a teacher and a student are made first, as by train_distill.py with the same options.
 Writes policy.pt (and teacher.pt, student.pt), log.jsonl, metrics.json and the pictures
@@ -115,20 +116,25 @@ def main(argv=None):
     contents = [maskrl.read_checkpoint(path, kind) for path, kind in ((args.student, "student"), (args.teacher, "teacher")) if path]
     base = contents[0] if contents else None
     s, data, device = train_distill.begin(args, ["policy.pt"] + ([] if args.student else ["student.pt", "teacher.pt"]), base)
+    clock = time.perf_counter()
+    quality, critic = maskrl.make_reward(s, data, device)
+    minutes = {"reward": (time.perf_counter() - clock) / 60}
     if args.student:
         beside = args.teacher or args.student.with_name("teacher.pt")
-        models, minutes = {"student": maskrl.load_checkpoint(args.student, "student", device)}, {}
-        critic = maskrl.train_critic("reward", data.train, s, device)
+        models = {"student": maskrl.load_checkpoint(args.student, "student", device)}
         if args.teacher or beside.exists():  # for the report alone
             models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
             if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in maskrl.SHAPE):
                 raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
     else:
         print("no --student given: making " + ("a student" if args.teacher else "a teacher and a student") + " first")
-        models, critic, minutes = train_distill.make(args, s, data, device)
+        models, _, made = train_distill.make(args, s, data, device, critic)
+        minutes = made | minutes
 
-    quality, judge = critic.quality, maskrl.Judge(data, s, device)
-    held_out = maskrl.ShapeFit(s.image_size, s.difficulty, device) if s.data == "shapes" else None
+    judge = maskrl.Judge(data, s, device)
+    trained = [name for name, _ in maskrl.parse_reward(s.reward)]
+    held_out = critic.quality if "embedded" not in trained else (
+        maskrl.ShapeFit(s.image_size, s.difficulty, device) if s.data == "shapes" and "fit" not in trained else None)
     clock = time.perf_counter()
     models["policy"], start = train_policy(s, data, models["student"], quality, args.out, device, args.resume,
                                            watch(s, data, quality, held_out, judge))

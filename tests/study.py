@@ -34,8 +34,8 @@ import maskrl
 import train_distill
 import train_rl
 
-RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=100)  # of every RL arm: quality alone, K = 8 fixed
-SHORT = dict(gsim_iters=400)  # of every arm of the ablations
+RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=60)  # of every RL arm: quality alone, K = 8 fixed
+SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
 
 
 class Lab:
@@ -69,11 +69,14 @@ class Lab:
             train()
         return maskrl.load_checkpoint(path, kind, self.device)
 
-    def student(self, name, distil=maskrl.gsim_update, **overrides):
-        """A student of the teacher, with settings replaced."""
-        s = maskrl.replace(self.s, **overrides)
-        return self.made("student", lambda: train_distill.train_student(s, self.data, self.teacher, self.out / name, self.device,
-                                                                        True, self.progress, distil), name)
+    def student(self, name, distil=maskrl.gsim_update, progress=True, **overrides):
+        """A student of the teacher, with settings replaced: the best by Progress, or (progress=False) simply the last weights."""
+        s, out = maskrl.replace(self.s, **overrides), self.out / name
+        student = self.made("student", lambda: train_distill.train_student(
+            s, self.data, self.teacher, out, self.device, True, self.progress if progress else None, distil), name)
+        if not progress:
+            student.load_state_dict(maskrl.read_checkpoint(out / "student.pt")["model"])
+        return student
 
     def policy(self, name, **overrides):
         """RL on the student with settings replaced, its log, and the judge's row of the end, without exploration."""
@@ -136,11 +139,11 @@ def distil(lab):
     yield "teacher, 100 steps", lambda: lab.judged(lab.teacher, guidance=lab.s.guidance)
     yield "one-step start", lambda: lab.judged(lab.teacher, denoise_steps=1)
     yield "student", lambda: lab.judged(lab.student("student"), denoise_steps=1)
-    yield "student, --gsim-iters 2400", lambda: lab.judged(lab.student("long", gsim_iters=2400), denoise_steps=1)
+    yield "longer, --gsim-iters 2000", lambda: lab.judged(lab.student("long", gsim_iters=2000), denoise_steps=1)
 
 
 def arm(lab, name, distil=maskrl.gsim_update, **overrides):
-    return name, lambda: lab.judged(lab.student(name, distil, **SHORT | overrides), denoise_steps=1)
+    return name, lambda: lab.judged(lab.student(name, distil, False, **SHORT | overrides), denoise_steps=1)
 
 
 def ablations(lab):
@@ -327,6 +330,7 @@ def main():
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--out", default="runs/study", help="default: runs/study")
     parser.add_argument("--seeds", help="comma-separated (default: 0,1,2 for distil, ablations and rivals, else 0)")
+    parser.add_argument("--only", help="comma-separated beginnings of row names: do just these")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     for study in args.studies:
@@ -334,10 +338,12 @@ def main():
         for seed in (args.seeds or SEEDS.get(study, "0")).split(","):
             lab = Lab(args.out, int(seed), maskrl.find_device(args.device))
             for name, work in STUDIES[study](lab):
-                rows.setdefault(name, []).append(lab.result(name, work))
+                if not args.only or name.startswith(tuple(args.only.split(","))):
+                    rows.setdefault(name, []).append(lab.result(name, work))
         print(f"\n## {study}, {train_distill.hardware(maskrl.find_device(args.device))}\n")
         table(rows)
-        draw(study, rows, Path(args.out) / f"{study}.png")
+        if not args.only:
+            draw(study, rows, Path(args.out) / f"{study}.png")
 
 
 if __name__ == "__main__":
