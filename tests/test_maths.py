@@ -503,8 +503,6 @@ def test_only_the_chosen_number_of_steps_is_optimised(model, settings):
 
 def test_routing_heats_the_less_uncertain_half_of_the_prompts(model, settings):
     model.settings = settings(route=2.0, explore=0.01)
-    with torch.no_grad():  # class a: the head hardly listens to z; its entropy is lowest
-        model.class_emb.weight[0] *= 0.0
     heat = maskrl.routing(model, torch.tensor([0, 1, 2, 1]), maskrl.rng(0))
     assert (heat > 1).sum() == 2 and (heat >= 1).all() and (heat <= 3).all()
     tokens, trace, labels, _, sigma = maskrl.rollout(model, lambda x, y: torch.ones(len(y)), torch.tensor([0, 1, 2, 1]), 3)
@@ -514,6 +512,16 @@ def test_routing_heats_the_less_uncertain_half_of_the_prompts(model, settings):
     torch.testing.assert_close(spread, sigma, rtol=0.3, atol=0)  # drawn under the sigma that it says
     same_order = (trace.order == trace.order[::4].repeat_interleave(4, 0)).all(1).view(4, 4)[:, 1:].all(1)
     assert torch.equal(same_order, ~hot.view(4, 4)[:, 0])
+
+
+def test_routing_knows_which_prompts_are_uncertain(model, settings, monkeypatch):
+    """Predictions of standard deviation label + 1: the classes 0 and 1 are routed, hotter the surer the head is."""
+    model.settings = settings(route=2.0, explore=0.5)
+    monkeypatch.setattr(model, "context", lambda tokens, mask, labels: (labels + 1.0)[:, None, None].expand(-1, 16, 32))
+    monkeypatch.setattr(maskrl, "one_step", lambda head, z, c, noise_ratio: z * c[:, :1])
+    heat = maskrl.routing(model, torch.tensor([2, 0, 2, 1]), maskrl.rng(0), draws=200)
+    assert heat[0] == heat[2] == 1
+    torch.testing.assert_close(heat[[1, 3]], 1 + 2 * torch.tensor([0.5, 0.25]), rtol=0.02, atol=0)  # exp(-log(std / explore))
 
 
 def test_a_second_update_on_the_same_rollouts_moves_the_ratio(model, settings):
@@ -555,6 +563,30 @@ def test_the_schedule_policy_learns_to_be_fast_when_only_speed_counts(model, set
 
 
 # Reward and judge
+
+
+@pytest.mark.parametrize("difficulty", [0, 1])
+def test_shape_fit_knows_a_perfect_image(difficulty):
+    labels = torch.arange([9, 16][difficulty]).repeat(4)
+    fit = maskrl.ShapeFit(16, difficulty, "cpu")
+    x = maskrl.draw_shapes(labels, 16, difficulty, maskrl.rng(0)).float() / 127.5 - 1
+    real, blurred, wrong = fit(x, labels), fit(maskrl.blur(x), labels), fit(x, labels.roll(1))
+    assert (real > blurred).all() and (blurred > wrong).float().mean() > 0.9 and real.min() > 0.3 and (real <= 1).all()
+    p, r = torch.tensor([0.5]), torch.tensor([0.27])  # one of its own places and sizes, on its own kind of ground
+    inside = maskrl.shape_masks(p, p, r, 16)[0, 0]
+    exact = inside * torch.tensor(maskrl.COLOURS["red"])[:, None, None] / 255 + (1 - inside) * 0.1
+    assert fit(2 * exact[None] - 1, torch.tensor([0])) > 0.99
+    x.requires_grad_(True)
+    assert (torch.autograd.grad(fit(x, labels).sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
+
+
+def test_shape_fit_sees_seams():
+    """Seams: tokens swapped in from other images of the class lower it, the more the lower."""
+    labels, fit = torch.zeros(64, dtype=torch.long), maskrl.ShapeFit(16, 0, "cpu")
+    tokens = maskrl.patchify(maskrl.draw_shapes(labels, 16, 0, maskrl.rng(0)).float() / 127.5 - 1, 4)
+    rank = torch.rand(64, 16, generator=maskrl.rng(1)).argsort(1)[..., None]
+    curve = [float(fit(maskrl.unpatchify(torch.where(rank < n, tokens.roll(1, 0), tokens), 4), labels).mean()) for n in (0, 2, 4, 8)]
+    assert curve == sorted(curve, reverse=True) and curve[-1] < 0.7 * curve[0]
 
 
 def test_frechet_distance_of_two_gaussians():
