@@ -783,7 +783,7 @@ class Trace:
 
 @torch.no_grad()
 def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, temperature=1.0, explore=0.0,
-             order=None, z=None, seed=0, trace=False, progress=False):
+             order=None, z=None, seed=0, trace=False, progress=False, known=None):
     """Tokens [B, L, D] of new images of classes `labels` [B]; with trace=True also the Trace, with "steps" the Trace less predictions.
 
     steps: K of the cosine schedule; None: the model's schedule policy if it has one, else settings.steps.
@@ -792,6 +792,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
     temperature: of the chain's noise.  explore: sigma, a number or [B], of the token policy N(g(z, c), sigma^2) (section 10).
     order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
+    known: (tokens [B, L, D], mask [L]) of images to complete: only the tokens under the mask are drawn.
     Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
     if denoise_steps == 1 and guidance != 1:
         raise InputError("--guidance needs a denoising chain: a one-step student has its guidance baked in")
@@ -800,18 +801,22 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     drawn_order = torch.rand(B, L, generator=g, device=device).argsort(1)
     drawn_z = torch.randn(B, L, D, generator=g, device=device)
     order, z = drawn_order if order is None else order, drawn_z if z is None else z
+    tokens, N = torch.zeros(B, L, D, device=device), L  # N tokens to draw
+    if known:
+        tokens, N = known[0].clone(), int(known[1].sum())
+        order = order.gather(1, (~known[1][order]).to(torch.uint8).argsort(dim=1, stable=True))  # the hidden ones first: they are drawn
     policy = model.schedule if steps is None else None
-    fixed = None if policy else reveal_counts(L, s.steps if steps is None else steps)
+    fixed = None if policy else reveal_counts(N, min(N, s.steps) if steps is None else steps)
     first, last = denoise_steps if isinstance(denoise_steps, tuple) else (denoise_steps, denoise_steps)
     if policy and first != last:
         raise InputError("annealed denoising steps need a fixed number of iterations: give --steps")
 
     rank = order.argsort(1)
-    tokens, means = torch.zeros(2, B, L, D, device=device)
+    means = torch.zeros_like(tokens)
     explore = torch.as_tensor(explore, device=device).expand(B)[:, None, None]
-    hidden = torch.full((B,), L, device=device)
+    hidden = torch.full((B,), N, device=device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
-    bar = tqdm(total=B * L, desc="tokens", disable=not progress, leave=False)
+    bar = tqdm(total=B * N, desc="tokens", disable=not progress, leave=False)
     while int(hidden.max()):
         live = hidden.nonzero().squeeze(1)  # rows whose image is not finished
         mask = rank < hidden[:, None]

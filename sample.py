@@ -3,6 +3,9 @@
     python sample.py runs/demo/student.pt
     python sample.py runs/demo/teacher.pt --classes "red circle,blue square" --n 32 --guidance 1.5 --out two.png
 
+    python sample.py runs/demo/student.pt --film film.gif                        # watch images being unmasked
+    python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png    # complete an image, white = to be drawn
+
 A checkpoint carries its own settings. A student or policy draws each token in one denoising step; a policy also
 chooses its own number of unmasking iterations, unless --steps says it.
 """
@@ -47,6 +50,40 @@ def save_image(path, image):
         raise maskrl.InputError(f"--out {path}: the name must end in .png, .jpg or another image format") from None
 
 
+def film(path, tokens, trace, s):
+    """The states of up to 8 images before every iteration and at the end, hidden tokens grey: an animation, or one row an image."""
+    hidden = trace.masks()[0][:8]  # [8, T, L]
+    hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)
+    images = maskrl.to_images(tokens[:8], s).cpu()[:, None]  # a revealed token never changes
+    frames = torch.where(grown(hidden, s), torch.zeros(()), images)  # [8, T + 1, 3, S, S]
+    if not str(path).endswith(".gif"):
+        return save_image(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
+    pictures = [picture(frame, 4) for frame in frames.transpose(0, 1)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:] + [pictures[-1]] * 6, duration=250, loop=0)
+
+
+def grown(mask, s):
+    """mask [..., L] of tokens -> of pixels [..., 1, S, S]."""
+    side = s.image_size // s.patch
+    mask = mask.cpu().unflatten(-1, (side, side))[..., None, :, :]
+    return mask.repeat_interleave(s.patch, -1).repeat_interleave(s.patch, -2)
+
+
+def to_complete(image, mask, s, device):
+    """--inpaint and --mask as tokens [1, L, D] and a mask [L]."""
+    def read(option, path):
+        try:
+            return maskrl.read_image(path, s.image_size)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise maskrl.InputError(f"--{option} {path}: {error}") from None
+
+    white = read("mask", mask).float().mean(0, keepdim=True)[None] > 127
+    chosen = maskrl.patchify(white.float(), s.patch)[0].amax(-1) > 0
+    if not chosen.any():
+        raise maskrl.InputError(f"--mask {mask} has no white pixel: nothing to draw")
+    return maskrl.to_tokens(read("inpaint", image)[None].float() / 127.5 - 1, s).to(device), chosen.to(device)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="teacher.pt, student.pt or policy.pt")
@@ -58,6 +95,9 @@ def parse(argv=None):
     parser.add_argument("--guidance", type=float, help="s in eps = u + s (c - u); 1 = none (default: the checkpoint's for "
                         "a teacher; a student has it baked in)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the chain's noise (default: 1)")
+    parser.add_argument("--film", metavar="PATH", help="also draw the unmasking of the first 8 images: a .gif moves, a .png is a strip")
+    parser.add_argument("--inpaint", metavar="IMAGE", help="complete this image: the tokens under --mask are drawn, the others kept")
+    parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: a token is drawn anew if any pixel of it is white here")
     parser.add_argument("--out", default="samples.png", help="picture to write (default: samples.png)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -76,17 +116,28 @@ def main(argv=None):
         raise maskrl.InputError(f"no class {unknown[0]!r} in {args.checkpoint}; there are: {', '.join(model.classes)}")
     labels = torch.tensor([model.classes.index(names[i % len(names)]) for i in range(args.n)], device=device)
 
+    known = None
+    if args.inpaint or args.mask:
+        if not (args.inpaint and args.mask):
+            raise maskrl.InputError("--inpaint and --mask belong together")
+        tokens, mask = to_complete(args.inpaint, args.mask, model.settings, device)
+        known = tokens.expand(args.n, -1, -1), mask
+
     one_step = model.kind != "teacher"
     denoise_steps = args.denoise_steps if args.denoise_steps is not None else (1 if one_step else model.settings.denoise_steps)
     guidance = args.guidance if args.guidance is not None else (1.0 if one_step else model.settings.guidance)
     start = time.perf_counter()
-    learned = model.schedule is not None and args.steps is None
-    tokens = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,
-                             seed=args.seed, trace="steps" if learned else False, progress=True)
-    tokens, steps = (tokens[0], f"{tokens[1].steps.float().mean():.1f}") if learned else (tokens, model.settings.steps if args.steps is None else args.steps)
+    s, learned = model.settings, model.schedule is not None and args.steps is None
+    tokens, trace = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,
+                                    seed=args.seed, trace="steps", progress=True, known=known)
+    steps = f"{trace.steps.float().mean():.1f}" if learned else int(trace.steps[0])
     seconds = time.perf_counter() - start
-    images = maskrl.to_images(tokens, model.settings)
-    save_image(args.out, picture(images, columns=len(names) if len(names) > 2 else 8))
+    images = maskrl.to_images(tokens, s)
+    if known:  # what was given comes first
+        images = torch.cat([torch.where(grown(mask, s), torch.zeros(()), maskrl.to_images(known[0][:1], s).cpu()), images.cpu()])
+    save_image(args.out, picture(images, columns=len(names) if len(names) > 2 and not known else 8))
+    if args.film:
+        film(args.film, tokens, trace, s)
     print(f"{args.out}: {args.n} images of a {model.kind}, {steps} unmasking iterations x "
           f"{denoise_steps} denoising steps, guidance {guidance:g}, {1000 * seconds / args.n:.1f} ms per image on {device}")
 

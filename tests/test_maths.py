@@ -167,6 +167,21 @@ def test_denoising_steps_are_annealed_from_the_first_iteration_to_the_last(model
     assert lengths == [8, 6, 4, 2]
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_completing_an_image_keeps_what_is_known_and_sees_it(model, learned):
+    if learned:
+        maskrl.add_schedule(model)
+    known, labels = torch.randn(3, 16, 12), torch.tensor([0, 1, 2])
+    mask = torch.arange(16) % 3 == 0
+    draw = lambda known: maskrl.generate(model, labels, denoise_steps=1, known=(known, mask), trace=True)
+    tokens, trace = draw(known)
+    assert torch.equal(tokens[:, ~mask], known[:, ~mask]) and not torch.isclose(tokens[:, mask], known[:, mask]).any(-1).all()
+    assert (trace.counts.sum(1) == mask.sum()).all() and torch.equal(trace.masks()[0][:, 0], mask.expand(3, -1))
+    other = torch.where(mask[:, None], known, -known)
+    assert not torch.allclose(draw(other)[0][:, mask], tokens[:, mask])  # what is drawn depends on what is there
+    assert torch.equal(draw(torch.where(mask[:, None], 7.0, known))[0], tokens)  # and not on what was under the mask
+
+
 def test_a_trace_agrees_with_what_was_generated(model):
     maskrl.add_schedule(model)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -63,6 +63,22 @@ def test_a_folder_goes_through_all_scripts(run, capsys):
         assert maskrl.load_checkpoint(out / f"{kind}.pt").classes == [str(i) for i in range(10)]
 
 
+def test_films_and_completions(run, tmp_path, capsys):
+    policy, gif, strip, mask = str(run[0] / "policy.pt"), tmp_path / "film.gif", tmp_path / "film.png", tmp_path / "mask.png"
+    Image.new("L", (8, 8), 0).save(mask)
+    photo = run[0] / "samples.png"
+    common = [policy, "--n", "4", "--device", "cpu", "--out", str(tmp_path / "o.png")]
+    assert "no white pixel" in error_of(sample.main, [*common, "--inpaint", photo, "--mask", mask], capsys)
+    assert "belong together" in error_of(sample.main, [*common, "--inpaint", photo], capsys)
+    half = Image.new("L", (8, 8), 0)
+    half.paste(255, (0, 0, 4, 8))
+    half.save(mask)
+    assert "--inpaint nothing.png" in error_of(sample.main, [*common, "--inpaint", "nothing.png", "--mask", mask], capsys)
+    sample.main([*common, "--inpaint", str(photo), "--mask", str(mask), "--film", str(gif)])
+    sample.main([*common, "--film", str(strip)])
+    assert Image.open(gif).n_frames > 3 and Image.open(strip).size[1] > 150
+
+
 def test_a_broken_image_is_named_skipped_and_counted(folder, capsys):
     data = maskrl.load_data(tiny(data=str(folder)))
     err = capsys.readouterr().err
