@@ -108,6 +108,8 @@ class Settings:
     schedule_lr: float = option(1e-3, "AdamW, of the schedule policy")
     prompts: int = option(16, "groups per policy update")
     group: int = option(8, "G, rollouts per group; they share class, order and z")
+    method: str = option("grpo", "policy gradient over groups of rollouts, or the reward's own gradient back-propagated through the "
+                         "generation (MARVAL-RL), for rewards that are differentiable in the pixels", ("grpo", "backprop"))
     rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all", ("critical", "random", "first", "all"))
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
     rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy gradient), all that are hidden, "
@@ -1160,6 +1162,46 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
             schedule_loss, _ = policy_loss(log_prob, log_old, A[:, None].expand(chosen.shape)[chosen], clip_ratio=s.clip_ratio)
             descend(schedule_loss, optimizers["schedule"])
     return stats
+
+
+def replay(model, reference, labels, trace, keep):
+    """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep [B, T], and a KL to anchor it.
+
+    At the other steps nothing is recorded: their tokens are constants to later contexts. KL: of N(g, sigma^2) to the reference's
+    at the kept steps, as in the policy gradient, mean over tokens."""
+    s, tokens, kls = model.settings, torch.zeros_like(trace.z), [torch.zeros(1, device=trace.z.device)]
+    for k, (mask, reveal) in enumerate(zip(*(m.unbind(1) for m in trace.masks()))):
+        for kept in (True, False):
+            rows = (reveal.any(1) & (keep[:, k] == kept)).nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            shown, z = reveal[rows], trace.z[rows][reveal[rows]]
+            mean = lambda net: one_step(net.head, z, net.context(tokens[rows], mask[rows], labels[rows])[shown], s.noise_ratio)
+            with torch.set_grad_enabled(kept):
+                g = mean(model)
+            if kept and s.beta:
+                with torch.no_grad():
+                    g_ref = mean(reference)
+                kls.append(token_kl(g, g_ref, s.explore))
+            row, place = shown.nonzero(as_tuple=True)
+            tokens = tokens.index_put((rows[row], place), g)
+    return tokens, torch.cat(kls).mean()
+
+
+def backprop_update(model, reference, quality, labels, mean_image, optimizers, seed):
+    """One update by the reward's gradient (MARVAL-RL, L = -E R(G(z, class, K))) on prompts x group images; {name: float} to log.
+
+    The gradient passes through the whole K-step generation, or with --rl-steps through the optimised steps alone, which costs
+    so much less memory. beta x KL anchors it. The schedule is used as it is, not trained."""
+    s, labels = model.settings, labels.repeat_interleave(model.settings.group)
+    tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=True)
+    keep = optimised_steps(trace, tokens, s, mean_image, rng(seed, "update"))
+    images, kl = replay(model, reference, labels, trace, keep)
+    q = quality(to_images(images, s), labels)
+    if not q.requires_grad:
+        raise InputError(f"--method backprop: the reward {s.reward} gives no gradient in the pixels")
+    norm = descend(s.beta * kl - q.mean(), optimizers["generator"])
+    return {"reward": float(q.mean()), "quality": float(q.mean()), "steps": float(trace.steps.float().mean()), "kl": float(kl), "grad_norm": norm}
 
 
 # 11 Reward and judge ------------------------------------------------------------------------------------

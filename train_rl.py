@@ -3,6 +3,7 @@
     python train_rl.py                                    # everything from nothing: teacher, student, then RL
     python train_rl.py --student runs/demo/student.pt     # RL on a student that is there already
     python train_rl.py --student runs/demo/student.pt --alpha 0 --critical-steps 16 --out runs/quality
+    python train_rl.py --student runs/demo/student.pt --method backprop --no-learn-steps --out runs/backprop
     python train_rl.py --student runs/demo/student.pt --reward clip:1,embedded:0.5 --out runs/clip
 
 Where no --student is given, a teacher and a student are made first, as by train_distill.py with the same options.
@@ -36,7 +37,8 @@ def train_policy(s, data, student, quality, out, device, resume=False, measure=N
 
     def update(step):
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
-        return maskrl.rl_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
+        rl_update = {"grpo": maskrl.rl_update, "backprop": maskrl.backprop_update}[s.method]
+        return rl_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
 
     start = deepcopy(model).requires_grad_(False)
     maskrl.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",

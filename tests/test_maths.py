@@ -1,5 +1,6 @@
 """Statements about the mathematics, in the order of maskrl.py."""
 
+import copy
 import math
 from functools import partial
 
@@ -575,6 +576,52 @@ def test_the_schedule_policy_learns_to_be_fast_when_only_speed_counts(model, set
     quality = lambda images, labels: torch.ones(len(labels))
     curve = [maskrl.rl_update(model, reference, quality, torch.tensor([0, 1, 2, 0]), 0.0, optimizers, i)["steps"] for i in range(25)]
     assert sum(curve[-5:]) / 5 < sum(curve[:5]) / 5 - 2
+
+
+def test_a_replay_repeats_the_generation_and_its_gradient_is_that_of_the_kept_steps(model, settings):
+    model.settings = settings(beta=0.0)
+    labels = torch.tensor([0, 1, 2])
+    tokens, trace = maskrl.generate(model, labels, steps=4, denoise_steps=1, trace=True)
+    everything = torch.ones(3, 4, dtype=torch.bool)
+
+    def gradient(keep):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            x, _ = maskrl.replay(model, model, labels, trace, keep)
+        torch.testing.assert_close(x, tokens, atol=1e-5, rtol=1e-4)
+        g = torch.autograd.grad(x.square().mean(), list(model.head.parameters()), retain_graph=True)
+        return torch.cat([v.flatten() for v in g]).double(), sum(saved)
+
+    whole, memory = gradient(everything)
+    direction = [torch.randn_like(p) for p in model.head.parameters()]
+
+    def loss(h):  # the whole generation with the head moved by h: finite differences
+        for p, d in zip(model.head.parameters(), direction):
+            p.data += h * d
+        x = maskrl.generate(model, labels, steps=4, denoise_steps=1, order=trace.order, z=trace.z)
+        for p, d in zip(model.head.parameters(), direction):
+            p.data -= h * d
+        return float(x.double().square().mean())
+
+    slope = (loss(1e-3) - loss(-1e-3)) / 2e-3
+    along = float(whole @ torch.cat([d.flatten() for d in direction]).double())
+    assert abs(along - slope) < 0.03 * abs(slope)
+    last = torch.zeros_like(everything)
+    last[:, -1] = True
+    part, less = gradient(last)
+    assert less < 0.5 * memory and part.norm() > 0 and (part - whole).norm() > 0.05 * whole.norm()
+
+
+def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(model, settings):
+    quality = lambda images, labels: images.mean((1, 2, 3)).sigmoid()
+    ends = {}
+    for beta in (0.0, 3.0):
+        net, reference, _ = rl_parts(copy.deepcopy(model), settings, beta=beta, steps=4, learn_steps=False, method="backprop")
+        net.schedule = None
+        optimizers = {"generator": torch.optim.Adam(net.parameters(), 1e-3)}
+        curve = [maskrl.backprop_update(net, reference, quality, torch.tensor([0, 1, 2, 0]), 0.0, optimizers, 7) for _ in range(12)]
+        ends[beta] = curve[-1]["quality"] - curve[0]["quality"]
+    assert ends[0.0] > 0.005 and ends[3.0] < 0.5 * ends[0.0]
 
 
 # Reward and judge
