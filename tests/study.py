@@ -34,7 +34,7 @@ import maskrl
 import train_distill
 import train_rl
 
-RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40)  # of every RL arm: quality alone, K = 8 fixed
+RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4)  # of every RL arm: quality alone, K = 8 fixed
 SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
 
 
@@ -196,7 +196,7 @@ def teacher(lab):
 
 
 def rl_arm(lab, name, **overrides):
-    return name, lambda: lab.policy("rl " + name, **overrides)
+    return name, lambda: lab.policy("rl " + name, **overrides)  # 0.0001 is the learning rate
 
 
 def rates(lab):
@@ -208,15 +208,16 @@ def rates(lab):
 
 def tokens(lab):
     for how in ("revealed", "hidden", "fresh"):
-        yield rl_arm(lab, f"tokens {how}", rl_tokens=how)
-        yield rl_arm(lab, f"tokens {how}, 4 updates per rollout", rl_tokens=how, rl_epochs=4, rl_iters=RL["rl_iters"] // 2)
+        yield rl_arm(lab, "critical 0.0001" if how == "revealed" else f"tokens {how}", rl_tokens=how)
+    for how in ("revealed", "hidden", "fresh"):
+        yield rl_arm(lab, f"4 updates per rollout, {how}", rl_tokens=how, rl_epochs=4, rl_iters=RL["rl_iters"] // 4)
     yield rl_arm(lab, "routing", route=1.0)
     yield rl_arm(lab, "leave-one-out, no std", baseline="others", normalise=False)
 
 
 def drift(lab):
-    for beta in (0.0, 0.03, 0.1, 0.3, 1.0):
-        yield rl_arm(lab, f"beta {beta:g}", beta=beta)
+    for beta in (0.0, 0.03, 0.3, 3.0):
+        yield rl_arm(lab, "critical 0.0001" if beta == 0.03 else f"beta {beta:g}", beta=beta)
 
 
 def cost(lab):
