@@ -204,6 +204,7 @@ def rates(lab):
     for how in ("critical", "random", "first", "all"):
         for lr in (1e-5, 3e-5, 1e-4):
             yield rl_arm(lab, f"{how} {lr:g}", rl_steps=how, rl_lr=lr)
+    yield rl_arm(lab, "70 updates, critical 0.0001", rl_iters=70)
 
 
 def tokens(lab):
@@ -221,7 +222,7 @@ def drift(lab):
 
 
 def cost(lab):
-    """Milliseconds of a GSIM update and of its parts, all in turns; memory that the process grew by, or the GPU's peak."""
+    """Milliseconds of GSIM and RL updates and of their parts, in turns; memory that the process grew by, or the GPU's peak."""
     class Nothing:
         num_classes = lab.teacher.num_classes
         head = staticmethod(lambda x, t, c: torch.cat([x, x], 1) * 0)
@@ -242,12 +243,21 @@ def cost(lab):
                 start = time.perf_counter()
                 maskrl.gsim_update(Nothing if name == "no teacher" else lab.teacher, *nets, x, labels, optimizers, maskrl.rng(i))
                 times[name].append(1000 * (time.perf_counter() - start))
+        student, critic = lab.student("student"), lab.critic.quality
+        policy = copy.deepcopy(student).requires_grad_(True)
+        optimizers, mean = {"generator": torch.optim.AdamW(policy.parameters(), 1e-6)}, train_rl.mean_image(lab.data, lab.s, lab.device)
+        for i in range(rounds // 2 + 2):
+            for how in ("critical", "random", "first", "all"):
+                policy.settings = maskrl.replace(lab.s, **RL | dict(rl_steps=how))
+                start = time.perf_counter()
+                maskrl.rl_update(policy, student, critic, torch.arange(lab.s.prompts) % len(lab.data.classes), mean, optimizers, i)
+                times.setdefault(how, []).append(1000 * (time.perf_counter() - start))
         ms = {name: statistics.median(t[2:]) for name, t in times.items()}
         auxiliary = abs(ms["update"] - ms["one auxiliary update less"]) * lab.s.aux_updates
         teacher = ms["update"] - ms["no teacher"]
         return {"update ms": ms["update"], "auxiliary ms": auxiliary, "teacher ms": teacher, "student ms": ms["update"] - auxiliary - teacher,
                 "with 1 draw instead of 4, ms": ms["1 draw"], "speed-up per draw": lab.s.draws * ms["1 draw"] / ms["update"],
-                "memory MB": peak(lab.device) - memory}
+                "memory MB": peak(lab.device) - memory} | {f"RL update, {how} steps, ms": ms[how] for how in ("critical", "random", "first", "all")}
 
     yield "cost", work
 
