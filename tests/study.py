@@ -3,7 +3,7 @@
     python tests/study.py distil               # teacher, student, a student trained longer; three seeds
     python tests/study.py ablations            # GSIM and its rivals; three seeds for three arms, one for the rest
     python tests/study.py rivals               # the teacher with shorter chains, which need no training
-    python tests/study.py grid                 # iterations x denoising steps
+    python tests/study.py speed grid           # iterations x denoising steps: milliseconds, then Fréchet distances
     python tests/study.py guidance             # teacher and student at the same s
     python tests/study.py teacher              # what the teacher needs (velocity, centred tokens)
     python tests/study.py cost                 # time and memory of a GSIM update, by part
@@ -94,11 +94,8 @@ class Lab:
         return {"curve": curve, "seconds": curve[-1]["seconds"]} | stats | row
 
     def judged(self, model, **how):
-        """The judge's row, with seconds per image in batches of 256."""
-        start = time.perf_counter()
         tokens, _ = train_distill.in_batches(model, self.judge.labels, {"steps": self.s.steps} | how, self.s.seed, "")
-        seconds = (time.perf_counter() - start) / len(tokens)
-        return self.judge(maskrl.to_images(tokens, self.s)) | {"seconds_per_image": seconds}
+        return self.judge(maskrl.to_images(tokens, self.s))
 
     def result(self, name, work):
         """The JSON of `name`, from the file or else from work()."""
@@ -177,6 +174,25 @@ def grid(lab):
             yield f"teacher, {steps} steps{at}", lambda K=K, steps=steps: lab.judged(
                 lab.teacher, steps=K, guidance=lab.s.guidance, denoise_steps=steps)
         yield f"student{at}", lambda K=K: lab.judged(lab.student("student"), steps=K, denoise_steps=1)
+
+
+def speed(lab, n=32):
+    """Seconds per image of every cell of the grid, in turns, so that a busy moment of the machine hits all alike."""
+    labels, student = lab.judge.labels[torch.linspace(0, len(lab.judge.labels) - 1, n).long()], lab.student("student")
+    cells = {f"student, K = {K}": (student, dict(steps=K, denoise_steps=1)) for K in (16, 8, 4, 2, 1)}
+    cells |= {f"teacher, {m} steps, K = {K}": (lab.teacher, dict(steps=K, denoise_steps=m, guidance=lab.s.guidance))
+              for K in (16, 8, 4, 2, 1) for m in (100, 50, 25, 10, 5, (50, 5))}
+
+    def work():
+        times = {name: [] for name in cells}
+        for _ in range(4):
+            for name, (model, how) in cells.items():
+                start = time.perf_counter()
+                maskrl.generate(model, labels, **how)
+                times[name].append((time.perf_counter() - start) / n)
+        return {"ms": {name: 1000 * statistics.median(t[1:]) for name, t in times.items()}}
+
+    yield "speed", work
 
 
 def guidance(lab):
@@ -268,26 +284,26 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, cost, rates, tokens, drift)}
+STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, tokens, drift)}
 SEEDS = {"distil": "0,1,2", "ablations": "0,1,2", "rivals": "0,1,2"}
 
 
 COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
-           "s/image": "seconds_per_image", "quality": "quality", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
+           "quality": "quality", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
            "clipped": "clip_fraction", "s of RL": "seconds"}
 
 
 def table(rows):
     """Markdown from {row name: [JSON of every seed]}: median and range over the seeds."""
-    if "cost" in rows:
-        return print(json.dumps(rows["cost"], indent=1))
+    if rows.keys() & {"cost", "speed"}:
+        return print(json.dumps(rows, indent=1))
     columns = {title: key for title, key in COLUMNS.items() if any(key in run for runs in rows.values() for run in runs)}
     print("| | seeds | " + " | ".join(columns) + " |\n|---|---" + "|---" * len(columns) + "|")
     for name, runs in rows.items():
         cells = []
         for key in columns.values():
             values = [run[key] for run in runs if key in run]
-            digits = {"seconds_per_image": 4, "seconds": 0, "frechet": 2}.get(key, 3)
+            digits = {"seconds": 0, "frechet": 2}.get(key, 3)
             spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "quality", "held_out") else ""
             cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
         print(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -303,11 +319,13 @@ def draw(study, rows, path):
         Ks, chains = (1, 2, 4, 8, 16), (1, 5, 10, 25, 50, 100)
         name = lambda K, n: ("student" if n == 1 else f"teacher, {n} steps") + ("" if K == 16 else f", K = {K}")
         cells = [[first[name(K, n)] for n in chains] for K in Ks]
+        ms = json.loads((path.parent / "seed0" / "speed.json").read_text())["ms"]
+        ms = [[ms[("student" if n == 1 else f"teacher, {n} steps") + f", K = {K}"] for n in chains] for K in Ks]
         figure, axis = plt.subplots(figsize=(6.6, 3.6), layout="constrained")
         axis.imshow([[math.log(cell["frechet"]) for cell in row] for row in cells], cmap="viridis_r", aspect="auto")
         for i, row in enumerate(cells):
             for j, cell in enumerate(row):
-                axis.text(j, i, f"{cell['frechet']:.2f}\n{1000 * cell['seconds_per_image']:.1f} ms", ha="center", va="center", fontsize=8,
+                axis.text(j, i, f"{cell['frechet']:.2f}\n{ms[i][j]:.1f} ms", ha="center", va="center", fontsize=8,
                           color="white" if cell["frechet"] < 4 else "black")
         axis.set_xticks(range(len(chains)), ["1\n(student)"] + [str(n) for n in chains[1:]])
         axis.set_yticks(range(len(Ks)), Ks)
