@@ -64,9 +64,9 @@ class Settings:
     difficulty: int = option(0, "of the shapes: 0 = 9 easy classes, 1 = 16 classes, coloured backgrounds, more jitter", (0, 1))
     per_class: int = option(3000, "images per class that 'shapes' draws")
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
-    seed: int = option(0, "seeds everything: data, initial weights, noise")
+    seed: int = option(0, "seeds the shapes, initial weights and noise; the split of a folder is always the same")
     # model: an encoder and a decoder of `depth` blocks each, and the diffusion head
-    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale; measured when scale is 0")
+    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale; used if --scale is given, else measured")
     scale: float = option(0.0, "0 = measured on the training images, so that tokens have mean 0 and variance 1")
     patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2")
     width: int = option(96, "width W of the transformer")
@@ -109,20 +109,22 @@ class Settings:
     prompts: int = option(16, "groups per policy update")
     group: int = option(8, "G, rollouts per group; they share class, order and z")
     method: str = option("grpo", "policy gradient over groups of rollouts, or the reward's own gradient back-propagated through the "
-                         "generation (MARVAL-RL), for rewards that are differentiable in the pixels", ("grpo", "backprop"))
+                         "generation (MARVAL-RL), for rewards that are differentiable in the pixels, with a fixed number of steps; it uses prompts, "
+                         "group, rl_steps, critical_steps and beta alone", ("grpo", "backprop"))
     rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all", ("critical", "random", "first", "all"))
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
     rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy gradient), all that are hidden, "
                             "or all under a fresh mask (surrogates)", ("revealed", "hidden", "fresh"))
     rl_epochs: int = option(1, "updates per rollout; from the second on, ratios leave 1 and are clipped")
     explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
-    route: float = option(0.0, "T: the less uncertain half of the prompts explores 1 + T exp(-H) times as much; 0 = no routing")
+    route: float = option(0.0, "the less uncertain half of the prompts explores 1 + this x exp(-H) times as much, H the entropy of the first "
+                          "prediction; 0 = no routing")
     baseline: str = option("mean", "of the advantage: mean of the group, or of its other rollouts (leave-one-out)", ("mean", "others"))
     normalise: bool = option(True, "divide the advantage by the group's std")
     quality_floor: float = option(0.0, "rollouts of lower quality are left out; groups without any spread always are")
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
     beta: float = option(0.03, "weight of KL(policy || student)")
-    learn_steps: bool = option(True, "learn a schedule policy; off: the fixed cosine schedule of --steps")
+    learn_steps: bool = option(True, "learn a schedule policy, --steps being the most that it may take; off: the fixed cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
     reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on the data), 'fit' (exact, for shapes), 'clip', a .csv file of "
                                      "preferred pairs, or 'module:function'; or a weighted mean: 'clip:1,embedded:0.5,module:function:2'")
@@ -147,6 +149,9 @@ class Settings:
             raise InputError(f"--width {self.width} must be a multiple of 4 and of --heads {self.heads}")
         if not 1 <= self.steps <= self.length:
             raise InputError(f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens")
+        if not 0 < self.noise_ratio < 1e4:
+            raise InputError(f"--noise-ratio {self.noise_ratio} must lie between 0 and 10,000")
+        self.learn_steps &= self.method == "grpo"  # back-propagation does not train a schedule, so it must not sample by one
         parse_reward(self.reward)
 
     @property
@@ -256,7 +261,7 @@ class Split:
         """Two disjoint class-balanced halves with the same number of images, at most `most` each if it allows."""
         classes = self.labels.unique().tolist()
         rows = [(self.labels == y).nonzero().squeeze(1) for y in classes]
-        m = max(1, min(min(map(len, rows)) // 2, most // len(classes)))
+        m = max(2, min(min(map(len, rows)) // 2, most // len(classes)))
         rows = [r[torch.randperm(len(r), generator=generator)] for r in rows]
         return self.take(torch.cat([r[:m] for r in rows])), self.take(torch.cat([r[m:2 * m] for r in rows]))
 
@@ -269,7 +274,7 @@ class Data:
     test: Split
 
     def some(self):
-        """About 10,000 training images, evenly spread over the classes, in [-1, 1] [N, 3, S, S]."""
+        """10,000 to 20,000 training images if there are as many, each class in its share, in [-1, 1] [N, 3, S, S]."""
         return self.train.images[:: max(1, len(self.train) // 10_000)].float() / 127.5 - 1
 
     def measure(self, s):
@@ -337,6 +342,8 @@ def load_data(s):
     """Data for the Settings: splits of 60 / 20 / 20 % within every class; those of a folder are the same for every seed.
 
     A broken image is named, skipped and counted. Raises InputError if the folder is missing or has no images."""
+    if s.image_channels != 3:
+        raise InputError(f"--image-channels {s.image_channels}: images have 3; 16 is for latents, which are not loaded yet")
     if s.data == "shapes":
         forms = 3 + s.difficulty
         classes = [f"{colour} {form}" for colour in list(COLOURS)[:forms] for form in FORMS[:forms]]
@@ -345,20 +352,16 @@ def load_data(s):
         images = torch.cat([draw_shapes(part, s.image_size, s.difficulty, g) for part in labels.split(4096)])
     else:
         classes, images, labels = load_folder(s.data, s.image_size)
-    if s.image_channels != 3:
-        raise InputError(f"--image-channels {s.image_channels}: images have 3; 16 is for latents, which are not loaded yet")
     parts = ([], [], [])
     g = rng("split")  # the same for every seed, so that no stage meets what another held out
     for y in range(len(classes)):
         rows = (labels == y).nonzero().squeeze(1)
-        if len(rows) < 10:
-            raise InputError(f"class {classes[y]!r} in {s.data} has {len(rows)} readable images; at least 10 are needed")
+        if len(rows) < 20:
+            raise InputError(f"class {classes[y]!r} in {s.data} has {len(rows)} readable images; at least 20 are needed")
         rows = rows[torch.randperm(len(rows), generator=g)]
         a, b = int(0.6 * len(rows)), int(0.8 * len(rows))
         for part, chosen_rows in zip(parts, (rows[:a], rows[a:b], rows[b:])):
             part.append(chosen_rows)
-    if len(classes) == 1 and len(parts[2][0]) < 4:
-        raise InputError(f"{s.data} has one class with {len(labels)} images; at least 20 are needed")
     return Data(classes, *(Split(images[i], labels[i]) for i in map(torch.cat, parts)))
 
 
@@ -1024,7 +1027,7 @@ def speed(steps, max_steps):
 
 # 10 Policy gradient -------------------------------------------------------------------------------------
 # GRPO. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
-# Gaussian in closed form. A group shares class, order and z, so that only the actions differ.
+# Gaussian in closed form. A group shares class, order and z (but see routing), so that only the actions differ.
 
 
 def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True):
@@ -1046,13 +1049,13 @@ def token_log_prob(x, mean, sigma):
     """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi of the token, divided by D.
 
     The division keeps ratios tame: they are the exact ratio to the power 1/D."""
-    sigma = torch.as_tensor(sigma)[..., None]
+    sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
     return (-((x - mean) / sigma).square() / 2 - (sigma * math.sqrt(2 * math.pi)).log()).mean(-1)
 
 
 def token_kl(mean, mean_ref, sigma):
     """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N], in closed form, divided by D like the log-probability."""
-    return ((mean - mean_ref) / torch.as_tensor(sigma)[..., None]).square().mean(-1) / 2
+    return ((mean - mean_ref) / torch.as_tensor(sigma, device=mean.device)[..., None]).square().mean(-1) / 2
 
 
 def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta=0.01):
@@ -1118,7 +1121,7 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy gradient
     (up to the factors 1/D and 1/std); fewer steps are MaskFocus' choice, made on the finished image, and biased; `hidden` and
     `fresh` count tokens that were not drawn from this context and are surrogates. Schedule: all its choices, by its own
-    optimiser, so that the two have no common weight. Both carry the advantage of reward = quality x speed^alpha.
+    optimiser, so that their losses need no weighing. Both carry the advantage of reward = quality x speed^alpha.
     Filter (our choice): rollouts below the quality floor, and groups without spread, take no part."""
     s, g = model.settings, rng(seed, "update")
     tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, s.rl_steps == "critical" or s.rl_tokens == "hidden")
@@ -1169,7 +1172,7 @@ def replay(model, reference, labels, trace, keep):
 
     At the other steps nothing is recorded: their tokens are constants to later contexts. KL: of N(g, sigma^2) to the reference's
     at the kept steps, as in the policy gradient, mean over tokens."""
-    s, tokens, kls = model.settings, torch.zeros_like(trace.z), [torch.zeros(1, device=trace.z.device)]
+    s, tokens, kls = model.settings, torch.zeros_like(trace.z), []
     for k, (mask, reveal) in enumerate(zip(*(m.unbind(1) for m in trace.masks()))):
         for kept in (True, False):
             rows = (reveal.any(1) & (keep[:, k] == kept)).nonzero().squeeze(1)
@@ -1185,7 +1188,7 @@ def replay(model, reference, labels, trace, keep):
                 kls.append(token_kl(g, g_ref, s.explore))
             row, place = shown.nonzero(as_tuple=True)
             tokens = tokens.index_put((rows[row], place), g)
-    return tokens, torch.cat(kls).mean()
+    return tokens, torch.cat(kls).mean() if kls else torch.zeros((), device=tokens.device)
 
 
 def backprop_update(model, reference, quality, labels, mean_image, optimizers, seed):
@@ -1198,10 +1201,8 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
     keep = optimised_steps(trace, tokens, s, mean_image, rng(seed, "update"))
     images, kl = replay(model, reference, labels, trace, keep)
     q = quality(to_images(images, s), labels)
-    if not q.requires_grad:
-        raise InputError(f"--method backprop: the reward {s.reward} gives no gradient in the pixels")
     norm = descend(s.beta * kl - q.mean(), optimizers["generator"])
-    return {"reward": float(q.mean()), "quality": float(q.mean()), "steps": float(trace.steps.float().mean()), "kl": float(kl), "grad_norm": norm}
+    return {"quality": float(q.mean()), "steps": float(trace.steps.float().mean()), "kl": float(kl), "grad_norm": norm}
 
 
 # 11 Reward and judge ------------------------------------------------------------------------------------
@@ -1273,14 +1274,15 @@ def judge_body(size):
 def train_critic(name, split, s, device):
     """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
-    body, damaged = (reward_body, int(split.labels.max()) + 1) if name == "reward" else (judge_body, None)
-    critic = Critic(body(s.image_size), int(split.labels.max()) + (2 if damaged else 1)).to(device)
+    body, classes = reward_body if name == "reward" else judge_body, int(split.labels.max()) + 1
+    damaged = classes if name == "reward" or classes == 1 else None  # one class alone would teach the judge nothing
+    critic = Critic(body(s.image_size), classes + (damaged is not None)).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
     for step in tqdm(range(s.judge_iters), name, leave=False):
         g = rng(s.seed, name, step)
         x, labels = split.batch(128, g, device, s.flip)
-        if damaged:
+        if damaged is not None:
             x, kind = damage(x, labels, s.patch, g)
             labels = torch.where(kind > 0, damaged, labels)
         descend(F.cross_entropy(critic(x)[1], labels), optimizer)
@@ -1311,11 +1313,14 @@ def make_reward(s, data, device, critic=None):
     x, labels = data.train.batch(32, g, device)
     x, _ = damage(x, labels, s.patch, g)  # images that a reward should tell apart
     parts, total = [(checked(name, sources[name], x, labels), weight) for name, weight in terms], sum(weight for _, weight in terms)
+    for (name, _), (part, _) in zip(terms, parts):
+        if s.method == "backprop" and not part(x.clone().requires_grad_(), labels).requires_grad:
+            raise InputError(f"--method backprop: the reward {name} gives no gradient in the pixels")
     return lambda images, labels: sum(part(images, labels) * weight for part, weight in parts) / total, critic
 
 
 def checked(name, quality, images, labels):
-    """`quality` on images clamped to [-1, 1], its answers checked: [B], finite, in (0, 1]. NonFinite stops training if one fails;
+    """`quality` on images clamped to [-1, 1], its answers checked: [B], finite, in [0, 1]. NonFinite stops training if one fails;
     InputError says now if it fails on these images [B, 3, S, S], labels [B], or cannot tell any two of them apart."""
 
     def call(images, labels, error=NonFinite):
@@ -1324,7 +1329,7 @@ def checked(name, quality, images, labels):
         if not torch.is_tensor(q) or q.shape != labels.shape:
             raise error(f"--reward {name} gave {list(q.shape) if torch.is_tensor(q) else type(q).__name__}, not a tensor [{len(labels)}]")
         if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too
-            raise error(f"--reward {name} gave values from {q.min():.4g} to {q.max():.4g}; they must lie in (0, 1]")
+            raise error(f"--reward {name} gave values from {q.min():.4g} to {q.max():.4g}; they must lie in [0, 1]")
         return q.to(images)
 
     first = call(images, labels, InputError)
@@ -1487,7 +1492,7 @@ class Judge:
         features, real = pairs[0][0], self.references[0]
         precision, recall = precision_recall(real, features)
         return {"accuracy": float(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std()),
-                "precision": precision, "recall": recall, "diversity": diversity(features, self.labels) / diversity(real, self.labels)}
+                "precision": precision, "recall": recall, "diversity": diversity(features, self.labels) / max(diversity(real, self.labels), 1e-12)}
 
     def __call__(self, images):
         """The row of images [n, 3, S, S] of classes `self.labels`."""
@@ -1525,6 +1530,8 @@ def read_checkpoint(path, kind=None, device="cpu"):
         raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__})") from None
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
+    if unknown := set(content["settings"]) - {f.name for f in fields(Settings)}:
+        raise InputError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     if kind and content["kind"] != kind:
         raise InputError(f"{path} is a {content['kind']}; a {kind} is needed here")
     return content
@@ -1586,12 +1593,12 @@ def weight_decay_groups(model, decay=0.02):
 class Progress:
     """A yardstick for training that is not the judge, on n images of fixed labels, order and noise: {name: Fréchet distance}.
 
-    `reward_features` is on the reward network's features, `progress` on the pixels (every fourth of them: 8x8 of 16x16). Weights are
+    `reward_features` is on the reward network's features, `progress` on the pixels of a grid of about 8x8. Weights are
     kept by the latter: the former prefers clean, alike images to diverse ones, and chose worse weights than the last (README)."""
 
     def __init__(self, critic, data, s, device, n=1024):
         self.critic, self.s = critic, s
-        self.labels = torch.arange(n, device=device) % len(data.classes)
+        self.labels = data.train.labels[torch.linspace(0, len(data.train) - 1, n).long()].to(device)  # classes in their shares
         self.reference = [torch.cat(parts) for parts in zip(*(self.views(x.to(device)) for x in data.some().split(512)))]
 
     def views(self, images):
@@ -1599,7 +1606,8 @@ class Progress:
         return images[..., ::stride, ::stride].flatten(1), self.critic(images)[0]
 
     def __call__(self, model, **how):
-        views = self.views(to_images(generate(model, self.labels, **how, seed=(self.s.seed, "progress")), self.s))
+        parts = [generate(model, y, **how, seed=(self.s.seed, "progress", i)) for i, y in enumerate(self.labels.split(256))]
+        views = self.views(to_images(torch.cat(parts), self.s))
         return dict(zip(("progress", "reward_features"), map(frechet_distance, views, self.reference)))
 
 

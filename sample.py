@@ -42,12 +42,12 @@ def labelled_rows(path, rows, columns):
     save_image(path, sheet)
 
 
-def save_image(path, image):
+def save_image(path, image, **how):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        image.save(path)
+        image.save(path, **how)
     except ValueError:
-        raise maskrl.InputError(f"--out {path}: the name must end in .png, .jpg or another image format") from None
+        raise maskrl.InputError(f"{path}: the name must end in .png, .jpg or another image format") from None
 
 
 def film(path, tokens, trace, s):
@@ -59,7 +59,7 @@ def film(path, tokens, trace, s):
     if not str(path).endswith(".gif"):
         return save_image(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
     pictures = [picture(frame, 4) for frame in frames.transpose(0, 1)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:] + [pictures[-1]] * 6, duration=250, loop=0)
+    save_image(path, pictures[0], save_all=True, append_images=pictures[1:] + [pictures[-1]] * 6, duration=250, loop=0)
 
 
 def grown(mask, s):
@@ -124,8 +124,12 @@ def main(argv=None):
         known = tokens.expand(args.n, -1, -1), mask
 
     one_step = model.kind != "teacher"
+    if one_step and (args.denoise_steps or 1) != 1:
+        raise maskrl.InputError(f"--denoise-steps {args.denoise_steps}: a {model.kind} takes one step; only a teacher walks a chain")
+    if one_step and args.temperature != 1:
+        raise maskrl.InputError(f"--temperature: a {model.kind} has no chain whose noise it could scale")
     denoise_steps = args.denoise_steps if args.denoise_steps is not None else (1 if one_step else model.settings.denoise_steps)
-    guidance = args.guidance if args.guidance is not None else (1.0 if one_step else model.settings.guidance)
+    guidance = args.guidance if args.guidance is not None else (1.0 if denoise_steps == 1 else model.settings.guidance)
     start = time.perf_counter()
     s, learned = model.settings, model.schedule is not None and args.steps is None
     tokens, trace = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,

@@ -113,10 +113,10 @@ def report(out, s, data, judge, models, extra=None):
     for name in ways:
         rows[name]["seconds_per_image"] = sorted(times[name][1:])[1]
 
-    held_out, rows["real"]["nearest"] = images["real"][:500], 1.0
-    typical = nearest(held_out, data)[1].median()  # from held-out real images to the training image next to them
+    rows["real"]["nearest"], some = 1.0, slice(None, None, max(1, len(judge.labels) // 500))  # of every class
+    typical = nearest(images["real"][some], data)[1].median().clamp(min=1e-6)  # from held-out images to the training image next to them
     for name in ways:
-        rows[name]["nearest"] = float(nearest(images[name][:: max(1, len(images[name]) // 500)], data)[1].median() / typical)
+        rows[name]["nearest"] = float(nearest(images[name][some], data)[1].median() / typical)
 
     metrics = {"n": len(judge.labels), "rows": rows, "hardware": hardware(device), "settings": asdict(s)} | (extra or {})
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -171,7 +171,7 @@ def curves(out):
     stages = [stage for stage in keys if any(line["stage"] == stage for line in lines)]
     if not plt or not stages:
         return
-    panels = [(stage, key) for stage in stages for key in keys[stage]]
+    panels = [(stage, key) for stage in stages for key in keys[stage] if any(line["stage"] == stage and key in line for line in lines)]
     figure, axes = plt.subplots(math.ceil(len(panels) / 4), 4, figsize=(13, 2.4 * math.ceil(len(panels) / 4)), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
@@ -217,6 +217,9 @@ def begin(args, names, base=None):
     names: checkpoints that the script writes, the last stage first; base: content of the checkpoint it starts from."""
     device = maskrl.find_device(args.device)
     there = [name for name in names if (args.out / name).exists()]
+    lost = [name for name in names[names.index(there[0]):] if name not in there] if there else []
+    if args.resume and lost and not args.teacher:
+        raise InputError(f"{args.out} was begun with another {lost[0]}: give it again by --{lost[-1].removesuffix('.pt')}")
     if args.resume and there:
         base = maskrl.read_checkpoint(args.out / there[0])
     s = maskrl.chosen(args, device, base, args.resume and bool(there))
@@ -242,6 +245,7 @@ def make(args, s, data, device, critic=None):
     minutes, start = {"reward": (time.perf_counter() - start) / 60}, time.perf_counter()
     if args.teacher:
         teacher = maskrl.load_checkpoint(args.teacher, "teacher", device)
+        teacher.settings = s  # which may differ in what a checkpoint leaves free
     else:
         teacher = train_teacher(s, data, args.out, device, args.resume)
         minutes["teacher"] = (time.perf_counter() - start) / 60

@@ -3,7 +3,7 @@
     python train_rl.py                                    # everything from nothing: teacher, student, then RL
     python train_rl.py --student runs/demo/student.pt     # RL on a student that is there already
     python train_rl.py --student runs/demo/student.pt --alpha 0 --critical-steps 16 --out runs/quality
-    python train_rl.py --student runs/demo/student.pt --method backprop --no-learn-steps --out runs/backprop
+    python train_rl.py --student runs/demo/student.pt --method backprop --out runs/backprop
     python train_rl.py --student runs/demo/student.pt --reward clip:1,embedded:0.5 --out runs/clip
 
 Where no --student is given, a teacher and a student are made first, as by train_distill.py with the same options.
@@ -128,6 +128,7 @@ def main(argv=None):
             models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
             if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in maskrl.SHAPE):
                 raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
+            models["teacher"].settings = s
     else:
         print("no --student given: making " + ("a student" if args.teacher else "a teacher and a student") + " first")
         models, _, made = train_distill.make(args, s, data, device, critic)

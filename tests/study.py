@@ -9,7 +9,7 @@
     python tests/study.py cost                 # time and memory of a GSIM update, by part
     python tests/study.py rates                # RL on critical, random, the first and all steps, at three learning rates
     python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
-    python tests/study.py drift                # RL with beta from 0 to 1
+    python tests/study.py drift                # RL with beta from 0 to 3
 
 Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
 seeds can run beside each other (--seeds 0 in one shell, --seeds 1 in another), and the table is of all that is there.
@@ -85,7 +85,8 @@ class Lab:
         quality, held_out = self.critic.quality, maskrl.ShapeFit(s.image_size, s.difficulty, self.device)
         (out / "log.jsonl").unlink(missing_ok=True)
         measure = train_rl.watch(s, self.data, quality, held_out, self.judge)
-        before = measure(student if s.learn_steps else fixed(student, s))
+        student.settings = s
+        before = measure(student)
         policy, _ = train_rl.train_policy(s, self.data, student, quality, out, self.device, False, measure)
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         curve = [{"step": -1, "seconds": 0.0} | before] + [line for line in log if "judge" in line]
@@ -106,12 +107,6 @@ class Lab:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
         return json.loads(path.read_text())
-
-
-def fixed(student, s):
-    """The student as it would be sampled in `s`."""
-    student.settings = s
-    return student
 
 
 def regression(teacher, student, aux, x, labels, optimizers, generator):
@@ -249,7 +244,7 @@ def cost(lab):
         x = maskrl.to_tokens(x, lab.s)
         nets = [copy.deepcopy(lab.teacher).requires_grad_(True) for _ in range(2)]
         optimizers = {name: torch.optim.Adam(net.parameters(), 1e-5) for name, net in zip(("student", "aux"), nets)}
-        variants = {"update": {}, "one auxiliary update less": dict(aux_updates=lab.s.aux_updates - 1) if lab.s.aux_updates > 1 else dict(aux_updates=2),
+        variants = {"update": {}, "one more auxiliary update": dict(aux_updates=lab.s.aux_updates + 1),
                     "no teacher": {}, "1 draw": dict(draws=1)}
         times = {name: [] for name in variants}
         memory = peak(lab.device)
@@ -269,7 +264,7 @@ def cost(lab):
                 maskrl.rl_update(policy, student, critic, torch.arange(lab.s.prompts) % len(lab.data.classes), mean, optimizers, i)
                 times.setdefault(how, []).append(1000 * (time.perf_counter() - start))
         ms = {name: statistics.median(t[2:]) for name, t in times.items()}
-        auxiliary = abs(ms["update"] - ms["one auxiliary update less"]) * lab.s.aux_updates
+        auxiliary = (ms["one more auxiliary update"] - ms["update"]) * lab.s.aux_updates
         teacher = ms["update"] - ms["no teacher"]
         return {"update ms": ms["update"], "auxiliary ms": auxiliary, "teacher ms": teacher, "student ms": ms["update"] - auxiliary - teacher,
                 "with 1 draw instead of 4, ms": ms["1 draw"], "speed-up per draw": lab.s.draws * ms["1 draw"] / ms["update"],

@@ -20,9 +20,9 @@ SHORT = ("--image-size 8 --patch 2 --width 32 --depth 1 --heads 2 --head-width 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """100 real digits, and one file that is no image."""
+    """200 real digits, and one file that is no image."""
     path = tmp_path_factory.mktemp("digits")
-    digits.make(path, per_class=10)
+    digits.make(path, per_class=20)
     (path / "3" / "broken.png").write_bytes(b"not a picture")
     return path
 
@@ -82,8 +82,8 @@ def test_films_and_completions(run, tmp_path, capsys):
 def test_a_broken_image_is_named_skipped_and_counted(folder, capsys):
     data = maskrl.load_data(tiny(data=str(folder)))
     err = capsys.readouterr().err
-    assert "broken.png" in err and "skipped 1 of 101" in err
-    assert len(data.train) + len(data.judge) + len(data.test) == 100
+    assert "broken.png" in err and "skipped 1 of 201" in err
+    assert len(data.train) + len(data.judge) + len(data.test) == 200
 
 
 def test_rl_on_a_given_student_and_distilling_a_given_teacher(run, tmp_path):
