@@ -9,7 +9,7 @@ test: .venv/ready  ## the test suite
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -e ".[test]"
+	.venv/bin/python -m pip install -e ".[test,notebook]"
 	touch .venv/ready
 
 .PHONY: demo test

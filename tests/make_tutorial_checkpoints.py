@@ -1,0 +1,49 @@
+"""Small copies of the checkpoints of a run, for tutorial.ipynb: the EMA weights alone, in half precision, compressed.
+
+    python train_rl.py --preset tiny --out runs/demo                # as `make demo`, 11 minutes on two CPU cores
+    python tests/make_tutorial_checkpoints.py runs/demo             # writes assets/tutorial/{teacher,student,policy}.pt
+    jupyter execute --inplace tutorial.ipynb
+
+They are read by maskrl.load_checkpoint and sample.py like any other; only --resume needs the originals.
+"""
+
+import argparse
+import zipfile
+from pathlib import Path
+
+import torch
+
+import maskrl
+
+LIMIT = 1_500_000  # bytes
+
+
+def shrink(source, target):
+    """Write a small copy of the checkpoint `source` to `target`; returns its size in bytes."""
+    content = maskrl.read_checkpoint(source)
+    weights = {name: w.half() if w.is_floating_point() else w for name, w in content["model_ema"].items()}
+    stored = target.with_suffix(".tmp")
+    torch.save(content | {"model": weights, "model_ema": weights, "training": None}, stored)  # the two share their memory
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as new:
+        for name in old.namelist():  # torch writes its zip files uncompressed, and reads both
+            new.writestr(name, old.read(name))
+    stored.unlink()
+    maskrl.load_checkpoint(target, content["kind"])
+    return target.stat().st_size
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder with teacher.pt, student.pt and policy.pt")
+    parser.add_argument("--out", type=Path, default=Path("assets/tutorial"))
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for kind in maskrl.KINDS:
+        size = shrink(args.run / f"{kind}.pt", args.out / f"{kind}.pt")
+        print(f"{args.out / kind}.pt: {size:,} bytes")
+        if size > LIMIT:
+            raise maskrl.InputError(f"{args.out / kind}.pt is larger than {LIMIT:,} bytes; a smaller --width makes it smaller")
+
+
+if __name__ == "__main__":
+    maskrl.run(main)
