@@ -321,7 +321,7 @@ def draw(study, rows, path):
         for i, row in enumerate(cells):
             for j, cell in enumerate(row):
                 axis.text(j, i, f"{cell['frechet']:.2f}\n{ms[i][j]:.1f} ms", ha="center", va="center", fontsize=8,
-                          color="white" if cell["frechet"] < 4 else "black")
+                          color="black" if cell["frechet"] < 2 else "white")
         axis.set_xticks(range(len(chains)), ["1\n(student)"] + [str(n) for n in chains[1:]])
         axis.set_yticks(range(len(Ks)), Ks)
         axis.set(xlabel="denoising steps per iteration", ylabel="unmasking iterations K", title="Fréchet distance and ms per image")
