@@ -123,7 +123,7 @@ class Settings:
     normalise: bool = option(True, "divide the advantage by the group's std")
     quality_floor: float = option(0.0, "rollouts of lower quality are left out; groups without any spread always are")
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
-    beta: float = option(0.03, "weight of KL(policy || student)")
+    beta: float = option(0.2, "weight of KL(policy || student)")
     learn_steps: bool = option(True, "learn a schedule policy, --steps being the most that it may take; off: the fixed cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
     reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on the data), 'fit' (exact, for shapes), 'clip', a .csv file of "

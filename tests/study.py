@@ -34,7 +34,7 @@ import maskrl
 import train_distill
 import train_rl
 
-RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4)  # of every RL arm: quality alone, K = 8 fixed
+RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of every RL arm: quality alone, K = 8 fixed
 SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
 
 
