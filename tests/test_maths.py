@@ -484,6 +484,35 @@ def test_every_kind_of_update_starts_at_ratio_one(model, settings, how):
     assert stats["log_ratio"] < 1e-3 and stats["clip_fraction"] == 0 and stats["grad_norm"] > 0
 
 
+def scored(model, settings, monkeypatch, **how):
+    """Tokens x and sigma that an update on four prompts takes the log-probability of, and what it logs."""
+    model, reference, optimizers = rl_parts(copy.deepcopy(model), settings, **how)
+    calls, real = [], maskrl.token_log_prob
+    monkeypatch.setattr(maskrl, "token_log_prob", lambda x, mean, sigma: calls.append((x, sigma)) or real(x, mean, sigma))
+    quality = lambda images, labels: images.mean((1, 2, 3)).sigmoid()
+    stats = maskrl.rl_update(model, reference, quality, torch.tensor([0, 1, 2, 0]), 0.0, optimizers, 3)
+    monkeypatch.setattr(maskrl, "token_log_prob", real)
+    return *calls[0], stats
+
+
+def test_which_tokens_count(model, settings, monkeypatch):
+    tokens = {how: scored(model, settings, monkeypatch, rl_tokens=how)[0] for how in ("revealed", "hidden", "fresh")}
+    assert len(tokens["revealed"]) < len(tokens["hidden"]) == len(tokens["fresh"])  # as many are hidden under a fresh mask
+    assert not torch.equal(tokens["hidden"], tokens["fresh"])  # but others
+
+
+def test_routed_rows_are_scored_under_the_sigma_that_drew_them(model, settings, monkeypatch):
+    assert scored(model, settings, monkeypatch)[1].unique().tolist() == pytest.approx([0.3])
+    sigmas = scored(model, settings, monkeypatch, route=2.0)[1].unique()
+    assert len(sigmas) == 3 and sigmas.max() > 0.31  # the plain one, and one for each of the two hotter prompts
+
+
+def test_the_quality_floor_leaves_rollouts_out(model, settings, monkeypatch):
+    everything, _, unfiltered = scored(model, settings, monkeypatch)
+    x, _, stats = scored(model, settings, monkeypatch, quality_floor=unfiltered["quality"])  # the mean: some lie below
+    assert 0 < stats["filtered"] < 1 and unfiltered["filtered"] == 0 and len(x) < len(everything)
+
+
 def test_the_gradient_of_all_revealed_tokens_is_that_of_the_log_probability_of_the_image(model, settings):
     """With fixed steps, sum over tokens of A grad log pi: against the log-density written out over the trajectory by hand."""
     model, reference, optimizers = rl_parts(model, settings, rl_steps="all", learn_steps=False, beta=0.0, steps=4)
