@@ -9,7 +9,9 @@ and runs a ~100-step denoising chain inside each. Three papers attack that cost,
 
 Letters, the same everywhere:  x tokens of an image [B, L, D] (L tokens of D channels) - mask [B, L], true =
 still hidden - c context of each token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t
-diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - K unmasking iterations ("steps") - G rollouts per group.
+diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - s guidance (in code also the Settings, which have no other
+name) - K unmasking iterations ("steps"), at most; T those that an image took - P prompts, G rollouts of each (a group) -
+A advantage, R reward. Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
 
 Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation - 7 GSIM - 8 Critical steps -
 9 Schedule policy - 10 Policy gradient - 11 Reward and judge - 12 Checkpoints and training
@@ -29,6 +31,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -126,13 +129,13 @@ class Settings:
     beta: float = option(0.2, "weight of KL(policy || student)")
     learn_steps: bool = option(True, "learn a schedule policy, --steps being the most that it may take; off: the fixed cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
+    # reward and judge
     reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on the data), 'fit' (exact, for shapes), 'clip', a .csv file of "
                                      "preferred pairs, or 'module:function'; or a weighted mean: 'clip:1,embedded:0.5,module:function:2'")
     clip_model: str = option("ViT-B-32", "architecture of --reward clip, as open_clip names it; for OpenAI's weights ViT-B-32-quickgelu")
     clip_weights: str = option("laion2b_s34b_b79k", "a local file of weights, or the name of some that open_clip downloads for that model")
     clip_prompt: str = option("a high-quality and harmonious picture of {class}", "the text that --reward clip compares with, as in MARVAL-RL")
-    # reward and judge
-    judge_iters: int = option(400, "updates of the reward network, and of the judge")
+    judge_iters: int = option(400, "updates of the reward network, of the judge, and of a reward learned from pairs")
     judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
 
     def __post_init__(self):
@@ -258,7 +261,7 @@ class Split:
         return x, self.labels[index].to(device)
 
     def balanced_halves(self, most, generator):
-        """Two disjoint class-balanced halves with the same number of images, at most `most` each if it allows."""
+        """Two disjoint class-balanced halves with the same number of images, at most `most` each, but at least 2 of each class."""
         classes = self.labels.unique().tolist()
         rows = [(self.labels == y).nonzero().squeeze(1) for y in classes]
         m = max(2, min(min(map(len, rows)) // 2, most // len(classes)))
@@ -813,6 +816,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     policy = model.schedule if steps is None else None
     fixed = None if policy else reveal_counts(N, min(N, s.steps) if steps is None else steps)
     first, last = denoise_steps if isinstance(denoise_steps, tuple) else (denoise_steps, denoise_steps)
+    respaced = cache(Diffusion)  # one chain, or as many as annealing asks for
     if policy and first != last:
         raise InputError("annealed denoising steps need a fixed number of iterations: give --steps")
 
@@ -837,7 +841,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
 
         fill = mask if trace is True else reveal  # a full trace shows the whole predicted image
         share = 0 if policy else len(record["counts"]) / max(1, len(fixed) - 1)
-        chain = None if denoise_steps == 1 else Diffusion(round(first + (last - first) * share))
+        chain = None if denoise_steps == 1 else respaced(round(first + (last - first) * share))
         if chain is None:
             predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
         elif guidance == 1:
@@ -1073,7 +1077,7 @@ def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta
 
 @torch.no_grad()
 def routing(model, labels, generator, draws=8):
-    """How much hotter each prompt explores [P], >= 1 (MaskFocus, dynamic routing): the half with the lower entropy, 1 + T exp(-H).
+    """How much hotter each prompt explores [P], >= 1 (MaskFocus, dynamic routing): the half with the lower entropy, 1 + route exp(-H).
 
     H >= 0: differential entropy per channel of the one-step predictions of a wholly hidden image, estimated from the
     variance over `draws` of z as if Gaussian, above that of the exploration noise. Differs from the paper: it routes the samples
@@ -1096,10 +1100,13 @@ def rollout(model, quality, labels, seed, full=True):
     g = rng(seed, "shared", device=device)
     place = torch.rand(P, 1, model.length, generator=g, device=device)
     z = torch.randn(P, model.length, model.channels, generator=g, device=device).repeat_interleave(s.group, 0)
-    heat = routing(model, labels, g) if s.route else torch.ones(P, device=device)
-    shuffle = torch.randn(P, s.group, model.length, generator=g, device=device)
-    order = (place + 0.2 * (heat[:, None, None] - 1) * shuffle).flatten(0, 1).argsort(1)
-    labels, sigma = labels.repeat_interleave(s.group), (s.explore * heat).repeat_interleave(s.group)
+    place, sigma = place.expand(-1, s.group, -1), torch.full((P,), s.explore, device=device)
+    if s.route:
+        heat = routing(model, labels, g)
+        sigma = sigma * heat
+        place = place + 0.2 * (heat[:, None, None] - 1) * torch.randn(place.shape, generator=g, device=device)
+    order = place.flatten(0, 1).argsort(1)
+    labels, sigma = labels.repeat_interleave(s.group), sigma.repeat_interleave(s.group)
     tokens, trace = generate(model, labels, denoise_steps=1, explore=sigma, order=order, z=z, seed=seed, trace=True if full else "steps")
     return tokens, trace, labels, quality(to_images(tokens, s), labels), sigma
 
@@ -1149,7 +1156,10 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     x, A_token, sigma = tokens[row][counted], spread_out(A), spread_out(sigma)
     with torch.no_grad():
         g_ref = means(reference)
-        g_old = trace.means[row][counted] if s.rl_tokens == "revealed" else trace.predictions[row, step][counted] if s.rl_tokens == "hidden" else means(model)
+        if s.rl_tokens == "fresh":
+            g_old = means(model)  # nobody has seen these masks before
+        else:  # what the sampler predicted, so that the first ratio compares it with the learner
+            g_old = (trace.means[row] if s.rl_tokens == "revealed" else trace.predictions[row, step])[counted]
     chosen = valid & live[:, None]
     log_old = None
     for epoch in range(s.rl_epochs):

@@ -34,11 +34,11 @@ def train_policy(s, data, student, quality, out, device, resume=False, measure=N
         maskrl.add_schedule(model).to(device)
         optimizers["schedule"] = torch.optim.AdamW(model.schedule.parameters(), lr=s.schedule_lr, betas=(0.9, 0.95), weight_decay=0.0)
     mean = mean_image(data, s, device)
+    policy_update = {"grpo": maskrl.rl_update, "backprop": maskrl.backprop_update}[s.method]
 
     def update(step):
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
-        rl_update = {"grpo": maskrl.rl_update, "backprop": maskrl.backprop_update}[s.method]
-        return rl_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
+        return policy_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
 
     start = deepcopy(model).requires_grad_(False)
     maskrl.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",

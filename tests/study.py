@@ -35,6 +35,8 @@ import train_distill
 import train_rl
 
 RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of every RL arm: quality alone, K = 8 fixed
+LONG = dict(gsim_iters=2000)
+TEACHER = dict(teacher_iters=1500)
 SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
 
 
@@ -131,7 +133,7 @@ def distil(lab):
     yield "teacher, 100 steps", lambda: lab.judged(lab.teacher, guidance=lab.s.guidance)
     yield "one-step start", lambda: lab.judged(lab.teacher, denoise_steps=1)
     yield "student", lambda: lab.judged(lab.student("student"), denoise_steps=1)
-    yield "longer, --gsim-iters 2000", lambda: lab.judged(lab.student("long", gsim_iters=2000), denoise_steps=1)
+    yield "longer, --gsim-iters 2000", lambda: lab.judged(lab.student("long", **LONG), denoise_steps=1)
 
 
 def arm(lab, name, distil=maskrl.gsim_update, **overrides):
@@ -198,7 +200,7 @@ def guidance(lab):
 
 def teacher(lab):
     for name, overrides in {"teacher-1500": {}, "eps head": dict(velocity=False), "uncentred tokens": dict(mean=0.0, scale=1.0)}.items():
-        def work(name=name, s=maskrl.replace(lab.s, teacher_iters=1500, **overrides)):
+        def work(name=name, s=maskrl.replace(lab.s, **TEACHER | overrides)):
             folder = lab.out / name
             model = lab.made("teacher", lambda: train_distill.train_teacher(s, lab.data, folder, lab.device, True), name)
             tokens, _ = train_distill.in_batches(model, lab.judge.labels, dict(steps=s.steps, guidance=s.guidance, denoise_steps=25), s.seed, name)
@@ -349,14 +351,14 @@ def draw(study, rows, path):
     print(f"\npicture: {path}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--out", default="runs/study", help="default: runs/study")
     parser.add_argument("--seeds", help="comma-separated (default: 0,1,2 for distil, ablations and rivals, else 0)")
     parser.add_argument("--only", help="comma-separated beginnings of row names: do just these")
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for study in args.studies:
         rows = {}
         for seed in (args.seeds or SEEDS.get(study, "0")).split(","):
@@ -364,6 +366,8 @@ def main():
             for name, work in STUDIES[study](lab):
                 if not args.only or name.startswith(tuple(args.only.split(","))):
                     rows.setdefault(name, []).append(lab.result(name, work))
+        if not rows:
+            raise maskrl.InputError(f"--only {args.only}: no row of {study} begins so")
         print(f"\n## {study}, {train_distill.hardware(maskrl.find_device(args.device))}\n")
         table(rows)
         if not args.only:
