@@ -18,13 +18,9 @@ Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation
 """
 
 import argparse
-import csv
-import importlib
 import json
-import logging
 import math
 import os
-import re
 import sys
 import time
 import zlib
@@ -155,7 +151,6 @@ class Settings:
         if not 0 < self.noise_ratio < 1e4:
             raise InputError(f"--noise-ratio {self.noise_ratio} must lie between 0 and 10,000")
         self.learn_steps &= self.method == "grpo"  # back-propagation does not train a schedule, so it must not sample by one
-        parse_reward(self.reward)
 
     @property
     def length(self):
@@ -311,34 +306,6 @@ def draw_shapes(labels, size, difficulty=0, generator=None):
     paint = torch.tensor(list(COLOURS.values())).float()[labels // forms][:, :, None, None]
     ground = 51 * (u[:, 3:] if difficulty else u[:, 3:4])[:, :, None, None]
     return (inside * paint + (1 - inside) * ground).round().to(torch.uint8)
-
-
-class ShapeFit:
-    """A reward that nobody has to learn: how well an image is *some* shape of its class, exp(-e / 0.04) in (0, 1].
-
-    e: root mean square difference, in units of the 0...1 pixel range, to the nearest of 4,851 shapes of the right form and colour
-    (21 x 21 places, 11 sizes), each on the flat background that suits the image best, found in closed form. Differentiable."""
-
-    def __init__(self, size, difficulty, device):
-        self.forms = 3 + difficulty
-        place = 0.5 + 0.1 * (1 + difficulty) * torch.linspace(-1, 1, 21, device=device)
-        x, y, r = torch.cartesian_prod(place, place, torch.linspace(0.22, 0.32, 11, device=device)).T
-        self.masks = shape_masks(x, y, r, size).flatten(2).permute(1, 2, 0)  # [4, pixels, N]
-        self.paint = torch.tensor(list(COLOURS.values()), device=device) / 255
-
-    def __call__(self, images, labels):
-        """Quality [B] of images [B, 3, S, S] in [-1, 1] of the classes `labels` [B]."""
-        pixels, e = (images.clamp(-1, 1) + 1).flatten(2) / 2, torch.zeros(len(images), device=images.device)
-        for form in range(self.forms):
-            m, rows = self.masks[form], (labels % self.forms == form).nonzero().squeeze(1)
-            p = self.paint[labels[rows] // self.forms][:, :, None]  # [b, 3, 1]
-            x = pixels[rows]
-            x_m, x_1, x_x = x @ m, x.sum(2, keepdim=True), x.square().sum(2, keepdim=True)  # [b, 3, N or 1]
-            m_m, m_1, area = m.square().sum(0), m.sum(0), len(m)
-            ground = ((x_1 - x_m - p * (m_1 - m_m)) / (area - 2 * m_1 + m_m)).clamp(0, 0.2)  # least squares
-            error = (x_x - 2 * p * x_m + p**2 * m_m - 2 * ground * (x_1 - x_m - p * (m_1 - m_m)) + ground**2 * (area - 2 * m_1 + m_m))
-            e = e.index_put((rows,), (error.sum(1).min(1).values / (3 * area)).clamp(min=1e-8).sqrt())
-        return torch.exp(-e / 0.04)
 
 
 def load_data(s):
@@ -1212,14 +1179,14 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
     images, kl = replay(model, reference, labels, trace, keep)
     q = quality(to_images(images, s), labels)
     norm = descend(s.beta * kl - q.mean(), optimizers["generator"])
-    return {"quality": float(q.mean()), "steps": float(trace.steps.float().mean()), "kl": float(kl), "grad_norm": norm}
+    return {"quality": q.mean().item(), "steps": trace.steps.float().mean().item(), "kl": kl.item(), "grad_norm": norm}
 
 
 # 11 Reward and judge ------------------------------------------------------------------------------------
 # Two networks of different architecture, seed and data. The reward is what RL climbs; the judge is what reports
 # are written by, and nothing trains on it. Both learn from real images alone: the judge to tell the classes, the
 # reward also to tell images from damaged ones (blurred, with patches of another image, noisy), so that it sees seams.
-# --reward replaces that network by CLIP, by a network trained on preferred pairs, by your function, or mixes them.
+# train_rl.py puts CLIP, preferred pairs, a function of your own or a mixture in the reward's place.
 
 
 def damage(x, labels, patch, generator):
@@ -1263,30 +1230,22 @@ class Critic(nn.Module):
         return self(images)[1].softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def reward_body(size):
-    """3x3 convolutions with GroupNorm and ReLU, halved until 4 pixels wide, and a dense layer."""
-    layers, channels = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()], 32
+def critic_body(name, size):
+    """Convolutions halved until 4 pixels wide, and a dense layer; of `reward` and `judge`, no two layers are alike."""
+    stem, width, k_stem, k, act = {"reward": (32, 64, 3, 3, nn.ReLU), "judge": (48, 48, 5, 4, nn.GELU)}[name]
+    layers, channels = [nn.Conv2d(3, stem, k_stem, padding=k_stem // 2), act()], stem
     while size > 4:
-        layers += [nn.Conv2d(channels, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.ReLU()]
-        channels, size = 64, size // 2
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64), nn.ReLU())
-
-
-def judge_body(size):
-    """5x5 stem, 4x4 convolutions with GroupNorm and GELU, and a dense layer over a 4x4 map."""
-    layers, channels = [nn.Conv2d(3, 48, 5, padding=2), nn.GELU()], 48
-    while size > 4:
-        layers += [nn.Conv2d(channels, 48, 4, stride=2, padding=1), nn.GroupNorm(8, 48), nn.GELU()]
-        channels, size = 48, size // 2
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48 * 16, 64), nn.GELU())
+        layers += [nn.Conv2d(channels, width, k, stride=2, padding=1), nn.GroupNorm(8, width), act()]
+        channels, size = width, size // 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64), act())
 
 
 def train_critic(name, split, s, device):
     """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
-    body, classes = reward_body if name == "reward" else judge_body, int(split.labels.max()) + 1
+    classes = int(split.labels.max()) + 1
     damaged = classes if name == "reward" or classes == 1 else None  # one class alone would teach the judge nothing
-    critic = Critic(body(s.image_size), classes + (damaged is not None)).to(device)
+    critic = Critic(critic_body(name, s.image_size), classes + (damaged is not None)).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
     for step in tqdm(range(s.judge_iters), name, leave=False):
@@ -1298,156 +1257,6 @@ def train_critic(name, split, s, device):
         descend(F.cross_entropy(critic(x)[1], labels), optimizer)
         rate.step()
     return critic.eval().requires_grad_(False)
-
-
-def parse_reward(text):
-    """--reward as [(source, weight)]: "clip:0.5,my.rewards:sharp" -> [("clip", 0.5), ("my.rewards:sharp", 1.0)]."""
-    found = [re.fullmatch(r"\s*(embedded|fit|clip|.+\.csv|[\w.]+:[a-zA-Z_]\w*)(?::(\d*\.?\d+))?\s*", term) for term in text.split(",")]
-    terms = [(match[1], float(match[2] or 1)) for match in found if match]
-    if len(terms) < len(found) or not all(weight for _, weight in terms):
-        raise InputError(f"--reward {text}: expected embedded, fit, clip, FILE.csv or module:function, or several with commas between; "
-                         "each may have a weight above 0 behind it, as in clip:0.5")
-    return terms
-
-
-def make_reward(s, data, device, critic=None):
-    """--reward as a function quality(images [B, 3, S, S], labels [B]) -> [B] in (0, 1], checked; and the embedded critic.
-
-    The critic, Progress' yardstick under any reward, is trained unless given; last, so that a wrong --reward shows at once."""
-    kind = lambda name: {"clip": clip_reward, "fit": fit_reward}.get(name, pairs_reward if name.endswith(".csv") else function_reward)
-    terms = parse_reward(s.reward)
-    sources = {name: kind(name)(name, s, data.classes, device) for name, _ in terms if name != "embedded"}
-    critic = critic or train_critic("reward", data.train, s, device)
-    sources["embedded"] = critic.quality
-    g = rng(s.seed, "reward check")
-    x, labels = data.train.batch(32, g, device)
-    x, _ = damage(x, labels, s.patch, g)  # images that a reward should tell apart
-    parts, total = [(checked(name, sources[name], x, labels), weight) for name, weight in terms], sum(weight for _, weight in terms)
-    for (name, _), (part, _) in zip(terms, parts):
-        if s.method == "backprop" and not part(x.clone().requires_grad_(), labels).requires_grad:
-            raise InputError(f"--method backprop: the reward {name} gives no gradient in the pixels")
-    return lambda images, labels: sum(part(images, labels) * weight for part, weight in parts) / total, critic
-
-
-def checked(name, quality, images, labels):
-    """`quality` on images clamped to [-1, 1], its answers checked: [B], finite, in [0, 1]. NonFinite stops training if one fails;
-    InputError says now if it fails on these images [B, 3, S, S], labels [B], or cannot tell any two of them apart."""
-
-    def call(images, labels, error=NonFinite):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            q = quality(images.clamp(-1, 1), labels)
-        if not torch.is_tensor(q) or q.shape != labels.shape:
-            raise error(f"--reward {name} gave {list(q.shape) if torch.is_tensor(q) else type(q).__name__}, not a tensor [{len(labels)}]")
-        if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too
-            raise error(f"--reward {name} gave values from {q.min():.4g} to {q.max():.4g}; they must lie in [0, 1]")
-        return q.to(images)
-
-    first = call(images, labels, InputError)
-    if first.min() == first.max():
-        raise InputError(f"--reward {name} gave {first[0]:.4g} for all of {len(first)} images, half of them damaged: nothing to learn")
-    return call
-
-
-def fit_reward(_, s, classes, device):
-    if s.data != "shapes":
-        raise InputError(f"--reward fit knows what a perfect image is, which only --data shapes can say, not {s.data}")
-    return ShapeFit(s.image_size, s.difficulty, device)
-
-
-def function_reward(name, *_):
-    """The function that "module:function" names; the module may lie in the folder that the script was started from."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module, function = name.split(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-        if not callable(found):
-            raise TypeError("it cannot be called")
-        return found
-    except Exception as error:
-        raise InputError(f"--reward {name}: {type(error).__name__}: {error}") from None
-
-
-def clip_pixels(images, size, mean, std, interpolation="bicubic", **_):
-    """Square images [B, 3, S, S] in [-1, 1] as CLIP takes them [B, 3, side, side]: open_clip's own transform, in tensors."""
-    side, x = size if isinstance(size, int) else min(size), (images + 1) / 2
-    for shape in ((x.shape[-2], side), (side, side)):  # first the width, then the height: bicubic overshoots, and PIL clips after each
-        x = TF.resize(x, shape, TF.InterpolationMode(interpolation), antialias=True).clamp(0, 1)
-    return TF.normalize(x, mean, std)
-
-
-def clip_reward(_, s, classes, device):
-    """(1 + c) / 2, c the cosine of CLIP's embeddings of the image and of --clip-prompt with the class's name in it."""
-    try:
-        import open_clip
-    except ImportError:
-        raise InputError("--reward clip needs open_clip: pip install open_clip_torch") from None
-    model, weights, known = s.clip_model, s.clip_weights, open_clip.list_pretrained_tags_by_model(s.clip_model)
-    local = os.path.isfile(weights)
-    if model not in open_clip.list_models():
-        raise InputError(f"--clip-model {model}: open_clip has no such model; open_clip.list_models() has their names")
-    if not local and weights not in known:
-        raise InputError(f"--clip-weights {weights}: neither a file nor weights that open_clip has for {model}: {', '.join(known[:6]) or 'none'}")
-    logging.disable()  # downloads complain at length; here is one line for all of it
-    try:
-        clip = open_clip.create_model(model, os.path.abspath(weights) if local else weights, device=device).eval().requires_grad_(False)
-        prompts = open_clip.get_tokenizer(model)([s.clip_prompt.replace("{class}", c.replace("_", " ")) for c in classes])
-    except Exception as error:
-        raise InputError(f"--clip-weights {weights} could not be " + (f"loaded safely as weights of --clip-model {model}" if local else
-                         "downloaded; without a network, give a file of weights") + f" ({type(error).__name__})") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    text = torch.cat([clip.encode_text(part, normalize=True) for part in prompts.to(device).split(256)])  # [classes, E]
-
-    def quality(images, labels):
-        pixels = (clip_pixels(part, **clip.visual.preprocess_cfg) for part in images.split(64))
-        image = torch.cat([clip.encode_image(x, normalize=True) for x in pixels])  # [B, E]
-        return (1 + (image * text[labels]).sum(-1)) / 2
-
-    return quality
-
-
-def read_pairs(path, size, classes):
-    """Preferences from a CSV with a header: `better` and `worse`, images named relative to the file, and perhaps `class`, of both.
-
-    Returns a Split of images uint8 [N, 6, S, S], the better one's channels first, and labels [N]: the class, or 0."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or set(rows[0]) - {"class"} != {"better", "worse"}:
-            raise ValueError("expected a header `better,worse` or `better,worse,class`, and then a line for every pair")
-        names, given = classes if "class" in rows[0] else [None], {row.get("class") for row in rows}
-        if set(names) != given:
-            raise ValueError(f"every class needs pairs, and no other name may stand there; see {', '.join(map(str, set(names) ^ given))}")
-        images = [torch.cat([read_image(Path(path).parent / (row[k] or ""), size) for k in ("better", "worse")]) for row in rows]
-    except (OSError, SyntaxError, ValueError, csv.Error) as error:
-        raise InputError(f"--reward {path}: {error}") from None
-    return Split(torch.stack(images), torch.tensor([names.index(row.get("class")) for row in rows]))
-
-
-def pairs_reward(path, s, classes, device):
-    """sigmoid(r) of a score r(image, class) learned from pairs by -log sigmoid(r(better) - r(worse))   (Bradley and Terry).
-
-    0.01 r^2 keeps scores around 0 and off the flat ends of the sigmoid; a little noise keeps a few pairs from being learned by
-    heart. Every fifth pair, class by class, is held out, to say what was learned."""
-    pairs = read_pairs(path, s.image_size, classes)
-    order, outputs = pairs.labels.argsort(stable=True), int(pairs.labels.max()) + 1
-    held_out = torch.zeros(len(pairs), dtype=torch.bool).index_fill(0, order[4::5], True)
-    torch.manual_seed(zlib.crc32(f"pairs {s.seed}".encode()))
-    critic = Critic(reward_body(s.image_size), outputs).to(device)
-    score = lambda x, labels: critic(x)[1].gather(1, labels.clamp(max=outputs - 1)[:, None]).squeeze(1)  # no classes: one output
-    scores = lambda x, labels: score(rearrange(x, "n (k c) h w -> (k n) c h w", k=2), labels.repeat(2)).chunk(2)  # better, worse
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.01)
-    for step in tqdm(range(s.judge_iters), "pairs", leave=False):
-        g = rng(s.seed, "pairs", step)
-        x, labels = pairs.take(~held_out).batch(64, g, device, s.flip)
-        better, worse = scores(x + 0.1 * torch.randn(x.shape, generator=g).to(device), labels)
-        descend(0.005 * (better.square() + worse.square()).mean() - F.logsigmoid(better - worse).mean(), optimizer)
-    critic.eval().requires_grad_(False)
-    if held_out.any():
-        better, worse = scores(*pairs.take(held_out).batch(1000, rng("held out"), device))
-        print(f"{path}: {len(pairs)} pairs; about {float((better > worse).float().mean()):.0%} of those held out are ordered as there")
-    return lambda images, labels: score(images, labels).sigmoid()
 
 
 def frechet_distance(a, b):
@@ -1547,15 +1356,6 @@ def read_checkpoint(path, kind=None, device="cpu"):
     return content
 
 
-def build(content, device="cpu"):
-    """The EMA model of a checkpoint's content."""
-    model = MAR(Settings(**content["settings"]), content["classes"])
-    if content["kind"] == "policy" and model.settings.learn_steps:
-        add_schedule(model)
-    model.load_state_dict(content["model_ema"])
-    return model.to(device)
-
-
 def add_schedule(model):
     model.schedule = SchedulePolicy(model.settings.width, model.length, model.settings.steps)
     return model
@@ -1564,9 +1364,12 @@ def add_schedule(model):
 def load_checkpoint(path, kind=None, device="cpu"):
     """The EMA model of a checkpoint, ready to generate; its `settings`, `classes` and `kind` are attributes."""
     content = read_checkpoint(path, kind, device)
-    model = build(content, device).eval().requires_grad_(False)
+    model = MAR(Settings(**content["settings"]), content["classes"])
+    if content["kind"] == "policy" and model.settings.learn_steps:
+        add_schedule(model)
+    model.load_state_dict(content["model_ema"])
     model.kind = content["kind"]
-    return model
+    return model.to(device).eval().requires_grad_(False)
 
 
 class NonFinite(RuntimeError):

@@ -84,7 +84,7 @@ class Lab:
         """RL on the student with settings replaced, its log, and the judge's row of the end, without exploration."""
         student, out = self.student("student"), self.out / name
         s = maskrl.replace(self.s, **RL | overrides)
-        quality, held_out = self.critic.quality, maskrl.ShapeFit(s.image_size, s.difficulty, self.device)
+        quality, held_out = self.critic.quality, train_rl.ShapeFit(s.image_size, s.difficulty, self.device)
         (out / "log.jsonl").unlink(missing_ok=True)
         measure = train_rl.watch(s, self.data, quality, held_out, self.judge)
         student.settings = s

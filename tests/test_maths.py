@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import maskrl
+import train_rl
 from maskrl import BASE
 
 
@@ -457,7 +458,7 @@ def test_token_log_prob_is_the_channel_mean_of_the_normal_density():
 
 def rl_parts(model, settings, **overrides):
     model.settings = settings(explore=0.3, **overrides)
-    reference = maskrl.build({"settings": vars(model.settings), "classes": model.classes, "kind": "student", "model_ema": model.state_dict()})
+    reference = copy.deepcopy(model)
     generator = list(model.parameters())
     maskrl.add_schedule(model)
     optimizers = {"generator": torch.optim.SGD(generator, 0.0), "schedule": torch.optim.SGD(model.schedule.parameters(), 0.0)}
@@ -659,7 +660,7 @@ def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(model, settings
 @pytest.mark.parametrize("difficulty", [0, 1])
 def test_shape_fit_knows_a_perfect_image(difficulty):
     labels = torch.arange([9, 16][difficulty]).repeat(4)
-    fit = maskrl.ShapeFit(16, difficulty, "cpu")
+    fit = train_rl.ShapeFit(16, difficulty, "cpu")
     x = maskrl.draw_shapes(labels, 16, difficulty, maskrl.rng(0)).float() / 127.5 - 1
     real, blurred, wrong = fit(x, labels), fit(maskrl.blur(x), labels), fit(x, labels.roll(1))
     assert (real > blurred).all() and (blurred > wrong).float().mean() > 0.9 and real.min() > 0.3 and (real <= 1).all()
@@ -673,7 +674,7 @@ def test_shape_fit_knows_a_perfect_image(difficulty):
 
 def test_shape_fit_sees_seams():
     """Seams: tokens swapped in from other images of the class lower it, the more the lower."""
-    labels, fit = torch.zeros(64, dtype=torch.long), maskrl.ShapeFit(16, 0, "cpu")
+    labels, fit = torch.zeros(64, dtype=torch.long), train_rl.ShapeFit(16, 0, "cpu")
     tokens = maskrl.patchify(maskrl.draw_shapes(labels, 16, 0, maskrl.rng(0)).float() / 127.5 - 1, 4)
     rank = torch.rand(64, 16, generator=maskrl.rng(1)).argsort(1)[..., None]
     curve = [float(fit(maskrl.unpatchify(torch.where(rank < n, tokens.roll(1, 0), tokens), 4), labels).mean()) for n in (0, 2, 4, 8)]
@@ -734,7 +735,7 @@ def test_the_judge_sees_blur_seams_and_noise():
 
 
 def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels():
-    critic = maskrl.Critic(maskrl.reward_body(8), 4)
+    critic = maskrl.Critic(maskrl.critic_body("reward", 8), 4)
     x = torch.rand(5, 3, 8, 8, requires_grad=True)
     assert torch.equal(critic.quality(x * 3 - 1, torch.zeros(5, dtype=torch.long)),
                        critic.quality((x * 3 - 1).clamp(-1, 1), torch.zeros(5, dtype=torch.long)))  # no pay beyond the range

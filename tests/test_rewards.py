@@ -63,7 +63,7 @@ def critic(data):
 @pytest.fixture
 def make(data, critic):
     """make(spec, **settings) -> quality."""
-    return lambda spec, **settings: maskrl.make_reward(tiny(reward=spec, **settings), data, torch.device("cpu"), critic)[0]
+    return lambda spec, **settings: train_rl.make_reward(tiny(reward=spec, **settings), data, torch.device("cpu"), critic)[0]
 
 
 def random_clip(name, path, **keys):
@@ -91,14 +91,14 @@ def pictures(n, size=16):
 
 
 def test_the_grammar_of_reward():
-    assert maskrl.parse_reward("embedded") == [("embedded", 1.0)]
-    assert maskrl.parse_reward("clip:1, embedded:.5") == [("clip", 1.0), ("embedded", 0.5)]
-    assert maskrl.parse_reward("mymodule:function") == [("mymodule:function", 1.0)]
-    assert maskrl.parse_reward("my.module:function:0.5,clip:2") == [("my.module:function", 0.5), ("clip", 2.0)]
-    assert maskrl.parse_reward("a/b c.csv,d.csv:3,C:\\pairs.csv") == [("a/b c.csv", 1.0), ("d.csv", 3.0), ("C:\\pairs.csv", 1.0)]
+    assert train_rl.parse_reward("embedded") == [("embedded", 1.0)]
+    assert train_rl.parse_reward("clip:1, embedded:.5") == [("clip", 1.0), ("embedded", 0.5)]
+    assert train_rl.parse_reward("mymodule:function") == [("mymodule:function", 1.0)]
+    assert train_rl.parse_reward("my.module:function:0.5,clip:2") == [("my.module:function", 0.5), ("clip", 2.0)]
+    assert train_rl.parse_reward("a/b c.csv,d.csv:3,C:\\pairs.csv") == [("a/b c.csv", 1.0), ("d.csv", 3.0), ("C:\\pairs.csv", 1.0)]
     for wrong in ("", "clp", "clip,", "clip:0", "clip:-1", "clip:1:2", "pairs.txt", "module:", ":function", "embedded:0.0"):
         with pytest.raises(maskrl.InputError, match="--reward"):
-            tiny(reward=wrong)
+            train_rl.parse_reward(wrong)
 
 
 def test_embedded_is_the_critic_and_a_sum_is_the_weighted_mean(make, critic, data, module):
@@ -121,7 +121,7 @@ def test_clip_pixels_equal_open_clips_transform(kind, size):
     cfg = open_clip.transform.PreprocessCfg(size=(224, 224))
     transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
     theirs = torch.stack([transform(TF.to_pil_image(x)) for x in images])
-    ours = maskrl.clip_pixels(images.float() / 127.5 - 1, **vars(cfg))
+    ours = train_rl.clip_pixels(images.float() / 127.5 - 1, **vars(cfg))
     levels = 255 * (ours - theirs).abs() * torch.tensor(cfg.std)[:, None, None]
     assert ours.shape == (2, 3, 224, 224) and levels.max() < 1.3 and levels.mean() < 0.5
 
@@ -130,7 +130,7 @@ def test_clip_reward_on_a_random_vit_b_32_from_a_file(tmp_path):
     """Through the file, the prompts, the batches and the pixels: what encode_image and encode_text give by hand."""
     path = tmp_path / "vit_b_32.pt"
     clip = random_clip("ViT-B-32", path)
-    quality = maskrl.clip_reward("clip", tiny(clip_weights=str(path)), ["red circle", "green_square"], torch.device("cpu"))
+    quality = train_rl.clip_reward("clip", tiny(clip_weights=str(path)), ["red circle", "green_square"], torch.device("cpu"))
     path.unlink()  # 300 MB
     images, labels = pictures(3), torch.tensor([1, 0, 0])
     x = (images.float() / 127.5 - 1).requires_grad_()
@@ -161,7 +161,7 @@ def test_clip_takes_many_images_in_parts_each_alone(make, small_clip):
         q = quality(x, labels)
         ends = torch.tensor([0, 63, 64, 65])
         torch.testing.assert_close(q[ends], torch.cat([quality(x[i:i + 1], labels[i:i + 1]) for i in ends]))
-        other = maskrl.clip_reward("clip", tiny(clip_prompt="no {class}", **small), ["red circle"], "cpu")
+        other = train_rl.clip_reward("clip", tiny(clip_prompt="no {class}", **small), ["red circle"], "cpu")
         assert abs(other(x[:1], labels[:1]) - q[0]) > 1e-4
 
 
@@ -287,7 +287,7 @@ def test_pairs_with_classes_may_prefer_differently(tmp_path):
     better, worse = lights(90, gap=40)
     swapped = [(w, b) if i % 5 == 4 else (b, w) for i, (b, w) in enumerate(zip(better, worse))]  # of class e the dark is better
     path = write_pairs(tmp_path / "p", *zip(*swapped), ["abcde"[i % 5] for i in range(90)])
-    quality = maskrl.pairs_reward(path, tiny(judge_iters=100), list("abcde"), torch.device("cpu"))
+    quality = train_rl.pairs_reward(path, tiny(judge_iters=100), list("abcde"), torch.device("cpu"))
     x = torch.tensor([-0.5, 0.5])[:, None, None, None].expand(2, 3, 8, 8)
     for y in range(5):
         dark, light = quality(x, torch.tensor([y, y]))
