@@ -3,7 +3,8 @@
 A masked auto-regressive generator (MAR, arXiv 2406.11838) reveals the tokens of an image over K iterations
 and runs a ~100-step denoising chain inside each. Three papers attack that cost, and this file unites them:
 
-    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (GSIM), then improve it by RL
+    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (guided score implicit matching: the student learns
+                            to have the teacher's scores, gradients of the log density), then improve it by RL
     MaskFocus (2512.18766)  spend RL only on the critical steps, found by information gain
     Speed-RL  (2512.01094)  reward quality and needing fewer steps
 
@@ -11,7 +12,7 @@ Letters, the same everywhere:  x tokens of an image [B, L, D] (L tokens of D cha
 still hidden - c context of each token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t
 diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - s guidance (in code also the Settings, which have no other
 name) - K unmasking iterations ("steps"), at most; T those that an image took - P prompts, G rollouts of each (a group) -
-A advantage, R reward. Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
+A advantage, R reward - g(z, c) the one-step student's token (a g alone may be a random generator). Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
 
 Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation - 7 GSIM - 8 Critical steps -
 9 Schedule policy - 10 Policy gradient - 11 Reward and judge - 12 Checkpoints and training
@@ -45,7 +46,8 @@ class InputError(ValueError):
 
 # 1 Settings ---------------------------------------------------------------------------------------------
 # Every knob of the project, flat. Each script's command line is made from these fields, and every checkpoint
-# carries them, so that `sample.py` needs nothing but a path.
+# carries them, so that `sample.py` needs nothing but a path. Reading for the first time? Go on to section 3: each
+# option is explained where it is used.
 
 
 def option(default, help, choices=None):
@@ -78,7 +80,7 @@ class Settings:
     # generation
     steps: int = option(16, "K, unmasking iterations per image")
     denoise_steps: int = option(100, "denoising steps of the teacher's chain inside each iteration")
-    guidance: float = option(1.5, "s in eps = u + s (c - u), u without and c with the class; 1 = none. The teacher is "
+    guidance: float = option(1.5, "s in eps = eps_null + s (eps_class - eps_null); 1 = none. The teacher is "
                                   "sampled with it, and GSIM bakes it into the student, which is sampled without")
     clip: float = option(1.3, "the chain clips its estimate of x_0 to pixels within +-clip; 0 = off. Pixels lie in [-1, 1]")
     # teacher
@@ -104,12 +106,12 @@ class Settings:
     # RL
     rl_iters: int = option(150, "policy updates")
     rl_lr: float = option(3e-5, "AdamW, of the generator")
-    schedule_lr: float = option(1e-3, "AdamW, of the schedule policy")
+    schedule_lr: float = option(3e-3, "AdamW, of the schedule policy")
     prompts: int = option(16, "groups per policy update")
     group: int = option(8, "G, rollouts per group; they share class, order and z")
     method: str = option("grpo", "policy gradient over groups of rollouts, or the reward's own gradient back-propagated through the "
                          "generation (MARVAL-RL), for rewards that are differentiable in the pixels, with a fixed number of steps; it uses prompts, "
-                         "group, rl_steps, critical_steps and beta alone", ("grpo", "backprop"))
+                         "group (as one batch), rl_steps, critical_steps, explore and beta alone", ("grpo", "backprop"))
     rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all", ("critical", "random", "first", "all"))
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
     rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy gradient), all that are hidden, "
@@ -150,12 +152,16 @@ class Settings:
             raise InputError(f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens")
         if not 0 < self.noise_ratio < 1e4:
             raise InputError(f"--noise-ratio {self.noise_ratio} must lie between 0 and 10,000")
-        self.learn_steps &= self.method == "grpo"  # back-propagation does not train a schedule, so it must not sample by one
 
     @property
     def length(self):
         """L, tokens per image."""
         return (self.image_size // self.patch) ** 2
+
+    @property
+    def has_schedule(self):
+        """Whether a policy of these settings has a schedule policy: back-propagation does not train one, so it must not sample by one."""
+        return self.learn_steps and self.method == "grpo"
 
     @property
     def clip_range(self):
@@ -344,7 +350,7 @@ def load_folder(folder, size):
     """Class names, images resized and centre-cropped to uint8 [N, 3, size, size], labels [N] of an image folder."""
     try:
         found = datasets.ImageFolder(folder)
-    except (FileNotFoundError, NotADirectoryError, OSError) as error:
+    except OSError as error:
         raise InputError(f"--data {folder}: {error}. Expected one sub-folder of images per class") from None
 
     def read(sample):
@@ -463,7 +469,7 @@ class TimeEmbedding(nn.Module):
 
 
 class HeadBlock(nn.Module):
-    """Residual MLP block; the condition shifts, scales and gates it (adaLN)."""
+    """Residual MLP block; the condition shifts, scales and gates it (adaLN, adaptive layer norm)."""
 
     def __init__(self, width):
         super().__init__()
@@ -535,7 +541,7 @@ class MAR(nn.Module):
         self.length, self.channels, self.buffer = s.length, s.channels, s.buffer
         self.class_emb = nn.Embedding(self.num_classes, W)
         self.fake_latent = nn.Parameter(torch.zeros(1, W))  # the null class
-        self.z_proj = nn.Linear(self.channels, W)
+        self.z_proj = nn.Linear(self.channels, W)  # MAR's name; of tokens
         self.z_proj_ln = nn.LayerNorm(W, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, s.buffer + s.length, W))
         self.encoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
@@ -614,12 +620,12 @@ def random_mask(n, length, how, generator, device="cpu"):
 
 
 # 5 Diffusion --------------------------------------------------------------------------------------------
-# x_t = alpha_t x_0 + sigma_t eps on a cosine schedule of 1000 times; the head predicts eps. The teacher walks a
+# x_t = alpha_t x_0 + sigma_t eps on a cosine schedule of 1000 times; the head returns eps. The teacher walks a
 # respaced chain of ~100 ancestral steps; the student jumps from one fixed time tau to x_0.
 
 
 class Diffusion:
-    """The cosine schedule abar(t) = cos^2((t + 0.008) / 1.008 pi/2), respaced to `n` of its 1000 times.
+    """The cosine schedule abar(u) = cos^2((u + 0.008) / 1.008 pi/2), u = (t + 1) / 1000, over its value at u = 0; `n` of its 1000 times.
 
     times [n] on 0...999; alpha, sigma [n]; tables in float64. Official semantics: endpoints 0 and 999, all tables
     derived again from the respaced abar, posterior log variance of index 0 taken from index 1."""
@@ -677,13 +683,14 @@ class Diffusion:
         return x
 
 
-BASE = Diffusion()  # all 1000 times: what training draws from
+BASE = Diffusion()  # all 1000 times: training draws from it, and the head and the one-step student look up alpha and sigma in it
 
 
 def denoising_loss(head, x_0, c, t, eps):
     """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: the diffusion loss, and denoising score matching.
 
-    w_t = 1, MAR's loss, for a head that predicts eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one that predicts v."""
+    w_t = 1, MAR's loss, for a head whose network gives eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one whose network gives v
+    (at most 1e4, which t > 992 would exceed). Averaged over tokens and channels."""
     error = (head.eps(BASE.q_sample(x_0, t, eps), t, c) - eps).square()
     if head.velocity:
         alpha, _ = BASE.alpha_sigma(t)
@@ -696,7 +703,7 @@ def one_step(head, z, c, noise_ratio=5.0):
 
         g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,   sigma_tau / alpha_tau = noise_ratio
 
-    so the teacher's weights are a good start (as in SiD). MARVAL does not print its parametrisation; this is ours."""
+    (or the first above it), so the teacher's weights are a good start, as in SiD (score identity distillation, 2404.04057). MARVAL does not print its parametrisation; this is ours."""
     tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
     alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
     t = torch.full((len(z),), tau, device=z.device)
@@ -722,7 +729,7 @@ def reveal_counts(length, steps):
 def guidance_scale(s, hidden_after, length):
     """MAR's linear schedule 1 + (s - 1)(L - hidden)/L, where `hidden` tokens remain after the step, at least 1.
 
-    It multiplies as eps = u + scale (c - u): c with the class, u without; 1 is no guidance."""
+    It multiplies as eps = eps_null + scale (eps_class - eps_null); 1 is no guidance."""
     return 1 + (s - 1) * (length - hidden_after.clamp(min=1)) / length
 
 
@@ -800,8 +807,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         c[live] = model.context(tokens[live], mask[live], labels[live])
         if policy:
             states = schedule_state(c, mask)
-            actions = torch.multinomial(policy.log_probs(states, hidden.clamp(min=1)).exp(), 1, generator=g).squeeze(1)
-            count = torch.where(hidden > 0, policy.count(actions, hidden), 0)
+            actions = torch.multinomial(policy.log_probs(states, hidden).exp(), 1, generator=g).squeeze(1)
+            count = policy.count(actions, hidden)
         else:
             count = torch.full_like(hidden, fixed[len(record["counts"])])
         reveal = mask & (rank >= (hidden - count)[:, None])
@@ -834,11 +841,11 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     bar.close()
     if not trace:
         return tokens
-    return tokens, Trace(order, z, means, *(torch.stack(steps, 1) if steps else None for steps in record.values()))
+    return tokens, Trace(order, z, means, *(torch.stack(values, 1) if values else None for values in record.values()))
 
 
 def guided(head, c, null, scale):
-    """head(x, t) -> [N, 2D] with eps = u + scale (c - u); class and null rows in one batch; variance of the class row."""
+    """head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null); class and null rows in one batch; variance of the class row."""
 
     def call(x, t):
         (e_c, variance), (e_u, _) = (out.chunk(2, -1) for out in head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null])).chunk(2))
@@ -878,7 +885,7 @@ def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber, terms="L1+L2", u
     x_t = BASE.q_sample(x_0, t, eps)
     e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
     scale = 1 / BASE.alpha_sigma(t)[0] if units == "velocity" else 1.0
-    d, d_prime = distance(scale * (e_p - e_q))  # sigma (s_q - s_p) = eps_p - eps_q
+    d, d_prime = distance(scale * (e_p - e_q))  # eps_p - eps_q = sigma (s_q - s_p): the sigma is in them
     L1 = -(d_prime * scale * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
     return ("L1" in terms) * L1 + ("L2" in terms) * d
 
@@ -961,23 +968,24 @@ def schedule_state(c, mask):
 
 
 class SchedulePolicy(nn.Module):
-    """Chooses to reveal `unit` x 1, 2, 4, ... tokens, or all that remain, with unit = ceil(L / K_max): K_max steps at most.
+    """Chooses to reveal `unit` x 1, 2, 3, 4, 6, 8, 12, ... tokens, or all that remain, with unit = ceil(L / K_max): K_max steps at most.
 
-    Starts independent of the state, preferring small counts: half as likely with every doubling."""
+    Starts independent of the state, preferring small counts: the probability is proportional to 1 / count."""
 
     def __init__(self, width, length, max_steps, inner=64):
         super().__init__()
         unit = math.ceil(length / max_steps)
-        counts = [unit * 2**i for i in range(length.bit_length()) if unit * 2**i < length] + [length]
+        sizes = [1] + sorted(m * 2**i for m in (2, 3) for i in range(length.bit_length()))
+        counts = [unit * n for n in sizes if unit * n < length] + [length]
         self.register_buffer("counts", torch.tensor(counts))
         self.norm = nn.LayerNorm(width)
         self.net = silu_mlp(width + 1, inner, len(counts))
         nn.init.zeros_(self.net[-1].weight)
         with torch.no_grad():
-            self.net[-1].bias.copy_(-math.log(2) * torch.arange(len(counts)))
+            self.net[-1].bias.copy_(-self.counts.log())
 
     def log_probs(self, states, hidden):
-        """log pi [N, A] of every choice for states [N, W + 1] with `hidden` [N] >= 1 tokens left; impossible: -inf.
+        """log pi [N, A] of every choice for states [N, W + 1] with `hidden` [N] tokens left; impossible: -inf.
 
         A count that is not below what remains is impossible: the last choice, `all`, stands for it."""
         logits = self.net(torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1))
@@ -993,11 +1001,11 @@ class SchedulePolicy(nn.Module):
 def speed(steps, max_steps):
     """(K_max - T + 1) / K_max in (0, 1]: 1 for one step. As in learned unmasking policies (2512.09106);
     Speed-RL's own formula is not public in what we have, so quality x speed^alpha is our choice."""
-    return (max_steps - steps + 1).clamp(min=1) / max_steps
+    return (max_steps - steps + 1) / max_steps
 
 
 # 10 Policy gradient -------------------------------------------------------------------------------------
-# GRPO. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
+# GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
 # Gaussian in closed form. A group shares class, order and z (but see routing), so that only the actions differ.
 
 
@@ -1005,8 +1013,8 @@ def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True)
     """A = (R - baseline) / std within each group of G consecutive rollouts [P G]; zero where all rewards are equal.
 
     keep [P G]: rollouts that count; the others get zero. baseline: the group's `mean` (GRPO), or that of the `others`, which
-    multiplies A by G / (G - 1) and makes its expected gradient exact. normalise: divide by the std (GRPO), which weighs
-    prompts alike; without it those on which little can be won count little."""
+    multiplies A by G / (G - 1) and, without the std, makes its expected gradient exact. normalise: divide by the std (GRPO; over
+    G - 1), which weighs prompts alike; without it those on which little can be won count little."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
     w = torch.ones_like(R) if keep is None else rearrange(keep.to(R), "(p g) -> p g", g=group)
     n = w.sum(1, keepdim=True).clamp(min=2)
@@ -1029,14 +1037,13 @@ def token_kl(mean, mean_ref, sigma):
     return ((mean - mean_ref) / torch.as_tensor(sigma, device=mean.device)[..., None]).square().mean(-1) / 2
 
 
-def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta=0.01):
+def policy_loss(log_prob, log_prob_old, advantage, kl=torch.zeros(()), clip_ratio=0.2, beta=0.01):
     """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old   (GRPO; MaskFocus).
 
     Returns the loss and what to log: `ratio`, its mean; `clip_fraction`; `kl`, mean; `log_ratio`, the largest |log r|."""
     log_ratio = log_prob - log_prob_old.detach()
     ratio = log_ratio.exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
-    kl = torch.zeros_like(gain) if kl is None else kl
     stats = {"ratio": ratio.mean().item(), "clip_fraction": ((ratio - 1).abs() > clip_ratio).float().mean().item(),
              "kl": kl.mean().item(), "log_ratio": log_ratio.abs().max().item()}
     return -(gain - beta * kl).mean(), stats
@@ -1044,7 +1051,7 @@ def policy_loss(log_prob, log_prob_old, advantage, kl=None, clip_ratio=0.2, beta
 
 @torch.no_grad()
 def routing(model, labels, generator, draws=8):
-    """How much hotter each prompt explores [P], >= 1 (MaskFocus, dynamic routing): the half with the lower entropy, 1 + route exp(-H).
+    """The factor on each prompt's exploration sigma [P], >= 1 (MaskFocus, dynamic routing): the half with the lower entropy, 1 + route exp(-H).
 
     H >= 0: differential entropy per channel of the one-step predictions of a wholly hidden image, estimated from the
     variance over `draws` of z as if Gaussian, above that of the exploration noise. Differs from the paper: it routes the samples
@@ -1081,22 +1088,25 @@ def rollout(model, quality, labels, seed, full=True):
 def optimised_steps(trace, tokens, s, mean_image, generator):
     """Which steps of each rollout are optimised [B, T]: K_c of its own by --rl-steps, or all."""
     valid = trace.counts > 0
+    if s.rl_steps == "all":
+        return valid
     if s.rl_steps == "critical":
         score = information_gain(trace.predictions, tokens, valid, mean_image)
+    elif s.rl_steps == "random":
+        score = torch.rand(valid.shape, generator=generator).to(tokens)
     else:
-        score = {"random": torch.rand(valid.shape, generator=generator).to(tokens), "first": -torch.arange(valid.shape[1]).to(tokens),
-                 "all": torch.zeros(1).to(tokens)}[s.rl_steps].expand(valid.shape).masked_fill(~valid, -math.inf)
-    return critical_steps(score, valid.shape[1] if s.rl_steps == "all" else s.critical_steps)
+        score = -torch.arange(valid.shape[1]).to(tokens).expand(valid.shape)
+    return critical_steps(score.masked_fill(~valid, -math.inf), s.critical_steps)
 
 
 def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     """G rollouts of each class in `labels` [P], then `rl_epochs` updates on them; {name: float} to log.
 
     Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy gradient
-    (up to the factors 1/D and 1/std); fewer steps are MaskFocus' choice, made on the finished image, and biased; `hidden` and
+    (up to the factors 1/D, (G - 1)/G and 1/std, which differs from group to group); fewer steps are MaskFocus' choice, made on the finished image, and biased; `hidden` and
     `fresh` count tokens that were not drawn from this context and are surrogates. Schedule: all its choices, by its own
     optimiser, so that their losses need no weighing. Both carry the advantage of reward = quality x speed^alpha.
-    Filter (our choice): rollouts below the quality floor, and groups without spread, take no part."""
+    Filter (our choice): rollouts below the quality floor, groups without spread, and whoever has A = 0 take no part."""
     s, g = model.settings, rng(seed, "update")
     tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, s.rl_steps == "critical" or s.rl_tokens == "hidden")
     reward = q * speed(trace.steps, s.steps) ** s.alpha
@@ -1127,19 +1137,18 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
             g_old = means(model)  # nobody has seen these masks before
         else:  # what the sampler predicted, so that the first ratio compares it with the learner
             g_old = (trace.means[row] if s.rl_tokens == "revealed" else trace.predictions[row, step])[counted]
-    chosen = valid & live[:, None]
-    log_old = None
+    decided, log_old = valid & live[:, None], None
     for epoch in range(s.rl_epochs):
         g_mean = means(model)
         loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), token_log_prob(x, g_old, sigma), A_token,
                                   token_kl(g_mean, g_ref, sigma), s.clip_ratio, s.beta)
-        stats |= terms | {"loss": loss.item(), "log_ratio": stats.get("log_ratio", terms["log_ratio"])}  # of the first pass
+        stats |= terms | {"loss": loss.item(), "log_ratio": stats.get("log_ratio", terms["log_ratio"])}  # log_ratio: of the first pass
         stats["grad_norm"] = descend(loss, optimizers["generator"])
         if model.schedule is not None:
-            choices = model.schedule.log_probs(trace.states[chosen], trace.hidden()[chosen])  # [N, A]
-            log_prob = choices.gather(1, trace.actions[chosen][:, None]).squeeze(1)
+            choices = model.schedule.log_probs(trace.states[decided], trace.hidden()[decided])  # [N, A]
+            log_prob = choices.gather(1, trace.actions[decided][:, None]).squeeze(1)
             log_old = log_prob.detach() if log_old is None else log_old
-            schedule_loss, _ = policy_loss(log_prob, log_old, A[:, None].expand(chosen.shape)[chosen], clip_ratio=s.clip_ratio)
+            schedule_loss, _ = policy_loss(log_prob, log_old, A[:, None].expand(decided.shape)[decided], clip_ratio=s.clip_ratio)
             descend(schedule_loss, optimizers["schedule"])
     return stats
 
@@ -1172,9 +1181,9 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
     """One update by the reward's gradient (MARVAL-RL, L = -E R(G(z, class, K))) on prompts x group images; {name: float} to log.
 
     The gradient passes through the whole K-step generation, or with --rl-steps through the optimised steps alone, which costs
-    so much less memory. beta x KL anchors it. The schedule is used as it is, not trained."""
+    so much less memory. beta x KL anchors it. The number of steps is fixed."""
     s, labels = model.settings, labels.repeat_interleave(model.settings.group)
-    tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=True)
+    tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=True if s.rl_steps == "critical" else "steps")
     keep = optimised_steps(trace, tokens, s, mean_image, rng(seed, "update"))
     images, kl = replay(model, reference, labels, trace, keep)
     q = quality(to_images(images, s), labels)
@@ -1190,7 +1199,7 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
 
 
 def damage(x, labels, patch, generator):
-    """x [B, 3, H, W] with half of the images damaged by a random amount, and what was done [B]: 0 nothing, 1 blur,
+    """x [B, 3, H, W] in [-1, 1] with about half of the images damaged by a random amount, and what was done [B]: 0 nothing, 1 blur,
     2 patches swapped in from another image of the class, 3 noise."""
     B = len(x)
     kind = (torch.randint(6, (B,), generator=generator) - 2).clamp(min=0).to(x.device)
@@ -1203,7 +1212,8 @@ def damage(x, labels, patch, generator):
     swapped = unpatchify(torch.where(swap[..., None], tokens[partner], tokens), patch)
     noisy = x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(x.device)
     done = torch.stack([x, x + (0.2 + 0.8 * amount) * (blur(x) - x), swapped, noisy])
-    return done[kind, torch.arange(B, device=x.device)].clamp(-1, 1), kind
+    out = done[kind, torch.arange(B, device=x.device)].clamp(-1, 1)
+    return out, kind * (out != x).flatten(1).any(1)  # swapped with itself is not damaged
 
 
 def blur(x):
@@ -1365,7 +1375,7 @@ def load_checkpoint(path, kind=None, device="cpu"):
     """The EMA model of a checkpoint, ready to generate; its `settings`, `classes` and `kind` are attributes."""
     content = read_checkpoint(path, kind, device)
     model = MAR(Settings(**content["settings"]), content["classes"])
-    if content["kind"] == "policy" and model.settings.learn_steps:
+    if content["kind"] == "policy" and model.settings.has_schedule:
         add_schedule(model)
     model.load_state_dict(content["model_ema"])
     model.kind = content["kind"]
@@ -1373,7 +1383,7 @@ def load_checkpoint(path, kind=None, device="cpu"):
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient became infinite or NaN; no weight was changed by it."""
+    """A loss or gradient became infinite or NaN, or a reward no number in its range; no weight was changed by it."""
 
 
 def descend(loss, optimizer, clip=1.0):
@@ -1459,7 +1469,7 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
             metrics = update(step)
         except NonFinite as error:
             save(step)
-            raise NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. Start afresh in another --out with a lower learning rate") from None
+            raise NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. If training diverged, start afresh in another --out with a lower learning rate") from None
         best["seconds"] += time.perf_counter() - began
         if step % max(1, iters // 200) == 0 or step == iters - 1:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})

@@ -38,20 +38,17 @@ def train_policy(s, data, student, quality, out, device, resume=False, measure=N
     torch.manual_seed(s.seed)
     model = deepcopy(student).requires_grad_(True)
     model.settings = s
-    generator_parameters = list(model.parameters())
-    reference = deepcopy(student).requires_grad_(False)
-    optimizers = {"generator": torch.optim.AdamW(generator_parameters, lr=s.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)}
-    if s.learn_steps:
+    optimizers = {"generator": torch.optim.AdamW(model.parameters(), lr=s.rl_lr, betas=(0.9, 0.95), weight_decay=0.0)}
+    if s.has_schedule:
         maskrl.add_schedule(model).to(device)
         optimizers["schedule"] = torch.optim.AdamW(model.schedule.parameters(), lr=s.schedule_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    mean = mean_image(data, s, device)
+    mean, start = mean_image(data, s, device), deepcopy(model).requires_grad_(False)
     policy_update = {"grpo": maskrl.rl_update, "backprop": maskrl.backprop_update}[s.method]
 
     def update(step):
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
-        return policy_update(model, reference, quality, labels, mean, optimizers, (s.seed, "rollout", step))
+        return policy_update(model, start, quality, labels, mean, optimizers, (s.seed, "rollout", step))
 
-    start = deepcopy(model).requires_grad_(False)
     maskrl.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",
                  resume=resume, every=25, measure=measure)
     return model.eval(), start
@@ -63,8 +60,8 @@ def mean_image(data, s, device):
 
 
 def watch(s, data, quality, held_out, judge, n=512):
-    """measure(model) for the log: the trained reward on fixed noise without exploration, and beside it what shows whether it is
-    hacked, a reward that is not trained on and the judge's Fréchet distance (n is small: compare within a run)."""
+    """measure(model) for the log, on fixed noise without exploration: the trained reward; and, to expose reward hacking, one that is
+    not trained on and the judge's Fréchet distance (n is small: compare within a run)."""
     labels = judge.labels[torch.linspace(0, len(judge.labels) - 1, min(n, len(judge.labels))).long()]
 
     @torch.no_grad()
@@ -123,7 +120,7 @@ def compare_schedules(start, policy, quality, judge, s):
 
 
 # --reward: what may stand there -------------------------------------------------------------------------
-# Each is a function quality(images [B, 3, S, S] in [-1, 1], labels [B]) -> [B] in (0, 1]; all but a function of your own
+# Each is a function quality(images [B, 3, S, S] in [-1, 1], labels [B]) -> [B] in [0, 1]; all but a function of your own
 # are differentiable in the pixels.
 
 
@@ -138,7 +135,7 @@ def parse_reward(text):
 
 
 def make_reward(s, data, device, critic=None):
-    """--reward as a function quality(images [B, 3, S, S], labels [B]) -> [B] in (0, 1], checked; and the embedded critic.
+    """--reward as a function quality(images [B, 3, S, S], labels [B]) -> [B] in [0, 1], checked; and the embedded critic.
 
     The critic, Progress' yardstick under any reward, is trained unless given; last, so that a wrong --reward shows at once."""
     kind = lambda name: {"clip": clip_reward, "fit": fit_reward}.get(name, pairs_reward if name.endswith(".csv") else function_reward)
@@ -161,11 +158,11 @@ def checked(name, quality, images, labels):
     InputError says now if it fails on these images [B, 3, S, S], labels [B], or cannot tell any two of them apart."""
 
     def call(images, labels, error=maskrl.NonFinite):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):  # no graph for weights that somebody forgot to freeze
             q = quality(images.clamp(-1, 1), labels)
         if not torch.is_tensor(q) or q.shape != labels.shape:
             raise error(f"--reward {name} gave {list(q.shape) if torch.is_tensor(q) else type(q).__name__}, not a tensor [{len(labels)}]")
-        if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too
+        if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too; a little above 1 is rounding
             raise error(f"--reward {name} gave values from {q.min():.4g} to {q.max():.4g}; they must lie in [0, 1]")
         return q.to(images)
 
@@ -179,7 +176,7 @@ class ShapeFit:
     """A reward that nobody has to learn: how well an image is *some* shape of its class, exp(-e / 0.04) in (0, 1].
 
     e: root mean square difference, in units of the 0...1 pixel range, to the nearest of 4,851 shapes of the right form and colour
-    (21 x 21 places, 11 sizes), each on the flat background that suits the image best, found in closed form. Differentiable."""
+    (21 x 21 places, 11 sizes), each on the flat dark background that suits the image best, found in closed form. Differentiable."""
 
     def __init__(self, size, difficulty, device):
         self.forms = 3 + difficulty

@@ -7,9 +7,11 @@
     python tests/study.py guidance             # teacher and student at the same s
     python tests/study.py teacher              # what the teacher needs (velocity, centred tokens)
     python tests/study.py cost                 # time and memory of a GSIM update, by part
-    python tests/study.py rates                # RL on critical, random, the first and all steps, at three learning rates
+    python tests/study.py cost rates           # RL on critical, random, the first and all steps, at three learning rates; three seeds
+    python tests/study.py larger               # the same with 64 tokens instead of 16, one teacher and student, three seeds of RL
     python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
-    python tests/study.py drift                # RL with beta from 0 to 3
+    python tests/study.py drift                # the demo's RL with beta from 0 to 1
+    python tests/study.py frontier             # the demo's RL with alpha from 0.1 to 1, fixed schedules, K -> K/2; three seeds
 
 Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
 seeds can run beside each other (--seeds 0 in one shell, --seeds 1 in another), and the table is of all that is there.
@@ -34,7 +36,10 @@ import maskrl
 import train_distill
 import train_rl
 
-RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of every RL arm: quality alone, K = 8 fixed
+RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of the RL arms: quality alone, K = 8 fixed
+DEMO = {k: getattr(maskrl.preset("tiny"), k) for k in RL}  # the same settings as the demo has them
+HALVING = dict(gsim_iters=300, student_lr=1e-4)
+LARGER = dict(patch=2, batch=32, gsim_batch=32, draws=2, prompts=8)  # 64 tokens
 LONG = dict(gsim_iters=2000)
 TEACHER = dict(teacher_iters=1500)
 SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
@@ -43,9 +48,9 @@ SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, ju
 class Lab:
     """One seed's data, teacher, judge and yardstick, each made when first asked for."""
 
-    def __init__(self, out, seed, device):
+    def __init__(self, out, seed, device, **overrides):
         self.out, self.device = Path(out) / f"seed{seed}", device
-        s = maskrl.preset("tiny", seed=seed)
+        s = maskrl.preset("tiny", seed=seed, **overrides)
         self.data = maskrl.load_data(s)
         self.s = self.data.measure(s)
 
@@ -71,11 +76,11 @@ class Lab:
             train()
         return maskrl.load_checkpoint(path, kind, self.device)
 
-    def student(self, name, distil=maskrl.gsim_update, progress=True, **overrides):
-        """A student of the teacher, with settings replaced: the best by Progress, or (progress=False) simply the last weights."""
+    def student(self, name, distil=maskrl.gsim_update, progress=True, teacher=None, **overrides):
+        """A student of the teacher (or of another), with settings replaced: the best by Progress, or (progress=False) simply the last weights."""
         s, out = maskrl.replace(self.s, **overrides), self.out / name
         student = self.made("student", lambda: train_distill.train_student(
-            s, self.data, self.teacher, out, self.device, True, self.progress if progress else None, distil), name)
+            s, self.data, teacher or self.teacher, out, self.device, True, self.progress if progress else None, distil), name)
         if not progress:
             student.load_state_dict(maskrl.read_checkpoint(out / "student.pt")["model"])
         return student
@@ -94,7 +99,7 @@ class Lab:
         curve = [{"step": -1, "seconds": 0.0} | before] + [line for line in log if "judge" in line]
         stats = {k: statistics.mean(line[k] for line in log if k in line) for k in ("kl", "not_first", "clip_fraction", "filtered", "spread", "grad_norm")}
         row = train_rl.score(policy, quality, self.judge, s) | {"held_out": curve[-1]["held_out"], "kl_end": [x for x in log if "kl" in x][-1]["kl"]}
-        return {"curve": curve, "seconds": curve[-1]["seconds"]} | stats | row
+        return {"curve": curve, "kl_curve": [line for line in log if "kl" in line], "seconds": curve[-1]["seconds"]} | stats | row
 
     def judged(self, model, **how):
         tokens, _ = train_distill.in_batches(model, self.judge.labels, {"steps": self.s.steps} | how, self.s.seed, "")
@@ -122,6 +127,18 @@ def regression(teacher, student, aux, x, labels, optimizers, generator):
         scale = maskrl.guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None].expand(B, L)[mask][:, None]
         target = maskrl.Diffusion(25).sample(maskrl.guided(teacher.head, c_p, c_null, scale), z, generator, clip=s.clip_range)
     loss = (maskrl.one_step(student.head, z, student.context(x, mask, labels)[mask], s.noise_ratio) - target).square().mean()
+    return {"loss": loss.item(), "grad_norm": maskrl.descend(loss, optimizers["student"])}
+
+
+def halving(teacher, student, aux, x, labels, optimizers, generator):
+    """The rival of Speed-RL: what a one-step student reveals in two iterations is asked of one; K -> K/2, from the same z."""
+    s = student.settings  # steps = K/2
+    tokens, trace = maskrl.generate(teacher, labels, 2 * s.steps, denoise_steps=1, seed=float(torch.rand((), generator=generator)), trace="steps")
+    mask, reveal = trace.masks()
+    row, k = torch.arange(len(x)), 2 * torch.randint(s.steps, (len(x),), generator=generator)
+    both = reveal[row, k] | reveal[row, k + 1]
+    g = maskrl.one_step(student.head, trace.z[both], student.context(tokens, mask[row, k], labels)[both], s.noise_ratio)
+    loss = (g - tokens[both]).square().mean()
     return {"loss": loss.item(), "grad_norm": maskrl.descend(loss, optimizers["student"])}
 
 
@@ -213,11 +230,22 @@ def rl_arm(lab, name, **overrides):
 
 
 def rates(lab):
-    """Which of three learning rates suits which steps."""
+    """Which of three learning rates suits which steps; and the updates on critical steps that take as long as 40 on all."""
     for how in ("critical", "random", "first", "all"):
-        for lr in (1e-5, 3e-5, 1e-4):
+        for lr in (3e-5, 1e-4, 3e-4):
             yield rl_arm(lab, f"{how} {lr:g}", rl_steps=how, rl_lr=lr)
     yield rl_arm(lab, "70 updates, critical 0.0001", rl_iters=70)
+
+
+def larger(lab):
+    """Three seeds of RL on one student of 64 tokens; K = 16, of which 4 are optimised."""
+    base = Lab(lab.out.parent / "64 tokens", 0, lab.device, **LARGER)
+    if lab.s.seed == 0:
+        yield "64 tokens: real", lambda: base.judge.real()
+        yield "64 tokens: teacher, 25 steps", lambda: base.judged(base.teacher, guidance=base.s.guidance, denoise_steps=25)
+        yield "64 tokens: student", lambda: base.judged(base.student("student"), denoise_steps=1)
+    for how in ("critical", "random", "first", "all"):
+        yield f"64 tokens: {how}", lambda how=how: base.policy(f"{how}, seed {lab.s.seed}", seed=lab.s.seed, rl_steps=how, steps=16, critical_steps=4)
 
 
 def tokens(lab):
@@ -230,8 +258,27 @@ def tokens(lab):
 
 
 def drift(lab):
-    for beta in (0.0, 0.03, 0.3, 3.0):
-        yield rl_arm(lab, "critical 0.0001" if beta == 0.03 else f"beta {beta:g}", beta=beta)
+    for beta in (0.0, 0.03, 0.2, 1.0):
+        yield rl_arm(lab, f"demo, beta {beta:g}", **DEMO | dict(beta=beta))
+
+
+def frontier(lab):
+    """Quality and distance against the number of unmasking iterations."""
+    at = lambda model, K: train_rl.score(model, lab.critic.quality, lab.judge, lab.s, K)
+    for alpha in (0.1, 0.5, 1.0):
+        yield rl_arm(lab, "demo, beta 0.2" if alpha == 0.5 else f"demo, alpha {alpha:g}", **DEMO | dict(alpha=alpha))
+    for K in (16, 12, 8, 6, 5, 4, 3, 2, 1):
+        yield f"student, fixed {K}", lambda K=K: at(lab.student("student"), K)
+        yield f"policy's generator, fixed {K}", lambda K=K: at(maskrl.load_checkpoint(lab.out / "rl demo, beta 0.2" / "policy.pt", "policy", lab.device), K)
+    for K in (8, 4, 2):
+        yield f"halved to {K}", lambda K=K: at(halved(lab, K), K)
+
+
+def halved(lab, K):
+    """The student after K_max -> K_max/2 -> ... -> K."""
+    if K == lab.s.steps:
+        return lab.student("student")
+    return lab.student(f"halved to {K}", halving, False, halved(lab, 2 * K), steps=K, **HALVING)
 
 
 def cost(lab):
@@ -281,13 +328,16 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, tokens, drift)}
-SEEDS = {"distil": "0,1,2", "ablations": "0,1,2", "rivals": "0,1,2"}
+STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, larger, tokens, drift, frontier)}
+SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "larger", "drift", "frontier")}
 
 
 COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
            "quality": "quality", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
-           "clipped": "clip_fraction", "s of RL": "seconds"}
+           "clipped": "clip_fraction", "steps": "steps"}
+
+
+CURVES = {"quality_mean": "trained reward", "held_out": "held-out reward", "judge": "Fréchet distance (judge, n = 512)"}
 
 
 def table(rows):
@@ -335,16 +385,43 @@ def draw(study, rows, path):
             axis.plot(scales, [first[name(s)]["frechet"] for s in scales], "o-", label=label)
         axis.set(xlabel="guidance s", ylabel="Fréchet distance", yscale="log")
         axis.legend()
-    elif any("curve" in run for run in first.values()):
-        keys = {"quality_mean": "trained reward", "held_out": "held-out reward", "judge": "Fréchet distance (judge, n = 512)"}
-        figure, axes = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
-        for axis, (against, key) in zip(axes.flat, [(a, k) for a in ("step", "seconds") for k in keys]):
-            for label, runs in rows.items():
-                x = [statistics.mean(p) for p in zip(*([point[against] for point in run["curve"]] for run in runs))]
-                y = [statistics.mean(p) for p in zip(*([point[key] for point in run["curve"]] for run in runs))]
-                axis.plot(x, y, ".-", linewidth=1, label=label.removeprefix("rl "))
-            axis.set(xlabel={"step": "updates", "seconds": "seconds of updates"}[against], title=keys[key])
-        axes[0, 0].legend(fontsize=6)
+    elif study in ("rates", "larger", "tokens"):
+        quality = lambda name: statistics.mean(run["quality"] for run in rows[name])
+        arms = {name: name for name, runs in rows.items() if "curve" in runs[0]}
+        if study == "rates":  # each arm at its best rate
+            arms = {how: max((name for name in arms if name.startswith(how)), key=quality) for how in ("critical", "random", "first", "all")}
+            ms = json.loads((path.parent / "seed0" / "cost.json").read_text())
+        panels = [(against, key) for against in ("updates", "seconds")[:1 + (study == "rates")] for key in CURVES]
+        figure, axes = plt.subplots(len(panels) // 3, 3, figsize=(13, len(panels)), layout="constrained")
+        for axis, (against, key) in zip(axes.flat, panels):
+            for how, name in arms.items():
+                curves = [{point["step"] + 1: point[key] for point in run["curve"]} for run in rows[name]]
+                steps = sorted(curves[0])
+                x = [i * ms[f"RL update, {how} steps, ms"] / 1000 for i in steps] if against == "seconds" else steps
+                lines = [[curve[i] for i in steps] for curve in curves]
+                axis.plot(x, [statistics.mean(y) for y in zip(*lines)], ".-", linewidth=1, label=name.removeprefix("64 tokens: "))
+                axis.fill_between(x, [min(y) for y in zip(*lines)], [max(y) for y in zip(*lines)], alpha=0.1)
+            axis.set(xlabel=against, title=CURVES[key])
+        axes.flat[0].legend(fontsize=7)
+    elif study == "frontier":
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+        for axis, key in zip(axes, ("quality", "frechet")):
+            for kind in ("student, fixed", "policy's generator, fixed", "halved to", "demo"):
+                points = sorted((statistics.mean(run["steps"] for run in runs), statistics.mean(run[key] for run in runs))
+                                for name, runs in rows.items() if name.startswith(kind))
+                axis.plot(*zip(*points), "o-" if kind == "demo" else ".--", label={"demo": "learned schedules"}.get(kind, kind))
+            axis.set(xlabel="mean unmasking iterations", title={"quality": "quality", "frechet": "Fréchet distance"}[key], xscale="log")
+        axes[1].set_yscale("log")
+        axes[0].legend(fontsize=8)
+    elif study == "drift":
+        keys = CURVES | {"kl": "KL per channel"}
+        figure, axes = plt.subplots(1, 4, figsize=(15, 3), layout="constrained")
+        for axis, key in zip(axes, keys):
+            for name, runs in rows.items():
+                curve = {point["step"] + 1: point[key] for run in runs[:1] for point in run["kl_curve" if key == "kl" else "curve"]}
+                axis.plot(sorted(curve), [curve[i] for i in sorted(curve)], ".-", linewidth=1, label=name.removeprefix("demo, "))
+            axis.set(xlabel="updates", title=keys[key])
+        axes[0].legend(fontsize=7)
     else:
         return
     figure.savefig(path, dpi=80)
@@ -355,7 +432,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--out", default="runs/study", help="default: runs/study")
-    parser.add_argument("--seeds", help="comma-separated (default: 0,1,2 for distil, ablations and rivals, else 0)")
+    parser.add_argument("--seeds", help='comma-separated (default: 0,1,2 for ' + ', '.join(SEEDS) + '; else 0)')
     parser.add_argument("--only", help="comma-separated beginnings of row names: do just these")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)

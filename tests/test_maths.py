@@ -367,25 +367,25 @@ def test_probabilities_of_all_schedules_sum_to_one():
     """Every way to reveal 7 tokens, with a policy whose choice depends on what was done so far."""
     policy = maskrl.SchedulePolicy(width=4, length=7, max_steps=7)
     torch.nn.init.normal_(policy.net[-1].weight)
-    assert policy.counts.tolist() == [1, 2, 4, 7]
+    assert policy.counts.tolist() == [1, 2, 3, 4, 6, 7]
     state_after = lambda history: torch.randn(1, 5, generator=maskrl.rng(history))
 
     def total(history, left):
         if not left:
             return 1.0
         p = policy.log_probs(state_after(history), torch.tensor([left])).exp()[0]
-        counts = policy.count(torch.arange(4), torch.full((4,), left))
-        return sum(p[a].item() * total(history + (a,), left - int(counts[a])) for a in range(4) if p[a] > 0)
+        counts = policy.count(torch.arange(6), torch.full((6,), left))
+        return sum(p[a].item() * total(history + (a,), left - int(counts[a])) for a in range(6) if p[a] > 0)
 
     assert abs(total((), 7) - 1) < 1e-5
 
 
 def test_impossible_choices_have_probability_zero_and_the_longest_schedule_has_K_max_steps():
     policy = maskrl.SchedulePolicy(width=4, length=16, max_steps=8)
-    assert policy.counts.tolist() == [2, 4, 8, 16]
+    assert policy.counts.tolist() == [2, 4, 6, 8, 12, 16]
     log = policy.log_probs(torch.zeros(3, 5), torch.tensor([16, 4, 1]))
-    assert log.isinf().int().tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
-    torch.testing.assert_close(log[0, 1] - log[0, 0], torch.tensor(-math.log(2)))  # half as likely with every doubling
+    assert log.isinf().int().tolist() == [[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
+    torch.testing.assert_close(log[0].exp() * policy.counts, (log[0, 0].exp() * 2).expand(6))  # in proportion to 1 / count
     assert math.ceil(16 / int(policy.counts[0])) == 8
 
 
@@ -642,6 +642,11 @@ def test_a_replay_repeats_the_generation_and_its_gradient_is_that_of_the_kept_st
     assert less < 0.5 * memory and part.norm() > 0 and (part - whole).norm() > 0.05 * whole.norm()
 
 
+def test_backpropagation_has_no_schedule_policy_and_forgets_no_setting(settings):
+    s = settings(method="backprop")
+    assert not s.has_schedule and maskrl.replace(s, method="grpo").has_schedule
+
+
 def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(model, settings):
     quality = lambda images, labels: images.mean((1, 2, 3)).sigmoid()
     ends = {}
@@ -707,11 +712,11 @@ def test_precision_and_recall_tell_a_collapse_from_garbage():
 def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
     labels = torch.arange(3).repeat(400)
     x = labels[:, None, None, None].float().expand(-1, 3, 8, 8) / 3
-    out, kind = maskrl.damage(x, labels, 4, maskrl.rng(0))
-    assert torch.equal(out[kind == 2], x[kind == 2])  # images of a class are equal here, so swapping shows nothing
+    out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0))
+    assert not (kind == 2).any()  # images of a class are equal here: those whose patches were swapped are whole
     assert torch.equal(out[kind == 0], x[kind == 0]) and not torch.equal(out[kind == 3], x[kind == 3])
     x = torch.rand(1200, 3, 8, 8)
-    out, kind = maskrl.damage(x, labels, 4, maskrl.rng(0))
+    out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0))
     assert all(not torch.equal(out[i], x[i]) for i in (kind == 1).nonzero().flatten()[:20])
     assert abs(float((kind == 0).float().mean()) - 0.5) < 0.05
     changed = (out[kind == 2] != x[kind == 2]).any(1).float().mean()
@@ -756,7 +761,7 @@ def test_training_keeps_the_weights_that_measured_best(tmp_path, model):
         return {"loss": 0.0}
 
     maskrl.train("student", tmp_path / "student.pt", 10, update, model, log=tmp_path / "log.jsonl",
-                 measure=lambda ema: {"progress": abs(float(ema.decoder_norm.bias[0]) - 3.2)})
+                 measure=lambda ema: {"progress": abs(ema.decoder_norm.bias[0].item() - 3.2)})
     assert (model.decoder_norm.bias == 3).all()
     assert (maskrl.load_checkpoint(tmp_path / "student.pt").decoder_norm.bias == 3).all()
     assert sum("progress" in line for line in (tmp_path / "log.jsonl").read_text().splitlines()) == 10
