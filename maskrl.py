@@ -193,8 +193,10 @@ def add_options(parser):
     """Give `parser` a --preset, and an option for every field of Settings; those not given stay absent."""
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: small on a CUDA GPU, else tiny)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    group = parser.add_argument_group("settings (defaults of the preset tiny)")
+    begins = {"data": "data", "mean": "model", "steps": "generation", "batch": "teacher", "gsim_batch": "student (GSIM)", "rl_iters": "RL", "reward": "reward and judge"}
     for f in fields(Settings):
+        if f.name in begins:
+            group = parser.add_argument_group(f"{begins[f.name]} (defaults of the preset tiny)")
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)

@@ -92,7 +92,7 @@ def parse(argv=None):
     parser.add_argument("--steps", type=int, help="K, unmasking iterations (default: the checkpoint's; a policy chooses)")
     parser.add_argument("--denoise-steps", type=int, help="denoising steps per iteration (default: the checkpoint's for a "
                         "teacher; 1 for a student or policy)")
-    parser.add_argument("--guidance", type=float, help="s in eps = u + s (c - u); 1 = none (default: the checkpoint's for "
+    parser.add_argument("--guidance", type=float, help="s in eps = eps_null + s (eps_class - eps_null); 1 = none (default: the checkpoint's for "
                         "a teacher; a student has it baked in)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the chain's noise (default: 1)")
     parser.add_argument("--film", metavar="PATH", help="also draw the unmasking of the first 8 images: a .gif moves, a .png is a strip")

@@ -203,7 +203,7 @@ def hardware(device):
 
 def options(doc):
     """The options that both training scripts share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder to write into (default: runs/latest)")
     parser.add_argument("--teacher", type=Path, help="a teacher.pt to start from, instead of training one")
     parser.add_argument("--resume", action="store_true", help="continue what is in --out: finished stages are kept, an interrupted one goes on")

@@ -1,7 +1,7 @@
 """Small copies of the checkpoints of a run, for tutorial.ipynb: the EMA weights alone, in half precision, compressed.
 
-    python train_rl.py --preset tiny --beta 0.03 --out runs/tutorial    # as `make demo`, but held less tightly to the student
-    python tests/make_tutorial_checkpoints.py runs/tutorial             # writes assets/tutorial/{teacher,student,policy}.pt
+    make demo
+    python tests/make_tutorial_checkpoints.py runs/demo                 # writes assets/tutorial/{teacher,student,policy}.pt
     jupyter execute --inplace tutorial.ipynb
 
 They are read by maskrl.load_checkpoint and sample.py like any other; only --resume needs the originals.

@@ -11,6 +11,7 @@
     python tests/study.py larger               # the same with 64 tokens instead of 16, one teacher and student, three seeds of RL
     python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
     python tests/study.py drift                # the demo's RL with beta from 0 to 1
+    python tests/study.py backprop             # the reward's own gradient, through two steps or all, with and without anchor
     python tests/study.py frontier             # the demo's RL with alpha from 0.1 to 1, fixed schedules, K -> K/2; three seeds
 
 Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
@@ -97,7 +98,8 @@ class Lab:
         policy, _ = train_rl.train_policy(s, self.data, student, quality, out, self.device, False, measure)
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         curve = [{"step": -1, "seconds": 0.0} | before] + [line for line in log if "judge" in line]
-        stats = {k: statistics.mean(line[k] for line in log if k in line) for k in ("kl", "not_first", "clip_fraction", "filtered", "spread", "grad_norm")}
+        values = {k: [line[k] for line in log if k in line] for k in ("kl", "not_first", "clip_fraction", "filtered", "spread", "grad_norm")}
+        stats = {k: statistics.mean(v) for k, v in values.items() if v}
         row = train_rl.score(policy, quality, self.judge, s) | {"held_out": curve[-1]["held_out"], "kl_end": [x for x in log if "kl" in x][-1]["kl"]}
         return {"curve": curve, "kl_curve": [line for line in log if "kl" in line], "seconds": curve[-1]["seconds"]} | stats | row
 
@@ -262,6 +264,26 @@ def drift(lab):
         yield rl_arm(lab, f"demo, beta {beta:g}", **DEMO | dict(beta=beta))
 
 
+def backprop(lab):
+    """MARVAL-RL: gradient in 2 critical steps of 8 or in all, anchored or not; beside the policy gradient."""
+    yield rl_arm(lab, "critical 0.0001")
+    for how in ("critical", "all"):
+        for beta in (0.0, 0.03, 0.2):
+            name = f"backprop, {how}, beta {beta:g}"
+            yield name, lambda how=how, beta=beta, name=name: lab.policy("rl " + name, method="backprop", rl_steps=how, beta=beta) | {"graph_mb": kept(lab, how)}
+
+
+def kept(lab, how):
+    """MB that autograd keeps for one back-propagated update with gradient in the steps `how`."""
+    policy, sizes = lab.student("student").requires_grad_(True), {}
+    policy.settings = maskrl.replace(lab.s, **RL | dict(method="backprop", rl_steps=how))
+    count = lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        maskrl.backprop_update(policy, lab.student("student"), lab.critic.quality, torch.arange(lab.s.prompts) % len(lab.data.classes),
+                               train_rl.mean_image(lab.data, lab.s, lab.device), {"generator": torch.optim.SGD(policy.parameters(), 0.0)}, 0)
+    return sum(sizes.values()) / 2**20
+
+
 def frontier(lab):
     """Quality and distance against the number of unmasking iterations."""
     at = lambda model, K: train_rl.score(model, lab.critic.quality, lab.judge, lab.s, K)
@@ -328,13 +350,13 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, larger, tokens, drift, frontier)}
+STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, larger, tokens, drift, backprop, frontier)}
 SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "larger", "drift", "frontier")}
 
 
 COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
            "quality": "quality", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
-           "clipped": "clip_fraction", "steps": "steps"}
+           "clipped": "clip_fraction", "steps": "steps", "graph, MB": "graph_mb"}
 
 
 CURVES = {"quality_mean": "trained reward", "held_out": "held-out reward", "judge": "Fréchet distance (judge, n = 512)"}
@@ -350,7 +372,7 @@ def table(rows):
         cells = []
         for key in columns.values():
             values = [run[key] for run in runs if key in run]
-            digits = {"seconds": 0, "frechet": 2}.get(key, 3)
+            digits = {"graph_mb": 0, "frechet": 2, "steps": 1}.get(key, 3)
             spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "quality", "held_out") else ""
             cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
         print(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -385,7 +407,7 @@ def draw(study, rows, path):
             axis.plot(scales, [first[name(s)]["frechet"] for s in scales], "o-", label=label)
         axis.set(xlabel="guidance s", ylabel="Fréchet distance", yscale="log")
         axis.legend()
-    elif study in ("rates", "larger", "tokens"):
+    elif study in ("rates", "larger", "tokens", "backprop"):
         quality = lambda name: statistics.mean(run["quality"] for run in rows[name])
         arms = {name: name for name, runs in rows.items() if "curve" in runs[0]}
         if study == "rates":  # each arm at its best rate
@@ -429,7 +451,7 @@ def draw(study, rows, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s STUDY... [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--out", default="runs/study", help="default: runs/study")
     parser.add_argument("--seeds", help='comma-separated (default: 0,1,2 for ' + ', '.join(SEEDS) + '; else 0)')
