@@ -203,4 +203,4 @@ def test_presets_and_help(capsys):
             main(["--help"])
         assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "--critical-steps" in text and "eps = u + s (c - u)" in " ".join(text.split())
+    assert "--critical-steps" in text and "eps = eps_null + s (eps_class - eps_null)" in " ".join(text.split())
