@@ -8,7 +8,6 @@
     python tests/study.py teacher              # what the teacher needs (velocity, centred tokens)
     python tests/study.py cost                 # time and memory of a GSIM update, by part
     python tests/study.py cost rates           # RL on critical, random, the first and all steps, at three learning rates; three seeds
-    python tests/study.py larger               # the same with 64 tokens instead of 16, one teacher and student, three seeds of RL
     python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
     python tests/study.py drift                # the demo's RL with beta from 0 to 1
     python tests/study.py backprop             # the reward's own gradient, through two steps or all, with and without anchor
@@ -40,7 +39,6 @@ import train_rl
 RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of the RL arms: quality alone, K = 8 fixed
 DEMO = {k: getattr(maskrl.preset("tiny"), k) for k in RL}  # the same settings as the demo has them
 HALVING = dict(gsim_iters=300, student_lr=1e-4)
-LARGER = dict(patch=2, batch=32, gsim_batch=32, draws=2, prompts=8)  # 64 tokens
 LONG = dict(gsim_iters=2000)
 TEACHER = dict(teacher_iters=1500)
 SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
@@ -49,9 +47,9 @@ SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, ju
 class Lab:
     """One seed's data, teacher, judge and yardstick, each made when first asked for."""
 
-    def __init__(self, out, seed, device, **overrides):
+    def __init__(self, out, seed, device):
         self.out, self.device = Path(out) / f"seed{seed}", device
-        s = maskrl.preset("tiny", seed=seed, **overrides)
+        s = maskrl.preset("tiny", seed=seed)
         self.data = maskrl.load_data(s)
         self.s = self.data.measure(s)
 
@@ -239,17 +237,6 @@ def rates(lab):
     yield rl_arm(lab, "70 updates, critical 0.0001", rl_iters=70)
 
 
-def larger(lab):
-    """Three seeds of RL on one student of 64 tokens; K = 16, of which 4 are optimised."""
-    base = Lab(lab.out.parent / "64 tokens", 0, lab.device, **LARGER)
-    if lab.s.seed == 0:
-        yield "64 tokens: real", lambda: base.judge.real()
-        yield "64 tokens: teacher, 25 steps", lambda: base.judged(base.teacher, guidance=base.s.guidance, denoise_steps=25)
-        yield "64 tokens: student", lambda: base.judged(base.student("student"), denoise_steps=1)
-    for how in ("critical", "random", "first", "all"):
-        yield f"64 tokens: {how}", lambda how=how: base.policy(f"{how}, seed {lab.s.seed}", seed=lab.s.seed, rl_steps=how, steps=16, critical_steps=4)
-
-
 def tokens(lab):
     for how in ("revealed", "hidden", "fresh"):
         yield rl_arm(lab, "critical 0.0001" if how == "revealed" else f"tokens {how}", rl_tokens=how)
@@ -350,8 +337,8 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, larger, tokens, drift, backprop, frontier)}
-SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "larger", "drift", "frontier")}
+STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, tokens, drift, backprop, frontier)}
+SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "drift", "frontier")}
 
 
 COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
@@ -407,7 +394,7 @@ def draw(study, rows, path):
             axis.plot(scales, [first[name(s)]["frechet"] for s in scales], "o-", label=label)
         axis.set(xlabel="guidance s", ylabel="Fréchet distance", yscale="log")
         axis.legend()
-    elif study in ("rates", "larger", "tokens", "backprop"):
+    elif study in ("rates", "tokens", "backprop"):
         quality = lambda name: statistics.mean(run["quality"] for run in rows[name])
         arms = {name: name for name, runs in rows.items() if "curve" in runs[0]}
         if study == "rates":  # each arm at its best rate
@@ -421,7 +408,7 @@ def draw(study, rows, path):
                 steps = sorted(curves[0])
                 x = [i * ms[f"RL update, {how} steps, ms"] / 1000 for i in steps] if against == "seconds" else steps
                 lines = [[curve[i] for i in steps] for curve in curves]
-                axis.plot(x, [statistics.mean(y) for y in zip(*lines)], ".-", linewidth=1, label=name.removeprefix("64 tokens: "))
+                axis.plot(x, [statistics.mean(y) for y in zip(*lines)], ".-", linewidth=1, label=name)
                 axis.fill_between(x, [min(y) for y in zip(*lines)], [max(y) for y in zip(*lines)], alpha=0.1)
             axis.set(xlabel=against, title=CURVES[key])
         axes.flat[0].legend(fontsize=7)
