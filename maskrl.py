@@ -939,13 +939,13 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
 
 
 def information_gain(predictions, final, valid=None, mean=0.0):
-    """V_k = |S_{k+1} - S_k| with S_k = cos(E_k, E_final) -> [B, K]   (MaskFocus, critical step selection).
+    """V_k = |S_{k+1} - S_k| with S_k = cos(E_k, E_final) -> [B, T]   (MaskFocus, critical step selection).
 
-    predictions [B, K, ...]: the full image predicted before step k reveals; final [B, ...]. S after the last step is 1.
-    valid [B, K]: steps that the row has; the others get -inf. The embedding E is what is passed in, minus `mean`
+    predictions [B, T, ...]: the full image predicted before step k reveals; final [B, ...]. S after the last step is 1.
+    valid [B, T]: steps that the row has; the others get -inf. The embedding E is what is passed in, minus `mean`
     (the mean image): without it the cosine saturates. The paper embeds in the tokeniser's space; our tokens are it."""
     E, E_final = (predictions - mean).flatten(2), (final - mean).flatten(1)
-    S = F.cosine_similarity(E, E_final[:, None], dim=-1)  # [B, K]
+    S = F.cosine_similarity(E, E_final[:, None], dim=-1)  # [B, T]
     if valid is not None:
         S = S.masked_fill(~valid, 1.0)
     gain = (torch.cat([S[:, 1:], torch.ones_like(S[:, :1])], 1) - S).abs()
@@ -953,7 +953,7 @@ def information_gain(predictions, final, valid=None, mean=0.0):
 
 
 def critical_steps(gain, k):
-    """The k steps of largest gain (or of another score) of each row, as a mask [B, K]; fewer in rows with fewer steps."""
+    """The k steps of largest gain (or of another score) of each row, as a mask [B, T]; fewer in rows with fewer steps."""
     top = gain.topk(min(k, gain.shape[1]), dim=1).indices
     return torch.zeros_like(gain, dtype=torch.bool).scatter(1, top, True) & gain.isfinite()
 
@@ -987,7 +987,7 @@ class SchedulePolicy(nn.Module):
             self.net[-1].bias.copy_(-self.counts.log())
 
     def log_probs(self, states, hidden):
-        """log pi [N, A] of every choice for states [N, W + 1] with `hidden` [N] tokens left; impossible: -inf.
+        """log pi [N, choices] for states [N, W + 1] with `hidden` [N] tokens left; impossible: -inf.
 
         A count that is not below what remains is impossible: the last choice, `all`, stands for it."""
         logits = self.net(torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1))
@@ -1147,7 +1147,7 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
         stats |= terms | {"loss": loss.item(), "log_ratio": stats.get("log_ratio", terms["log_ratio"])}  # log_ratio: of the first pass
         stats["grad_norm"] = descend(loss, optimizers["generator"])
         if model.schedule is not None:
-            choices = model.schedule.log_probs(trace.states[decided], trace.hidden()[decided])  # [N, A]
+            choices = model.schedule.log_probs(trace.states[decided], trace.hidden()[decided])  # [N, choices]
             log_prob = choices.gather(1, trace.actions[decided][:, None]).squeeze(1)
             log_old = log_prob.detach() if log_old is None else log_old
             schedule_loss, _ = policy_loss(log_prob, log_old, A[:, None].expand(decided.shape)[decided], clip_ratio=s.clip_ratio)

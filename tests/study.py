@@ -40,6 +40,7 @@ RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, 
 DEMO = {k: getattr(maskrl.preset("tiny"), k) for k in RL}  # the same settings as the demo has them
 HALVING = dict(gsim_iters=300, student_lr=1e-4)
 LONG = dict(gsim_iters=2000)
+KS, CHAINS = (16, 8, 4, 2, 1), (100, 50, 25, 10, 5)  # of the grid: unmasking iterations, denoising steps
 TEACHER = dict(teacher_iters=1500)
 SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
 
@@ -175,16 +176,16 @@ def ablations(lab):
 
 
 def rivals(lab):
-    for steps in (100, 50, 25, 10, 5, (50, 5)):
+    for steps in (*CHAINS, (50, 5)):
         name = f"teacher, {steps} steps" if isinstance(steps, int) else "teacher, 50 annealed to 5 (DiSA)"
         yield name, lambda steps=steps: lab.judged(lab.teacher, guidance=lab.s.guidance, denoise_steps=steps)
     yield "student", lambda: lab.judged(lab.student("student"), denoise_steps=1)
 
 
 def grid(lab):
-    for K in (16, 8, 4, 2, 1):
+    for K in KS:
         at = "" if K == 16 else f", K = {K}"
-        for steps in (100, 50, 25, 10, 5):
+        for steps in CHAINS:
             yield f"teacher, {steps} steps{at}", lambda K=K, steps=steps: lab.judged(
                 lab.teacher, steps=K, guidance=lab.s.guidance, denoise_steps=steps)
         yield f"student{at}", lambda K=K: lab.judged(lab.student("student"), steps=K, denoise_steps=1)
@@ -193,9 +194,9 @@ def grid(lab):
 def speed(lab, n=32):
     """Seconds per image of every cell of the grid, in turns, so that a busy moment of the machine hits all alike."""
     labels, student = lab.judge.labels[torch.linspace(0, len(lab.judge.labels) - 1, n).long()], lab.student("student")
-    cells = {f"student, K = {K}": (student, dict(steps=K, denoise_steps=1)) for K in (16, 8, 4, 2, 1)}
+    cells = {f"student, K = {K}": (student, dict(steps=K, denoise_steps=1)) for K in KS}
     cells |= {f"teacher, {m} steps, K = {K}": (lab.teacher, dict(steps=K, denoise_steps=m, guidance=lab.s.guidance))
-              for K in (16, 8, 4, 2, 1) for m in (100, 50, 25, 10, 5, (50, 5))}
+              for K in KS for m in (*CHAINS, (50, 5))}
 
     def work():
         times = {name: [] for name in cells}
@@ -372,7 +373,7 @@ def draw(study, rows, path):
     import matplotlib.pyplot as plt
     first = {name: runs[0] for name, runs in rows.items()}
     if study == "grid":
-        Ks, chains = (1, 2, 4, 8, 16), (1, 5, 10, 25, 50, 100)
+        Ks, chains = sorted(KS), [1] + sorted(CHAINS)
         name = lambda K, n: ("student" if n == 1 else f"teacher, {n} steps") + ("" if K == 16 else f", K = {K}")
         cells = [[first[name(K, n)] for n in chains] for K in Ks]
         ms = json.loads((path.parent / "seed0" / "speed.json").read_text())["ms"]
