@@ -226,12 +226,17 @@ def teacher(lab):
         yield name, work
 
 
+def at(lab, model, K):
+    return train_rl.score(model, lab.critic.quality, lab.judge, lab.s, K)
+
+
 def rl_arm(lab, name, **overrides):
     return name, lambda: lab.policy("rl " + name, **overrides)  # 0.0001 is the learning rate
 
 
 def rates(lab):
     """Which of three learning rates suits which steps; and the updates on critical steps that take as long as 40 on all."""
+    yield "student, fixed 8", lambda: at(lab, lab.student("student"), 8)
     for how in ("critical", "random", "first", "all"):
         for lr in (3e-5, 1e-4, 3e-4):
             yield rl_arm(lab, f"{how} {lr:g}", rl_steps=how, rl_lr=lr)
@@ -274,14 +279,13 @@ def kept(lab, how):
 
 def frontier(lab):
     """Quality and distance against the number of unmasking iterations."""
-    at = lambda model, K: train_rl.score(model, lab.critic.quality, lab.judge, lab.s, K)
     for alpha in (0.1, 0.5, 1.0):
         yield rl_arm(lab, "demo, beta 0.2" if alpha == 0.5 else f"demo, alpha {alpha:g}", **DEMO | dict(alpha=alpha))
     for K in (16, 12, 8, 6, 5, 4, 3, 2, 1):
-        yield f"student, fixed {K}", lambda K=K: at(lab.student("student"), K)
-        yield f"policy's generator, fixed {K}", lambda K=K: at(maskrl.load_checkpoint(lab.out / "rl demo, beta 0.2" / "policy.pt", "policy", lab.device), K)
+        yield f"student, fixed {K}", lambda K=K: at(lab, lab.student("student"), K)
+        yield f"policy's generator, fixed {K}", lambda K=K: at(lab, maskrl.load_checkpoint(lab.out / "rl demo, beta 0.2" / "policy.pt", "policy", lab.device), K)
     for K in (8, 4, 2):
-        yield f"halved to {K}", lambda K=K: at(halved(lab, K), K)
+        yield f"halved to {K}", lambda K=K: at(lab, halved(lab, K), K)
 
 
 def halved(lab, K):
@@ -396,10 +400,12 @@ def draw(study, rows, path):
         axis.set(xlabel="guidance s", ylabel="Fréchet distance", yscale="log")
         axis.legend()
     elif study in ("rates", "tokens", "backprop"):
-        quality = lambda name: statistics.mean(run["quality"] for run in rows[name])
+        mean = lambda name, key: statistics.mean(run[key] for run in rows[name])
         arms = {name: name for name, runs in rows.items() if "curve" in runs[0]}
-        if study == "rates":  # each arm at its best rate
-            arms = {how: max((name for name in arms if name.startswith(how)), key=quality) for how in ("critical", "random", "first", "all")}
+        if study == "rates":  # each arm at the rate with the highest quality at which it does not drift by more than a fifth
+            drifts = lambda name: max(mean(name, "frechet"), 1.2 * mean("student, fixed 8", "frechet"))
+            arms = {how: min((name for name in arms if name.startswith(how)), key=lambda name: (drifts(name), -mean(name, "quality")))
+                    for how in ("critical", "random", "first", "all")}
             ms = json.loads((path.parent / "seed0" / "cost.json").read_text())
         panels = [(against, key) for against in ("updates", "seconds")[:1 + (study == "rates")] for key in CURVES]
         figure, axes = plt.subplots(len(panels) // 3, 3, figsize=(13, len(panels)), layout="constrained")
