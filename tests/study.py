@@ -449,7 +449,7 @@ def main(argv=None):
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--out", default="runs/study", help="default: runs/study")
     parser.add_argument("--seeds", help='comma-separated (default: 0,1,2 for ' + ', '.join(SEEDS) + '; else 0)')
-    parser.add_argument("--only", help="comma-separated beginnings of row names: do just these")
+    parser.add_argument("--only", nargs="+", help="beginnings of row names: do just these")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     for study in args.studies:
@@ -457,10 +457,10 @@ def main(argv=None):
         for seed in (args.seeds or SEEDS.get(study, "0")).split(","):
             lab = Lab(args.out, int(seed), maskrl.find_device(args.device))
             for name, work in STUDIES[study](lab):
-                if not args.only or name.startswith(tuple(args.only.split(","))):
+                if not args.only or name.startswith(tuple(args.only)):
                     rows.setdefault(name, []).append(lab.result(name, work))
         if not rows:
-            raise maskrl.InputError(f"--only {args.only}: no row of {study} begins so")
+            raise maskrl.InputError(f"--only {' '.join(args.only)}: no row of {study} begins so")
         print(f"\n## {study}, {train_distill.hardware(maskrl.find_device(args.device))}\n")
         table(rows)
         if not args.only:
