@@ -140,6 +140,12 @@ class Settings:
         for name in "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters rl_epochs prompts critical_steps judge_iters".split():
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in "teacher_lr student_lr aux_lr rl_lr schedule_lr huber".split():
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
+        for name in "label_dropout ema student_ema quality_floor".split():
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1)")
         if self.group < 2 or self.explore <= 0:
             raise InputError("--group must be at least 2 and --explore above 0, or no rollout differs from another")
         if not 2 <= self.denoise_steps <= 1000:
@@ -1358,7 +1364,7 @@ def read_checkpoint(path, kind=None, device="cpu"):
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:
-        raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__})") from None
+        raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}); expected teacher.pt, student.pt or policy.pt") from None
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
     if unknown := set(content["settings"]) - {f.name for f in fields(Settings)}:

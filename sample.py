@@ -4,7 +4,8 @@
     python sample.py runs/demo/teacher.pt --classes "red circle,blue square" --n 32 --guidance 1.5 --out two.png
 
     python sample.py runs/demo/student.pt --film film.gif                        # watch images being unmasked
-    python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png    # complete an image, white = to be drawn
+    python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png --classes "red circle"
+                                                                                 # complete an image: where the mask is white
 
 A checkpoint carries its own settings. A student or policy draws each token in one denoising step; a policy also
 chooses its own number of unmasking iterations, unless --steps says it.
@@ -44,10 +45,7 @@ def labelled_rows(path, rows, columns):
 
 def save_image(path, image, **how):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        image.save(path, **how)
-    except ValueError:
-        raise maskrl.InputError(f"{path}: the name must end in .png, .jpg or another image format") from None
+    image.save(path, **how)
 
 
 def film(path, tokens, trace, s):
@@ -96,7 +94,7 @@ def parse(argv=None):
                         "a teacher; a student has it baked in)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the chain's noise (default: 1)")
     parser.add_argument("--film", metavar="PATH", help="also draw the unmasking of the first 8 images: a .gif moves, a .png is a strip")
-    parser.add_argument("--inpaint", metavar="IMAGE", help="complete this image: the tokens under --mask are drawn, the others kept")
+    parser.add_argument("--inpaint", metavar="IMAGE", help="complete this image: the tokens under --mask are drawn, the others kept; the picture begins with what was given")
     parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: a token is drawn anew if any pixel of it is white here")
     parser.add_argument("--out", default="samples.png", help="picture to write (default: samples.png)")
     parser.add_argument("--seed", type=int, default=0)
@@ -109,6 +107,9 @@ def main(argv=None):
     device = maskrl.find_device(args.device)
     if args.n < 1:
         raise maskrl.InputError(f"--n {args.n} must be at least 1")
+    for path in filter(None, (args.out, args.film)):
+        if Path(path).suffix.lower() not in Image.registered_extensions():
+            raise maskrl.InputError(f"{path}: the name must end in .png, .jpg or another image format")
     model = maskrl.load_checkpoint(args.checkpoint, device=device)
     names = [name.strip() for name in args.classes.split(",")] if args.classes else model.classes
     unknown = [name for name in names if name not in model.classes]

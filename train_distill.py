@@ -219,7 +219,7 @@ def begin(args, names, base=None):
     there = [name for name in names if (args.out / name).exists()]
     lost = [name for name in names[names.index(there[0]):] if name not in there] if there else []
     if args.resume and lost and not args.teacher:
-        raise InputError(f"{args.out} was begun with another {lost[0]}: give it again by --{lost[-1].removesuffix('.pt')}")
+        raise InputError(f"{args.out} was begun with another {lost[0]}: give it again by --{lost[0].removesuffix('.pt')}")
     if args.resume and there:
         base = maskrl.read_checkpoint(args.out / there[0])
     s = maskrl.chosen(args, device, base, args.resume and bool(there))
@@ -233,6 +233,8 @@ def begin(args, names, base=None):
     if base and base["classes"] != data.classes:
         raise InputError(f"the classes in {s.data} ({', '.join(data.classes[:5])}...) are not the checkpoint's "
                          f"({', '.join(base['classes'][:5])}...); --data names another folder")
+    if args.resume and not there:
+        print(f"nothing to resume in {args.out}: starting afresh")
     args.out.mkdir(parents=True, exist_ok=True)
     return s, data, device
 

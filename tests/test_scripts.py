@@ -86,11 +86,12 @@ def test_a_broken_image_is_named_skipped_and_counted(folder, capsys):
     assert len(data.train) + len(data.judge) + len(data.test) == 200
 
 
-def test_rl_on_a_given_student_and_distilling_a_given_teacher(run, tmp_path):
+def test_rl_on_a_given_student_and_distilling_a_given_teacher(run, tmp_path, capsys):
     out, _ = run
     metrics = train_rl.main(["--student", str(out / "student.pt"), "--out", str(tmp_path / "rl"), "--rl-iters", "1", "--critical-steps", "1",
                              "--device", "cpu"])
     assert metrics["settings"]["critical_steps"] == 1 and "teacher" in metrics["rows"]
+    assert "give it again by --student" in error_of(train_rl.main, ["--out", tmp_path / "rl", "--resume", "--device", "cpu"], capsys)
     metrics = train_distill.main(["--teacher", str(out / "teacher.pt"), "--out", str(tmp_path / "d"), "--gsim-iters", "1", "--device", "cpu"])
     assert not (tmp_path / "d" / "teacher.pt").exists() and "policy" not in metrics["rows"]
 
@@ -123,7 +124,11 @@ def test_wrong_input_ends_in_one_line_and_exit_code_2(run, tmp_path, capsys):
         (train_rl.main, ["--rl-iters", 0, *new], "--rl-iters 0 must be at least 1"),
         (train_distill.main, ["--denoise-steps", 1, *new], "--denoise-steps 1"),
         (sample.main, [student, "--steps", 99, "--out", tmp_path / "a.png"], "--steps 99"),
-        (sample.main, [student, "--out", tmp_path / "a.xyz"], "a.xyz"),
+        (sample.main, [student, "--out", tmp_path / "a.xyz"], "a.xyz: the name must end"),
+        (sample.main, [student, "--film", tmp_path / "film.mov"], "film.mov: the name must end"),
+        (train_distill.main, ["--label-dropout", 2, *new], "--label-dropout 2.0 must lie in [0, 1)"),
+        (train_distill.main, ["--teacher-lr", -1, *new], "--teacher-lr -1.0 must be above 0"),
+        (train_rl.main, ["--reward", "clp", *new], "--reward clp: expected"),
     ]
     if not torch.cuda.is_available():
         cases.append((sample.main, [student, "--device", "cuda"], "--device cuda"))
