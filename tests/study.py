@@ -11,7 +11,8 @@
     python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
     python tests/study.py drift                # the demo's RL with beta from 0 to 1
     python tests/study.py backprop             # the reward's own gradient, through two steps or all, with and without anchor
-    python tests/study.py frontier             # the demo's RL with alpha from 0.1 to 1, fixed schedules, K -> K/2; three seeds
+    python tests/study.py drift frontier       # the demo's RL with alpha from 0.1 to 1, fixed schedules, K -> K/2; three seeds
+    python tests/study.py rates drift story    # teacher, student, RL on critical steps, learned schedule; three seeds
 
 Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
 seeds can run beside each other (--seeds 0 in one shell, --seeds 1 in another), and the table is of all that is there.
@@ -191,23 +192,44 @@ def grid(lab):
         yield f"student{at}", lambda K=K: lab.judged(lab.student("student"), steps=K, denoise_steps=1)
 
 
-def speed(lab, n=32):
-    """Seconds per image of every cell of the grid, in turns, so that a busy moment of the machine hits all alike."""
-    labels, student = lab.judge.labels[torch.linspace(0, len(lab.judge.labels) - 1, n).long()], lab.student("student")
+def in_turns(lab, cells, n=32):
+    """Milliseconds per image of every cell {name: (model, how)}, in turns, so that a busy moment of the machine hits all alike."""
+    labels, times = lab.judge.labels[torch.linspace(0, len(lab.judge.labels) - 1, n).long()], {name: [] for name in cells}
+    for _ in range(4):
+        for name, (model, how) in cells.items():
+            start = time.perf_counter()
+            maskrl.generate(model, labels, **how)
+            times[name].append((time.perf_counter() - start) / n)
+    return {"ms": {name: 1000 * statistics.median(t[1:]) for name, t in times.items()}}
+
+
+def speed(lab):
+    """Time per image of every cell of the grid."""
+    student = lab.student("student")
     cells = {f"student, K = {K}": (student, dict(steps=K, denoise_steps=1)) for K in KS}
     cells |= {f"teacher, {m} steps, K = {K}": (lab.teacher, dict(steps=K, denoise_steps=m, guidance=lab.s.guidance))
               for K in KS for m in (*CHAINS, (50, 5))}
+    yield "speed", lambda: in_turns(lab, cells)
 
-    def work():
-        times = {name: [] for name in cells}
-        for _ in range(4):
-            for name, (model, how) in cells.items():
-                start = time.perf_counter()
-                maskrl.generate(model, labels, **how)
-                times[name].append((time.perf_counter() - start) / n)
-        return {"ms": {name: 1000 * statistics.median(t[1:]) for name, t in times.items()}}
 
-    yield "speed", work
+def story(lab):
+    """The whole of it: teacher, student, RL on the critical steps (K = 8, rate 3e-5), RL with a learned schedule."""
+    arm = lambda name: maskrl.load_checkpoint(lab.out / f"rl {name}" / "policy.pt", "policy", lab.device)
+    cells = {"story: teacher": (lab.teacher, dict(steps=16, denoise_steps=100, guidance=lab.s.guidance)),
+             "story: student": (lab.student("student"), dict(steps=16, denoise_steps=1)),
+             "story: + RL on critical steps": (arm("critical 3e-05"), dict(steps=8, denoise_steps=1)),
+             "story: + learned schedule": (arm("demo, beta 0.2"), dict(steps=None, denoise_steps=1))}
+
+    def work(name):
+        model, how = cells[name]
+        tokens, steps = train_distill.in_batches(model, lab.judge.labels, how, lab.s.seed, name)
+        images = maskrl.to_images(tokens, lab.s)
+        q = lab.critic.quality(images, lab.judge.labels)
+        return lab.judge(images) | {"quality": q.mean().item(), "reward": (q * maskrl.speed(steps, lab.s.steps) ** lab.s.alpha).mean().item(),
+                                    "steps": steps.float().mean().item(), "ms": lab.result("story ms", lambda: in_turns(lab, cells))["ms"][name]}
+
+    for name in cells:
+        yield name, lambda name=name: work(name)
 
 
 def guidance(lab):
@@ -240,7 +262,7 @@ def rates(lab):
     for how in ("critical", "random", "first", "all"):
         for lr in (3e-5, 1e-4, 3e-4):
             yield rl_arm(lab, f"{how} {lr:g}", rl_steps=how, rl_lr=lr)
-    yield rl_arm(lab, "70 updates, critical 0.0001", rl_iters=70)
+    yield rl_arm(lab, "100 updates, critical 0.0001", rl_iters=100)
 
 
 def tokens(lab):
@@ -342,12 +364,12 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, tokens, drift, backprop, frontier)}
-SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "drift", "frontier")}
+STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, tokens, drift, backprop, frontier, story)}
+SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "drift", "frontier", "story")}
 
 
 COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
-           "quality": "quality", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
+           "quality": "quality", "reward": "reward", "ms per image": "ms", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
            "clipped": "clip_fraction", "steps": "steps", "graph, MB": "graph_mb"}
 
 
@@ -364,8 +386,8 @@ def table(rows):
         cells = []
         for key in columns.values():
             values = [run[key] for run in runs if key in run]
-            digits = {"graph_mb": 0, "frechet": 2, "steps": 1}.get(key, 3)
-            spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "quality", "held_out") else ""
+            digits = {"graph_mb": 0, "frechet": 2, "steps": 1, "ms": 1}.get(key, 3)
+            spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "quality", "reward", "held_out", "steps", "ms") else ""
             cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
         print(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
 
@@ -427,6 +449,7 @@ def draw(study, rows, path):
                                 for name, runs in rows.items() if name.startswith(kind))
                 axis.plot(*zip(*points), "o-" if kind == "demo" else ".--", label={"demo": "learned schedules"}.get(kind, kind))
             axis.set(xlabel="mean unmasking iterations", title={"quality": "quality", "frechet": "Fréchet distance"}[key], xscale="log")
+            axis.set_xticks((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
         axes[1].set_yscale("log")
         axes[0].legend(fontsize=8)
     elif study == "drift":

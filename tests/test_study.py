@@ -26,7 +26,7 @@ def test_every_study_runs(small, tmp_path, capsys):
     for name in study.STUDIES:  # in the order of the list: the picture of grid needs the times of speed
         small(*(["speed", "grid"] if name == "grid" else [name]), "--seeds", "0")
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed0").glob("*.json")}
-    assert {"real", "student", "L1+L2", "regression", "teacher, 5 steps, K = 1", "teacher, 50 annealed to 5 (DiSA)", "s = 3", "eps head", "cost", "routing", "demo, beta 1", "halved to 4", "student, fixed 1", "backprop, all, beta 0"} <= set(rows)
+    assert {"real", "student", "L1+L2", "regression", "teacher, 5 steps, K = 1", "teacher, 50 annealed to 5 (DiSA)", "s = 3", "eps head", "cost", "routing", "demo, beta 1", "halved to 4", "student, fixed 1", "backprop, all, beta 0", "story: + learned schedule"} <= set(rows)
     assert rows["routing"]["curve"][0]["step"] == -1 and len(rows["routing"]["curve"]) == 5
     for picture in ("grid", "guidance", "rates", "tokens", "drift", "backprop", "frontier"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
