@@ -127,6 +127,7 @@ class Settings:
     beta: float = option(0.2, "weight of KL(policy || student)")
     learn_steps: bool = option(True, "learn a schedule policy, --steps being the most that it may take; off: the fixed cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
+    additive: bool = option(False, "reward = quality + alpha * speed instead: an ablation, which fast and wrong images exploit")
     # reward and judge
     reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on the data), 'fit' (exact, for shapes), 'clip', a .csv file of "
                                      "preferred pairs, or 'module:function'; or a weighted mean: 'clip:1,embedded:0.5,module:function:2'")
@@ -1012,6 +1013,12 @@ def speed(steps, max_steps):
     return (max_steps - steps + 1) / max_steps
 
 
+def total_reward(quality, steps, s):
+    """R [B] = quality x speed^alpha of images that took `steps` [B]; with --additive quality + alpha x speed (ablation)."""
+    fast = speed(steps, s.steps)
+    return quality + s.alpha * fast if s.additive else quality * fast**s.alpha
+
+
 # 10 Policy gradient -------------------------------------------------------------------------------------
 # GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
 # Gaussian in closed form. A group shares class, order and z (but see routing), so that only the actions differ.
@@ -1117,7 +1124,7 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     Filter (our choice): rollouts below the quality floor, groups without spread, and whoever has A = 0 take no part."""
     s, g = model.settings, rng(seed, "update")
     tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, s.rl_steps == "critical" or s.rl_tokens == "hidden")
-    reward = q * speed(trace.steps, s.steps) ** s.alpha
+    reward = total_reward(q, trace.steps, s)
     A = group_advantages(reward, s.group, q >= s.quality_floor, s.baseline, s.normalise)
     live, valid = A != 0, trace.counts > 0
     steps = optimised_steps(trace, tokens, s, mean_image, g)

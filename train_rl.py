@@ -82,7 +82,7 @@ def score(model, quality, judge, s, steps=None):
     tokens, count = train_distill.in_batches(model, judge.labels, dict(steps=steps, denoise_steps=1), s.seed, "schedules")
     images = maskrl.to_images(tokens, s)
     q, count = quality(images, judge.labels), count.float()
-    return {"quality": float(q.mean()), "reward": float((q * maskrl.speed(count, s.steps) ** s.alpha).mean()),
+    return {"quality": float(q.mean()), "reward": float(maskrl.total_reward(q, count, s).mean()),
             "steps": float(count.mean()), "steps_std": float(count.std()), "frechet": judge(images)["frechet"]}
 
 

@@ -225,7 +225,7 @@ def story(lab):
         tokens, steps = train_distill.in_batches(model, lab.judge.labels, how, lab.s.seed, name)
         images = maskrl.to_images(tokens, lab.s)
         q = lab.critic.quality(images, lab.judge.labels)
-        return lab.judge(images) | {"quality": q.mean().item(), "reward": (q * maskrl.speed(steps, lab.s.steps) ** lab.s.alpha).mean().item(),
+        return lab.judge(images) | {"quality": q.mean().item(), "reward": maskrl.total_reward(q, steps, lab.s).mean().item(),
                                     "steps": steps.float().mean().item(), "ms": lab.result("story ms", lambda: in_turns(lab, cells))["ms"][name]}
 
     for name in cells:
@@ -303,6 +303,7 @@ def frontier(lab):
     """Quality and distance against the number of unmasking iterations."""
     for alpha in (0.1, 0.5, 1.0):
         yield rl_arm(lab, "demo, beta 0.2" if alpha == 0.5 else f"demo, alpha {alpha:g}", **DEMO | dict(alpha=alpha))
+    yield rl_arm(lab, "additive", **DEMO | dict(additive=True))
     for K in (16, 12, 8, 6, 5, 4, 3, 2, 1):
         yield f"student, fixed {K}", lambda K=K: at(lab, lab.student("student"), K)
         yield f"policy's generator, fixed {K}", lambda K=K: at(lab, maskrl.load_checkpoint(lab.out / "rl demo, beta 0.2" / "policy.pt", "policy", lab.device), K)

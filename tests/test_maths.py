@@ -393,6 +393,12 @@ def test_speed_is_one_for_one_step_and_falls_evenly():
     torch.testing.assert_close(maskrl.speed(torch.tensor([1, 4, 16]), 16), torch.tensor([1.0, 13 / 16, 1 / 16]))
 
 
+def test_a_product_pays_nothing_for_fast_and_wrong_but_a_sum_does(settings):
+    q, steps = torch.tensor([0.0, 0.64, 1.0]), torch.tensor([1, 13, 16])  # of at most 16: speeds 1, 1/4 and 1/16
+    torch.testing.assert_close(maskrl.total_reward(q, steps, settings(steps=16, alpha=0.5)), torch.tensor([0.0, 0.32, 0.25]))
+    torch.testing.assert_close(maskrl.total_reward(q, steps, settings(steps=16, alpha=0.5, additive=True)), torch.tensor([0.5, 0.765, 1.03125]))
+
+
 # Policy gradient
 
 
