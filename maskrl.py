@@ -14,20 +14,16 @@ diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - s guidance (in code al
 name) - K unmasking iterations ("steps"), at most; T those that an image took - P prompts, G rollouts of each (a group) -
 A advantage, R reward - g(z, c) the one-step student's token (a g alone may be a random generator). Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
 
-Contents:  1 Settings - 2 Data - 3 Tokens - 4 Model - 5 Diffusion - 6 Generation - 7 GSIM - 8 Critical steps -
-9 Schedule policy - 10 Policy gradient - 11 Reward and judge - 12 Checkpoints and training
+Contents:  1 Settings - 2 Tokens - 3 Model - 4 Diffusion - 5 Generation - 6 GSIM - 7 Critical steps - 8 Schedule policy -
+9 Policy gradient - 10 Reward - 11 Checkpoints.  The methods are here; the experiment around them, that is data, training
+loop, judge and report, is in train_distill.py, and other rewards in train_rl.py.
 """
 
-import argparse
-import json
 import math
 import os
 import sys
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -35,8 +31,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torchvision import datasets
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 
@@ -46,7 +40,7 @@ class InputError(ValueError):
 
 # 1 Settings ---------------------------------------------------------------------------------------------
 # Every knob of the project, flat. Each script's command line is made from these fields, and every checkpoint
-# carries them, so that `sample.py` needs nothing but a path. Reading for the first time? Go on to section 3: each
+# carries them, so that `sample.py` needs nothing but a path. Reading for the first time? Go on to section 2: each
 # option is explained where it is used.
 
 
@@ -138,27 +132,20 @@ class Settings:
     judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
 
     def __post_init__(self):
-        for name in "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters rl_epochs prompts critical_steps judge_iters".split():
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name in "teacher_lr student_lr aux_lr rl_lr schedule_lr huber".split():
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
-        for name in "label_dropout ema student_ema quality_floor".split():
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1)")
-        if self.group < 2 or self.explore <= 0:
-            raise InputError("--group must be at least 2 and --explore above 0, or no rollout differs from another")
-        if not 2 <= self.denoise_steps <= 1000:
-            raise InputError(f"--denoise-steps {self.denoise_steps} must lie in 2...1000; the student takes one step anyway")
-        if self.image_size % self.patch:
-            raise InputError(f"--image-size {self.image_size} is not a multiple of --patch {self.patch}")
-        if self.width % 4 or self.width % self.heads:
-            raise InputError(f"--width {self.width} must be a multiple of 4 and of --heads {self.heads}")
-        if not 1 <= self.steps <= self.length:
-            raise InputError(f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens")
-        if not 0 < self.noise_ratio < 1e4:
-            raise InputError(f"--noise-ratio {self.noise_ratio} must lie between 0 and 10,000")
+        counts = "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters rl_epochs prompts critical_steps judge_iters"
+        for names, ok, said in (
+                (counts, lambda v: v >= 1, "be at least 1"),
+                ("group", lambda v: v >= 2, "be at least 2, or no rollout differs from another"),
+                ("teacher_lr student_lr aux_lr rl_lr schedule_lr huber explore", lambda v: v > 0, "be above 0"),
+                ("label_dropout ema student_ema quality_floor", lambda v: 0 <= v < 1, "lie in [0, 1)"),
+                ("denoise_steps", lambda v: 2 <= v <= 1000, "lie in 2...1000; the student takes one step anyway"),
+                ("image_size", lambda v: v % self.patch == 0, f"be a multiple of --patch {self.patch}"),
+                ("width", lambda v: v % 4 == v % self.heads == 0, f"be a multiple of 4 and of --heads {self.heads}"),
+                ("steps", lambda v: 1 <= v <= self.length, f"lie in 1...{self.length}, the number of tokens"),
+                ("noise_ratio", lambda v: 0 < v < 1e4, "lie between 0 and 10,000")):
+            for name in names.split():
+                if not ok(value := getattr(self, name)):
+                    raise InputError(f"--{name.replace('_', '-')} {value} must {said}")
 
     @property
     def length(self):
@@ -196,40 +183,6 @@ def preset(name, **overrides):
     return Settings(**{**PRESETS[name], **overrides})
 
 
-def add_options(parser):
-    """Give `parser` a --preset, and an option for every field of Settings; those not given stay absent."""
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: small on a CUDA GPU, else tiny)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    begins = {"data": "data", "mean": "model", "steps": "generation", "batch": "teacher", "gsim_batch": "student (GSIM)", "rl_iters": "RL", "reward": "reward and judge"}
-    for f in fields(Settings):
-        if f.name in begins:
-            group = parser.add_argument_group(f"{begins[f.name]} (defaults of the preset tiny)")
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                           help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
-
-
-# What a checkpoint fixes: what its weights depend on; for a student also what was distilled into it.
-SHAPE = "image_size image_channels patch mean scale width depth heads buffer velocity head_width head_depth".split()
-STUDENT_SHAPE = SHAPE + ["noise_ratio", "guidance"]
-
-
-def chosen(args, device, content=None, resume=False):
-    """Settings from parsed `args`: the preset's with the options that were given; or those of a checkpoint's `content`,
-    with the options that it leaves free (none, when resuming what it began)."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    if content is None:
-        return preset(args.preset or ("small" if device.type == "cuda" else "tiny"), **given)
-    base = Settings(**content["settings"])
-    if args.preset and not resume:
-        raise InputError(f"--preset {args.preset}: the settings come from the {content['kind']}; leave it out")
-    for name in asdict(base) if resume else SHAPE if content["kind"] == "teacher" else STUDENT_SHAPE:
-        if given.get(name, getattr(base, name)) != getattr(base, name):
-            raise InputError(f"--{name.replace('_', '-')} is fixed by the checkpoint: {getattr(base, name)}"
-                             + (". Another --out starts afresh" if resume else ""))
-    return replace(base, **given)
-
-
 def find_device(name="auto"):
     """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -243,142 +196,7 @@ def rng(*names, device="cpu"):
     return torch.Generator(device).manual_seed(zlib.crc32(repr(names).encode()))
 
 
-# 2 Data -------------------------------------------------------------------------------------------------
-# Either shapes that anybody can draw, or a folder of images per class. Both end as uint8 tensors in memory, in
-# three parts: `train` (generator and reward), `judge` (the judge alone), `test` (reference of the judge's table).
-
-COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230), "yellow": (230, 210, 60)}
-FORMS = ["circle", "square", "triangle", "ring"]
-
-
-@dataclass
-class Split:
-    images: torch.Tensor  # uint8 [N, 3, S, S]
-    labels: torch.Tensor  # [N]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def take(self, index):
-        return Split(self.images[index], self.labels[index])
-
-    def batch(self, n, generator, device="cpu", flip=False):
-        """n random images in [-1, 1] [n, 3, S, S] and their labels [n]."""
-        index = torch.randint(len(self), (n,), generator=generator)
-        x = self.images[index].to(device).float() / 127.5 - 1
-        if flip:
-            x = torch.where(torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5, x.flip(-1), x)
-        return x, self.labels[index].to(device)
-
-    def balanced_halves(self, most, generator):
-        """Two disjoint class-balanced halves with the same number of images, at most `most` each, but at least 2 of each class."""
-        classes = self.labels.unique().tolist()
-        rows = [(self.labels == y).nonzero().squeeze(1) for y in classes]
-        m = max(2, min(min(map(len, rows)) // 2, most // len(classes)))
-        rows = [r[torch.randperm(len(r), generator=generator)] for r in rows]
-        return self.take(torch.cat([r[:m] for r in rows])), self.take(torch.cat([r[m:2 * m] for r in rows]))
-
-
-@dataclass
-class Data:
-    classes: list
-    train: Split
-    judge: Split
-    test: Split
-
-    def some(self):
-        """10,000 to 20,000 training images if there are as many, each class in its share, in [-1, 1] [N, 3, S, S]."""
-        return self.train.images[:: max(1, len(self.train) // 10_000)].float() / 127.5 - 1
-
-    def measure(self, s):
-        """The Settings with mean and scale measured on the training images, unless scale is given.
-
-        Uncentred tokens hide what varies behind a constant, and attention then hardly learns to look at them (README)."""
-        x = self.some()
-        return s if s.scale else replace(s, mean=round(float(x.mean()), 4), scale=round(float(1 / x.std().clamp(min=1e-3)), 4))
-
-
-def shape_masks(x, y, r, size):
-    """Share of every pixel inside each of the FORMS [N, 4, size, size], for centres x, y and radii r [N] as shares of the image."""
-    grid = (torch.arange(size, device=x.device) + 0.5) / size
-    dx, dy, r = grid - x[:, None, None], grid[:, None] - y[:, None, None], r[:, None, None]
-    circle = (dx**2 + dy**2).sqrt() - r  # signed distances, negative inside
-    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
-    triangle = torch.maximum(dy + 0 * dx, 0.866 * dx.abs() - 0.5 * dy) - 0.6 * r
-    ring = (circle + 0.25 * r).abs() - 0.25 * r
-    return (0.5 - torch.stack([circle, square, triangle, ring], 1) * size).clamp(0, 1)
-
-
-def draw_shapes(labels, size, difficulty=0, generator=None):
-    """Draw shape `labels % n_forms` in colour `labels // n_forms`: uint8 [N, 3, size, size], antialiased.
-
-    Difficulty 0: circle, square, triangle x 3 colours, dark grey backgrounds, centres within +-0.1 of the middle.
-    Difficulty 1: ring and yellow too, coloured backgrounds, centres within +-0.2."""
-    n, forms = len(labels), 3 + difficulty
-    u = torch.rand(n, 6, generator=generator)
-    x, y = 0.5 + 0.1 * (1 + difficulty) * (2 * u[:, :2] - 1).T
-    inside = shape_masks(x, y, 0.22 + 0.10 * u[:, 2], size)[torch.arange(n), labels % forms][:, None]
-    paint = torch.tensor(list(COLOURS.values())).float()[labels // forms][:, :, None, None]
-    ground = 51 * (u[:, 3:] if difficulty else u[:, 3:4])[:, :, None, None]
-    return (inside * paint + (1 - inside) * ground).round().to(torch.uint8)
-
-
-def load_data(s):
-    """Data for the Settings: splits of 60 / 20 / 20 % within every class; those of a folder are the same for every seed.
-
-    A broken image is named, skipped and counted. Raises InputError if the folder is missing or has no images."""
-    if s.image_channels != 3:
-        raise InputError(f"--image-channels {s.image_channels}: images have 3; 16 is for latents, which are not loaded yet")
-    if s.data == "shapes":
-        forms = 3 + s.difficulty
-        classes = [f"{colour} {form}" for colour in list(COLOURS)[:forms] for form in FORMS[:forms]]
-        labels = torch.arange(len(classes)).repeat_interleave(s.per_class)
-        g = rng(s.seed, "shapes")
-        images = torch.cat([draw_shapes(part, s.image_size, s.difficulty, g) for part in labels.split(4096)])
-    else:
-        classes, images, labels = load_folder(s.data, s.image_size)
-    parts = ([], [], [])
-    g = rng("split")  # the same for every seed, so that no stage meets what another held out
-    for y in range(len(classes)):
-        rows = (labels == y).nonzero().squeeze(1)
-        if len(rows) < 20:
-            raise InputError(f"class {classes[y]!r} in {s.data} has {len(rows)} readable images; at least 20 are needed")
-        rows = rows[torch.randperm(len(rows), generator=g)]
-        a, b = int(0.6 * len(rows)), int(0.8 * len(rows))
-        for part, chosen_rows in zip(parts, (rows[:a], rows[a:b], rows[b:])):
-            part.append(chosen_rows)
-    return Data(classes, *(Split(images[i], labels[i]) for i in map(torch.cat, parts)))
-
-
-def read_image(path, size):
-    """An image file, resized and centre-cropped to uint8 [3, size, size]."""
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(datasets.folder.default_loader(path), size, antialias=True), [size, size]))
-
-
-def load_folder(folder, size):
-    """Class names, images resized and centre-cropped to uint8 [N, 3, size, size], labels [N] of an image folder."""
-    try:
-        found = datasets.ImageFolder(folder)
-    except OSError as error:
-        raise InputError(f"--data {folder}: {error}. Expected one sub-folder of images per class") from None
-
-    def read(sample):
-        try:
-            return read_image(sample[0], size), sample[1]
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"skipped {sample[0]}: {error}", file=sys.stderr)
-
-    with ThreadPoolExecutor() as pool:
-        work = tqdm(pool.map(read, found.samples), "images", len(found.samples), leave=False)
-        read_ok = [pair for pair in work if pair is not None]
-    if len(read_ok) < len(found.samples):
-        print(f"skipped {len(found.samples) - len(read_ok)} of {len(found.samples)} images in {folder}", file=sys.stderr)
-    if not read_ok:
-        raise InputError(f"--data {folder}: none of its images could be read")
-    return found.classes, torch.stack([x for x, _ in read_ok]), torch.tensor([y for _, y in read_ok])
-
-
-# 3 Tokens -----------------------------------------------------------------------------------------------
+# 2 Tokens ------------------------------------------------------------------------------------------------
 # A token is a square patch of pixels, all its channels in one row: continuous, no codebook.
 
 
@@ -403,7 +221,7 @@ def to_images(tokens, s):
     return unpatchify(tokens / s.scale + s.mean, s.patch)
 
 
-# 4 Model ------------------------------------------------------------------------------------------------
+# 3 Model -------------------------------------------------------------------------------------------------
 # MAR (2406.11838): an encoder sees the class and the visible tokens, a decoder adds a mask token for each hidden
 # one and gives every token a context c; a small MLP then denoises each hidden token alone, given its c.
 # Names and arithmetic are those of the official code, whose `diffloss.net` is our `head`.
@@ -505,7 +323,7 @@ class FinalLayer(nn.Module):
 class Head(nn.Module):
     """The MLP diffusion head: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
 
-    The first D channels are eps; the last D interpolate the log variance of the denoising step (section 5). We train
+    The first D channels are eps; the last D interpolate the log variance of the denoising step (section 4). We train
     on eps alone, which leaves the last D at exactly zero, the middle; the official code trains them.
     velocity: the network gives v = alpha_t eps - sigma_t x_0, and eps = sigma_t x_t + alpha_t v is made from it (False:
     it gives eps itself, as MAR's weights do). At high noise eps says next to nothing about x_0, and there the tokens
@@ -540,7 +358,7 @@ class Head(nn.Module):
 class MAR(nn.Module):
     """Masked auto-regressive model over continuous tokens (2406.11838).
 
-    L tokens of D channels, `num_classes` classes and one null class; its schedule policy (section 9) is None
+    L tokens of D channels, `num_classes` classes and one null class; its schedule policy (section 8) is None
     until RL gives it one. `settings` and `classes` (names) travel with it into checkpoints."""
 
     def __init__(self, settings, classes):
@@ -628,7 +446,7 @@ def random_mask(n, length, how, generator, device="cpu"):
     return (rank < hidden[:, None]).to(device)
 
 
-# 5 Diffusion --------------------------------------------------------------------------------------------
+# 4 Diffusion ---------------------------------------------------------------------------------------------
 # x_t = alpha_t x_0 + sigma_t eps on a cosine schedule of 1000 times; the head returns eps. The teacher walks a
 # respaced chain of ~100 ancestral steps; the student jumps from one fixed time tau to x_0.
 
@@ -719,7 +537,7 @@ def one_step(head, z, c, noise_ratio=5.0):
     return (sigma * z - sigma * head.eps(sigma * z, t, c)) / alpha
 
 
-# 6 Generation -------------------------------------------------------------------------------------------
+# 5 Generation --------------------------------------------------------------------------------------------
 # Start with every token hidden. At each of K iterations: contexts from the visible tokens, denoise, reveal some.
 
 
@@ -781,7 +599,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
     denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c); (50, 5): annealed linearly from
     the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
-    temperature: of the chain's noise.  explore: sigma, a number or [B], of the token policy N(g(z, c), sigma^2) (section 10).
+    temperature: of the chain's noise.  explore: sigma, a number or [B], of the token policy N(g(z, c), sigma^2) (section 9).
     order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
     known: (tokens [B, L, D], mask [L]) of images to complete: only the tokens under the mask are drawn.
     Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
@@ -863,7 +681,7 @@ def guided(head, c, null, scale):
     return call
 
 
-# 7 GSIM -------------------------------------------------------------------------------------------------
+# 6 GSIM --------------------------------------------------------------------------------------------------
 # MARVAL stage 1. The student's tokens x_0 = g(z, c) should be distributed as the teacher's. Noise both to time t
 # and compare scores: the teacher's guided score s_p, and the student's own s_q, which the auxiliary network learns
 # from the student's samples. All scores appear as eps-predictions here, s = -eps / sigma_t.
@@ -941,7 +759,7 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
     return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
 
 
-# 8 Critical steps ---------------------------------------------------------------------------------------
+# 7 Critical steps ----------------------------------------------------------------------------------------
 # MaskFocus: most of what an image will be is decided in a few steps. Optimise only those.
 
 
@@ -965,7 +783,7 @@ def critical_steps(gain, k):
     return torch.zeros_like(gain, dtype=torch.bool).scatter(1, top, True) & gain.isfinite()
 
 
-# 9 Schedule policy --------------------------------------------------------------------------------------
+# 8 Schedule policy ---------------------------------------------------------------------------------------
 # Speed-RL: the number of steps must be an action, or no reward can change it. At every step a small head looks at
 # the contexts of the hidden tokens and chooses how many to reveal.
 
@@ -1019,7 +837,7 @@ def total_reward(quality, steps, s):
     return quality + s.alpha * fast if s.additive else quality * fast**s.alpha
 
 
-# 10 Policy gradient -------------------------------------------------------------------------------------
+# 9 Policy gradient ---------------------------------------------------------------------------------------
 # GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
 # Gaussian in closed form. A group shares class, order and z (but see routing), so that only the actions differ.
 
@@ -1206,11 +1024,10 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
     return {"quality": q.mean().item(), "steps": trace.steps.float().mean().item(), "kl": kl.item(), "grad_norm": norm}
 
 
-# 11 Reward and judge ------------------------------------------------------------------------------------
-# Two networks of different architecture, seed and data. The reward is what RL climbs; the judge is what reports
-# are written by, and nothing trains on it. Both learn from real images alone: the judge to tell the classes, the
-# reward also to tell images from damaged ones (blurred, with patches of another image, noisy), so that it sees seams.
-# train_rl.py puts CLIP, preferred pairs, a function of your own or a mixture in the reward's place.
+# 10 Reward ----------------------------------------------------------------------------------------------
+# What RL climbs: a quality in (0, 1]. This one is a network that learns from real images alone to tell the classes, and to
+# tell images from damaged ones (blurred, with patches of another image, noisy), so that it sees seams. train_rl.py puts CLIP,
+# preferred pairs, a function of your own or a mixture in its place; the judge that reports are written by is another Critic.
 
 
 def damage(x, labels, patch, generator):
@@ -1284,70 +1101,7 @@ def train_critic(name, split, s, device):
     return critic.eval().requires_grad_(False)
 
 
-def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features a [N, F], b [M, F], in float64: FID's formula."""
-    a, b = a.cpu().double(), b.cpu().double()
-    S_a, S_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross)
-
-
-def precision_recall(real, fake, k=3):
-    """Share of `fake` features [M, F] inside the manifold of `real` [N, F], and of real inside fake's (1904.06991).
-
-    A manifold is the union of balls around its points, each reaching to the k-th nearest other point."""
-    reach = lambda b: torch.cdist(b, b).kthvalue(min(k + 1, len(b))).values  # the nearest point of all is itself
-    inside = lambda a, b: float((torch.cdist(a, b) <= reach(b)).any(1).float().mean())
-    return inside(fake, real), inside(real, fake)
-
-
-def diversity(features, labels):
-    """Mean distance between two images of the same class in feature space, averaged over the classes: 0 = one image a class."""
-    return float(torch.stack([F.pdist(features[labels == y]).mean() for y in labels.unique()]).nanmean())
-
-
-class Judge:
-    """What reports are written by, on the features of a network that nothing trains on.
-
-    Every row has the same number n of class-balanced images, and is compared with `halves` reference draws of n
-    real held-out images; the row `real` compares each with the other half of its draw."""
-
-    def __init__(self, data, s, device, halves=5):
-        self.critic = train_critic("judge", data.judge, s, device)
-        self.device, self.seed = device, s.seed
-        self.halves = [data.test.balanced_halves(s.judge_n, rng(s.seed, "halves", i)) for i in range(halves)]
-        self.labels = self.halves[0][0].labels.to(device)  # of the images to be judged, in this order
-        self.references = [self.features(half.images)[0] for half, _ in self.halves]
-
-    @torch.no_grad()
-    def features(self, images):
-        if images.dtype == torch.uint8:
-            images = images.float() / 127.5 - 1
-        out = [self.critic(part.to(self.device)) for part in images.split(512)]
-        return torch.cat([f for f, _ in out]), torch.cat([y for _, y in out])
-
-    def row(self, pairs):
-        """Class accuracy, frechet and its spread (std) of [(features, class logits), ...], one for each reference draw;
-        precision, recall and within-class diversity (1 = as diverse as real images) against the first draw."""
-        distances = torch.tensor([frechet_distance(features, ref) for (features, _), ref in zip(pairs, self.references)])
-        accuracy = torch.stack([(logits.argmax(1) == self.labels).float().mean() for _, logits in pairs]).mean()
-        features, real = pairs[0][0], self.references[0]
-        precision, recall = precision_recall(real, features)
-        return {"accuracy": float(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std()),
-                "precision": precision, "recall": recall, "diversity": diversity(features, self.labels) / max(diversity(real, self.labels), 1e-12)}
-
-    def __call__(self, images):
-        """The row of images [n, 3, S, S] of classes `self.labels`."""
-        return self.row([self.features(images)] * len(self.references))
-
-    def real(self):
-        """The row of real against real: what a perfect generator would get."""
-        return self.row([self.features(other.images) for _, other in self.halves])
-
-
-# 12 Checkpoints and training ----------------------------------------------------------------------------
+# 11 Checkpoints -----------------------------------------------------------------------------------------
 # A checkpoint is MAR's own format, {"model": ..., "model_ema": ...}, and what it takes to use it: kind, settings,
 # class names, step; while training, also what it takes to go on as if never interrupted.
 
@@ -1412,93 +1166,6 @@ def descend(loss, optimizer, clip=1.0):
         raise NonFinite(f"the gradient norm is {norm.item()}")
     optimizer.step()
     return norm.item()
-
-
-@torch.no_grad()
-def update_ema(ema, model, step, limit):
-    """ema <- d ema + (1 - d) model with d = min(limit, (1 + i) / (10 + i)): short at first, so that it never lags."""
-    d = min(limit, (1 + step) / (10 + step))
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
-        a.lerp_(b, 1 - d) if a.is_floating_point() else a.copy_(b)
-
-
-def weight_decay_groups(model, decay=0.02):
-    """Parameter groups with MAR's rule: no weight decay on 1-D tensors, biases and the diffusion head."""
-    named = [(p.ndim > 1 and not name.startswith("head."), p) for name, p in model.named_parameters()]
-    return [{"params": [p for d, p in named if d], "weight_decay": decay}, {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
-
-
-class Progress:
-    """A yardstick for training that is not the judge, on n images of fixed labels, order and noise: {name: Fréchet distance}.
-
-    `reward_features` is on the reward network's features, `progress` on the pixels of a grid of about 8x8. Weights are
-    kept by the latter: the former prefers clean, alike images to diverse ones, and chose worse weights than the last (README)."""
-
-    def __init__(self, critic, data, s, device, n=1024):
-        self.critic, self.s = critic, s
-        self.labels = data.train.labels[torch.linspace(0, len(data.train) - 1, n).long()].to(device)  # classes in their shares
-        self.reference = [torch.cat(parts) for parts in zip(*(self.views(x.to(device)) for x in data.some().split(512)))]
-
-    def views(self, images):
-        stride = max(2, images.shape[-1] // 8)
-        return images[..., ::stride, ::stride].flatten(1), self.critic(images)[0]
-
-    def __call__(self, model, **how):
-        parts = [generate(model, y, **how, seed=(self.s.seed, "progress", i)) for i, y in enumerate(self.labels.split(256))]
-        views = self.views(to_images(torch.cat(parts), self.s))
-        return dict(zip(("progress", "reward_features"), map(frechet_distance, views, self.reference)))
-
-
-def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, measure=None):
-    """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
-
-    state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
-    measure: function ema -> {name: float} to log, asked ten times; where it gives `progress`, the EMA weights for which that was
-    lowest are kept at the end. The log's `seconds` are those of the updates alone.
-    A non-finite loss stops with the step, and leaves a checkpoint of the last finite weights."""
-    path, ema, state, start = Path(path), ema or model, state or {}, 0
-    best = {"value": math.inf, "weights": {}, "seconds": 0.0}  # and the seconds of all updates so far
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if resume and path.exists():
-        content = read_checkpoint(path, kind)
-        model.load_state_dict(content["model"])
-        ema.load_state_dict(content["model_ema"])
-        start = content["step"]
-        for name, value in (content["training"] or {}).items():
-            best.update(value) if name == "best" else state[name].load_state_dict(value)
-
-    def write(step, metrics):
-        if log:
-            with open(log, "a") as file:
-                values = {k: round(v, 6) for k, v in ({"seconds": best["seconds"]} | metrics).items()}
-                file.write(json.dumps({"stage": kind, "step": step, **values}) + "\n")
-
-    def save(step):
-        training = None if step == iters else {name: value.state_dict() for name, value in state.items()} | {"best": best}
-        save_checkpoint(path, kind, model, ema, step, training)
-
-    bar = tqdm(range(start, iters), kind, iters, initial=start, mininterval=1)
-    for step in bar:
-        began = time.perf_counter()
-        try:
-            metrics = update(step)
-        except NonFinite as error:
-            save(step)
-            raise NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. If training diverged, start afresh in another --out with a lower learning rate") from None
-        best["seconds"] += time.perf_counter() - began
-        if step % max(1, iters // 200) == 0 or step == iters - 1:
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            write(step, metrics)
-        if measure and (step + 1) * 10 // iters > step * 10 // iters:
-            values = measure(ema)
-            write(step, values)
-            if values.get("progress", math.inf) < best["value"]:
-                best |= {"value": values["progress"], "weights": deepcopy(ema.state_dict())}
-            if step + 1 == iters and best["weights"]:
-                ema.load_state_dict(best["weights"])
-        if (step + 1) % every == 0 or step + 1 == iters:
-            save(step + 1)
-    return ema
 
 
 def run(main):

@@ -17,9 +17,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 
 import maskrl
+
+
+def read_image(path, size):
+    """An image file, resized and centre-cropped to uint8 [3, size, size]."""
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(default_loader(path), size, antialias=True), [size, size]))
+
 
 
 def picture(images, columns, pixels=64):
@@ -71,7 +79,7 @@ def to_complete(image, mask, s, device):
     """--inpaint and --mask as tokens [1, L, D] and a mask [L]."""
     def read(option, path):
         try:
-            return maskrl.read_image(path, s.image_size)
+            return read_image(path, s.image_size)
         except (OSError, SyntaxError, ValueError) as error:
             raise maskrl.InputError(f"--{option} {path}: {error}") from None
 

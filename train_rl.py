@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import maskrl
 import train_distill
+from sample import read_image
 
 
 def train_policy(s, data, student, quality, out, device, resume=False, measure=None):
@@ -49,7 +50,7 @@ def train_policy(s, data, student, quality, out, device, resume=False, measure=N
         labels = torch.randint(len(data.classes), (s.prompts,), generator=maskrl.rng(s.seed, "rl", step)).to(device)
         return policy_update(model, start, quality, labels, mean, optimizers, (s.seed, "rollout", step))
 
-    maskrl.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",
+    train_distill.train("policy", out / "policy.pt", s.rl_iters, update, model, state=optimizers, log=out / "log.jsonl",
                  resume=resume, every=25, measure=measure)
     return model.eval(), start
 
@@ -67,7 +68,7 @@ def watch(s, data, quality, held_out, judge, n=512):
     @torch.no_grad()
     def measure(model):
         images = maskrl.to_images(maskrl.generate(model, labels, denoise_steps=1, seed=(s.seed, "watch")), s)
-        distance = maskrl.frechet_distance(judge.features(images)[0], judge.references[0])
+        distance = train_distill.frechet_distance(judge.features(images)[0], judge.references[0])
         values = {"quality_mean": float(quality(images, labels).mean()), "judge": distance}
         return values | ({"held_out": float(held_out(images, labels).mean())} if held_out else {})
 
@@ -182,8 +183,8 @@ class ShapeFit:
         self.forms = 3 + difficulty
         place = 0.5 + 0.1 * (1 + difficulty) * torch.linspace(-1, 1, 21, device=device)
         x, y, r = torch.cartesian_prod(place, place, torch.linspace(0.22, 0.32, 11, device=device)).T
-        self.masks = maskrl.shape_masks(x, y, r, size).flatten(2).permute(1, 2, 0)  # [4, pixels, N]
-        self.paint = torch.tensor(list(maskrl.COLOURS.values()), device=device) / 255
+        self.masks = train_distill.shape_masks(x, y, r, size).flatten(2).permute(1, 2, 0)  # [4, pixels, N]
+        self.paint = torch.tensor(list(train_distill.COLOURS.values()), device=device) / 255
 
     def __call__(self, images, labels):
         """Quality [B] of images [B, 3, S, S] in [-1, 1] of the classes `labels` [B]."""
@@ -271,10 +272,10 @@ def read_pairs(path, size, classes):
         names, given = classes if "class" in rows[0] else [None], {row.get("class") for row in rows}
         if set(names) != given:
             raise ValueError(f"every class needs pairs, and no other name may stand there; see {', '.join(map(str, set(names) ^ given))}")
-        images = [torch.cat([maskrl.read_image(Path(path).parent / (row[k] or ""), size) for k in ("better", "worse")]) for row in rows]
+        images = [torch.cat([read_image(Path(path).parent / (row[k] or ""), size) for k in ("better", "worse")]) for row in rows]
     except (OSError, SyntaxError, ValueError, csv.Error) as error:
         raise maskrl.InputError(f"--reward {path}: {error}") from None
-    return maskrl.Split(torch.stack(images), torch.tensor([names.index(row.get("class")) for row in rows]))
+    return train_distill.Split(torch.stack(images), torch.tensor([names.index(row.get("class")) for row in rows]))
 
 
 def pairs_reward(path, s, classes, device):
@@ -321,7 +322,7 @@ def main(argv=None):
         models = {"student": maskrl.load_checkpoint(args.student, "student", device)}
         if args.teacher or beside.exists():  # for the report alone
             models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
-            if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in maskrl.SHAPE):
+            if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in train_distill.SHAPE):
                 raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
             models["teacher"].settings = s
     else:
@@ -329,7 +330,7 @@ def main(argv=None):
         models, _, made = train_distill.make(args, s, data, device, critic)
         minutes = made | minutes
 
-    judge = maskrl.Judge(data, s, device)
+    judge = train_distill.Judge(data, s, device)
     trained = [name for name, _ in parse_reward(s.reward)]
     held_out = critic.quality if "embedded" not in trained else (
         ShapeFit(s.image_size, s.difficulty, device) if s.data == "shapes" and "fit" not in trained else None)

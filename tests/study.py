@@ -27,6 +27,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Lab:
     def __init__(self, out, seed, device):
         self.out, self.device = Path(out) / f"seed{seed}", device
         s = maskrl.preset("tiny", seed=seed)
-        self.data = maskrl.load_data(s)
+        self.data = train_distill.load_data(s)
         self.s = self.data.measure(s)
 
     @cached_property
@@ -61,11 +62,11 @@ class Lab:
 
     @cached_property
     def progress(self):
-        return maskrl.Progress(self.critic, self.data, self.s, self.device)
+        return train_distill.Progress(self.critic, self.data, self.s, self.device)
 
     @cached_property
     def judge(self):
-        return maskrl.Judge(self.data, self.s, self.device)
+        return train_distill.Judge(self.data, self.s, self.device)
 
     @cached_property
     def teacher(self):
@@ -79,7 +80,7 @@ class Lab:
 
     def student(self, name, distil=maskrl.gsim_update, progress=True, teacher=None, **overrides):
         """A student of the teacher (or of another), with settings replaced: the best by Progress, or (progress=False) simply the last weights."""
-        s, out = maskrl.replace(self.s, **overrides), self.out / name
+        s, out = replace(self.s, **overrides), self.out / name
         student = self.made("student", lambda: train_distill.train_student(
             s, self.data, teacher or self.teacher, out, self.device, True, self.progress if progress else None, distil), name)
         if not progress:
@@ -89,7 +90,7 @@ class Lab:
     def policy(self, name, **overrides):
         """RL on the student with settings replaced, its log, and the judge's row of the end, without exploration."""
         student, out = self.student("student"), self.out / name
-        s = maskrl.replace(self.s, **RL | overrides)
+        s = replace(self.s, **RL | overrides)
         quality, held_out = self.critic.quality, train_rl.ShapeFit(s.image_size, s.difficulty, self.device)
         (out / "log.jsonl").unlink(missing_ok=True)
         measure = train_rl.watch(s, self.data, quality, held_out, self.judge)
@@ -240,7 +241,7 @@ def guidance(lab):
 
 def teacher(lab):
     for name, overrides in {"teacher-1500": {}, "eps head": dict(velocity=False), "uncentred tokens": dict(mean=0.0, scale=1.0)}.items():
-        def work(name=name, s=maskrl.replace(lab.s, **TEACHER | overrides)):
+        def work(name=name, s=replace(lab.s, **TEACHER | overrides)):
             folder = lab.out / name
             model = lab.made("teacher", lambda: train_distill.train_teacher(s, lab.data, folder, lab.device, True), name)
             tokens, _ = train_distill.in_batches(model, lab.judge.labels, dict(steps=s.steps, guidance=s.guidance, denoise_steps=25), s.seed, name)
@@ -291,7 +292,7 @@ def backprop(lab):
 def kept(lab, how):
     """MB that autograd keeps for one back-propagated update with gradient in the steps `how`."""
     policy, sizes = lab.student("student").requires_grad_(True), {}
-    policy.settings = maskrl.replace(lab.s, **RL | dict(method="backprop", rl_steps=how))
+    policy.settings = replace(lab.s, **RL | dict(method="backprop", rl_steps=how))
     count = lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         maskrl.backprop_update(policy, lab.student("student"), lab.critic.quality, torch.arange(lab.s.prompts) % len(lab.data.classes),
@@ -336,7 +337,7 @@ def cost(lab):
         memory = peak(lab.device)
         for i in range(rounds + 2):
             for name, overrides in variants.items():
-                nets[0].settings = maskrl.replace(lab.s, **overrides)
+                nets[0].settings = replace(lab.s, **overrides)
                 start = time.perf_counter()
                 maskrl.gsim_update(Nothing if name == "no teacher" else lab.teacher, *nets, x, labels, optimizers, maskrl.rng(i))
                 times[name].append(1000 * (time.perf_counter() - start))
@@ -345,7 +346,7 @@ def cost(lab):
         optimizers, mean = {"generator": torch.optim.AdamW(policy.parameters(), 1e-6)}, train_rl.mean_image(lab.data, lab.s, lab.device)
         for i in range(rounds // 2 + 2):
             for how in ("critical", "random", "first", "all"):
-                policy.settings = maskrl.replace(lab.s, **RL | dict(rl_steps=how))
+                policy.settings = replace(lab.s, **RL | dict(rl_steps=how))
                 start = time.perf_counter()
                 maskrl.rl_update(policy, student, critic, torch.arange(lab.s.prompts) % len(lab.data.classes), mean, optimizers, i)
                 times.setdefault(how, []).append(1000 * (time.perf_counter() - start))

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 import maskrl
+import train_distill
 import train_rl
 from maskrl import BASE
 
@@ -24,16 +26,16 @@ def test_patchify_is_inverted_exactly_and_keeps_raster_order():
 
 
 def test_shapes_are_the_same_for_a_seed_and_differ_within_a_class(settings):
-    a, b = maskrl.load_data(settings()), maskrl.load_data(settings())
+    a, b = train_distill.load_data(settings()), train_distill.load_data(settings())
     assert len(a.classes) == 9 and torch.equal(a.train.images, b.train.images)
-    assert not torch.equal(a.train.images, maskrl.load_data(settings(seed=1)).train.images)
+    assert not torch.equal(a.train.images, train_distill.load_data(settings(seed=1)).train.images)
     first = a.train.images[a.train.labels == 0]
     assert len({bytes(x.numpy().tobytes()) for x in first}) == len(first)
 
 
 def test_shapes_have_their_colour_and_area():
     labels = torch.arange(9).repeat_interleave(50)
-    x = maskrl.draw_shapes(labels, 64, generator=maskrl.rng(0)).float()
+    x = train_distill.draw_shapes(labels, 64, generator=maskrl.rng(0)).float()
     bright = x.amax(1) > 100
     colour = torch.stack([x[i, :, bright[i]].mean(1).argmax() for i in range(len(x))])
     assert torch.equal(colour, labels // 3)
@@ -45,7 +47,7 @@ def test_shapes_have_their_colour_and_area():
 
 def test_splits_are_disjoint_and_halves_balanced(settings):
     s = settings(difficulty=1)
-    data = maskrl.load_data(s)
+    data = train_distill.load_data(s)
     parts = [{x.numpy().tobytes() for x in split.images} for split in (data.train, data.judge, data.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     a, b = data.test.balanced_halves(s.judge_n, maskrl.rng(1))
@@ -546,7 +548,7 @@ def test_the_gradient_of_all_revealed_tokens_is_that_of_the_log_probability_of_t
 def test_only_the_chosen_number_of_steps_is_optimised(model, settings):
     s = settings(critical_steps=3, steps=8)
     tokens, trace = maskrl.generate(model, torch.tensor([0, 1, 2]), steps=8, denoise_steps=1, trace=True)
-    pick = lambda how: maskrl.optimised_steps(trace, tokens, maskrl.replace(s, rl_steps=how), 0.0, maskrl.rng(0))
+    pick = lambda how: maskrl.optimised_steps(trace, tokens, replace(s, rl_steps=how), 0.0, maskrl.rng(0))
     assert pick("first").int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]] * 3 and pick("all").all()
     assert pick("random").sum(1).tolist() == pick("critical").sum(1).tolist() == [3, 3, 3]
     gain = maskrl.information_gain(trace.predictions, tokens)
@@ -650,7 +652,7 @@ def test_a_replay_repeats_the_generation_and_its_gradient_is_that_of_the_kept_st
 
 def test_backpropagation_has_no_schedule_policy_and_forgets_no_setting(settings):
     s = settings(method="backprop")
-    assert not s.has_schedule and maskrl.replace(s, method="grpo").has_schedule
+    assert not s.has_schedule and replace(s, method="grpo").has_schedule
 
 
 def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(model, settings):
@@ -672,12 +674,12 @@ def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(model, settings
 def test_shape_fit_knows_a_perfect_image(difficulty):
     labels = torch.arange([9, 16][difficulty]).repeat(4)
     fit = train_rl.ShapeFit(16, difficulty, "cpu")
-    x = maskrl.draw_shapes(labels, 16, difficulty, maskrl.rng(0)).float() / 127.5 - 1
+    x = train_distill.draw_shapes(labels, 16, difficulty, maskrl.rng(0)).float() / 127.5 - 1
     real, blurred, wrong = fit(x, labels), fit(maskrl.blur(x), labels), fit(x, labels.roll(1))
     assert (real > blurred).all() and (blurred > wrong).float().mean() > 0.9 and real.min() > 0.3 and (real <= 1).all()
     p, r = torch.tensor([0.5]), torch.tensor([0.27])  # one of its own places and sizes, on its own kind of ground
-    inside = maskrl.shape_masks(p, p, r, 16)[0, 0]
-    exact = inside * torch.tensor(maskrl.COLOURS["red"])[:, None, None] / 255 + (1 - inside) * 0.1
+    inside = train_distill.shape_masks(p, p, r, 16)[0, 0]
+    exact = inside * torch.tensor(train_distill.COLOURS["red"])[:, None, None] / 255 + (1 - inside) * 0.1
     assert fit(2 * exact[None] - 1, torch.tensor([0])) > 0.99
     x.requires_grad_(True)
     assert (torch.autograd.grad(fit(x, labels).sum(), x)[0].flatten(1).norm(dim=1) > 0).all()
@@ -686,7 +688,7 @@ def test_shape_fit_knows_a_perfect_image(difficulty):
 def test_shape_fit_sees_seams():
     """Seams: tokens swapped in from other images of the class lower it, the more the lower."""
     labels, fit = torch.zeros(64, dtype=torch.long), train_rl.ShapeFit(16, 0, "cpu")
-    tokens = maskrl.patchify(maskrl.draw_shapes(labels, 16, 0, maskrl.rng(0)).float() / 127.5 - 1, 4)
+    tokens = maskrl.patchify(train_distill.draw_shapes(labels, 16, 0, maskrl.rng(0)).float() / 127.5 - 1, 4)
     rank = torch.rand(64, 16, generator=maskrl.rng(1)).argsort(1)[..., None]
     curve = [float(fit(maskrl.unpatchify(torch.where(rank < n, tokens.roll(1, 0), tokens), 4), labels).mean()) for n in (0, 2, 4, 8)]
     assert curve == sorted(curve, reverse=True) and curve[-1] < 0.7 * curve[0]
@@ -697,22 +699,22 @@ def test_frechet_distance_of_two_gaussians():
     scale = torch.tensor([1.0, 2.0, 0.5])
     a = torch.randn(200_000, 3, dtype=torch.float64) * scale
     b = torch.randn(200_000, 3, dtype=torch.float64) + torch.tensor([1.0, 0.0, -1.0])
-    assert abs(maskrl.frechet_distance(a, b) - (2 + 1 + 0.25)) < 0.05
-    assert maskrl.frechet_distance(a, a) < 1e-6
+    assert abs(train_distill.frechet_distance(a, b) - (2 + 1 + 0.25)) < 0.05
+    assert train_distill.frechet_distance(a, a) < 1e-6
 
 
 def test_precision_and_recall_tell_a_collapse_from_garbage():
     real, same, labels = torch.randn(600, 4), torch.randn(600, 4), torch.arange(600) % 3
-    precision, recall = maskrl.precision_recall(real, same)
+    precision, recall = train_distill.precision_recall(real, same)
     assert precision > 0.9 and recall > 0.9
     collapsed = same[labels] + 0.01 * torch.randn(600, 4)  # three images, again and again: all good, few covered
-    precision, recall = maskrl.precision_recall(real, collapsed)
+    precision, recall = train_distill.precision_recall(real, collapsed)
     assert precision > 0.6 and recall < 0.1
-    precision, recall = maskrl.precision_recall(real, 4 * same)  # too wide: most are not real, but they surround all
+    precision, recall = train_distill.precision_recall(real, 4 * same)  # too wide: most are not real, but they surround all
     assert precision < 0.4
-    assert maskrl.diversity(collapsed, labels) < 0.02 * maskrl.diversity(same, labels)
+    assert train_distill.diversity(collapsed, labels) < 0.02 * train_distill.diversity(same, labels)
     x = torch.tensor([[0.0], [1.0], [5.0], [8.0]])  # classes 0, 0, 1, 1: distances 1 and 3
-    assert maskrl.diversity(x, torch.tensor([0, 0, 1, 1])) == 2
+    assert train_distill.diversity(x, torch.tensor([0, 0, 1, 1])) == 2
 
 
 def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
@@ -731,7 +733,7 @@ def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
 
 def test_the_judge_sees_blur_seams_and_noise():
     s = maskrl.Settings(scale=1.0)
-    judge = maskrl.Judge(maskrl.load_data(s), s, torch.device("cpu"))
+    judge = train_distill.Judge(train_distill.load_data(s), s, torch.device("cpu"))
     real = judge.real()
     assert len(judge.labels) >= 2000 and real["accuracy"] > 0.99
     half = judge.halves[0][1]  # real images that are in no reference draw of row 0
@@ -766,7 +768,7 @@ def test_training_keeps_the_weights_that_measured_best(tmp_path, model):
         bias.data.fill_(step)
         return {"loss": 0.0}
 
-    maskrl.train("student", tmp_path / "student.pt", 10, update, model, log=tmp_path / "log.jsonl",
+    train_distill.train("student", tmp_path / "student.pt", 10, update, model, log=tmp_path / "log.jsonl",
                  measure=lambda ema: {"progress": abs(ema.decoder_norm.bias[0].item() - 3.2)})
     assert (model.decoder_norm.bias == 3).all()
     assert (maskrl.load_checkpoint(tmp_path / "student.pt").decoder_norm.bias == 3).all()
@@ -776,15 +778,15 @@ def test_training_keeps_the_weights_that_measured_best(tmp_path, model):
 def test_ema_follows_at_once_and_then_ever_more_slowly():
     net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(net.weight)
-    maskrl.update_ema(ema, net, 0, 0.995)
+    train_distill.update_ema(ema, net, 0, 0.995)
     assert abs(float(ema.weight.detach()) - 0.9) < 1e-6  # d = 1 / 10
     torch.nn.init.zeros_(ema.weight)
-    maskrl.update_ema(ema, net, 10**6, 0.995)
+    train_distill.update_ema(ema, net, 10**6, 0.995)
     assert abs(float(ema.weight.detach()) - 0.005) < 1e-6
 
 
 def test_weight_decay_spares_norms_biases_and_the_head(model):
-    decayed, spared = (g["params"] for g in maskrl.weight_decay_groups(model))
+    decayed, spared = (g["params"] for g in train_distill.weight_decay_groups(model))
     names = {id(p): n for n, p in model.named_parameters()}
     assert len(decayed) + len(spared) == len(names)
     assert all(p.ndim > 1 and not names[id(p)].startswith("head.") for p in decayed)

@@ -11,6 +11,7 @@ from test_scripts import SHORT, error_of
 from torchvision.transforms import functional as TF
 
 import maskrl
+import train_distill
 import train_rl
 
 SMALL = "ViT-S-32-alt"  # for what does not depend on the model; a random ViT-B-32 takes longer to build and to run
@@ -52,7 +53,7 @@ def module(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def data():
-    return maskrl.load_data(tiny())
+    return train_distill.load_data(tiny())
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_films_and_completions(run, tmp_path, capsys):
 
 
 def test_a_broken_image_is_named_skipped_and_counted(folder, capsys):
-    data = maskrl.load_data(tiny(data=str(folder)))
+    data = train_distill.load_data(tiny(data=str(folder)))
     err = capsys.readouterr().err
     assert "broken.png" in err and "skipped 1 of 201" in err
     assert len(data.train) + len(data.judge) + len(data.test) == 200
@@ -105,7 +105,7 @@ def test_wrong_input_ends_in_one_line_and_exit_code_2(run, tmp_path, capsys):
     cases = [
         (train_rl.main, ["--data", tmp_path / "missing", *new], "missing"),
         (train_rl.main, ["--data", empty, *new], "empty"),
-        (train_distill.main, ["--image-size", 10, *new], "--image-size 10 is not a multiple of --patch 4"),
+        (train_distill.main, ["--image-size", 10, *new], "--image-size 10 must be a multiple of --patch 4"),
         (train_distill.main, ["--steps", 17, *new], "--steps 17"),
         (train_distill.main, ["--teacher", student, *new], "is a student; a teacher is needed"),
         (train_distill.main, ["--teacher", out / "teacher.pt", "--width", 64, *new], "--width is fixed by the checkpoint"),
@@ -120,7 +120,7 @@ def test_wrong_input_ends_in_one_line_and_exit_code_2(run, tmp_path, capsys):
         (train_rl.main, ["--student", student, "--guidance", 3, *new], "--guidance is fixed by the checkpoint: 1.5"),
         (train_rl.main, ["--student", student, "--teacher", tmp_path / "typo.pt", *new], "no checkpoint"),
         (train_rl.main, ["--out", out, "--resume", "--teacher-lr", 1, "--device", "cpu"], "--teacher-lr is fixed"),
-        (train_rl.main, ["--group", 1, *new], "--group must be at least 2"),
+        (train_rl.main, ["--group", 1, *new], "--group 1 must be at least 2"),
         (train_rl.main, ["--rl-iters", 0, *new], "--rl-iters 0 must be at least 1"),
         (train_distill.main, ["--denoise-steps", 1, *new], "--denoise-steps 1"),
         (sample.main, [student, "--steps", 99, "--out", tmp_path / "a.png"], "--steps 99"),
@@ -144,7 +144,7 @@ def weights(path):
 
 def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
     train_rl.main([*SHORT, "--out", str(tmp_path / "whole")])
-    real = maskrl.train
+    real = train_distill.train
 
     def interrupted(kind, path, iters, update, *args, **kwargs):
         """The power goes off in the middle of the student, after a checkpoint."""
@@ -156,10 +156,10 @@ def test_an_interrupted_run_resumes_to_the_very_same_weights(tmp_path, monkeypat
 
         return real(kind, path, iters, failing, *args, **kwargs, every=2)
 
-    monkeypatch.setattr(maskrl, "train", interrupted)
+    monkeypatch.setattr(train_distill, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_distill.main([*SHORT, "--out", str(tmp_path / "parts")])
-    monkeypatch.setattr(maskrl, "train", real)
+    monkeypatch.setattr(train_distill, "train", real)
     assert maskrl.read_checkpoint(tmp_path / "parts" / "student.pt")["step"] == 2
     train_rl.main(["--out", str(tmp_path / "parts"), "--resume", "--device", "cpu"])  # settings come from the run
     for kind in maskrl.KINDS:
