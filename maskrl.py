@@ -3,20 +3,21 @@
 A masked auto-regressive generator (MAR, arXiv 2406.11838) reveals the tokens of an image over K iterations
 and runs a ~100-step denoising chain inside each. Three papers attack that cost, and this file unites them:
 
-    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (guided score implicit matching: the student learns
-                            to have the teacher's scores, gradients of the log density), then improve it by RL
+    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (guided score implicit matching: the
+                            student learns to have the teacher's scores, gradients of the log density), then RL
     MaskFocus (2512.18766)  spend RL only on the critical steps, found by information gain
     Speed-RL  (2512.01094)  reward quality and needing fewer steps
 
 Letters, the same everywhere:  x tokens of an image [B, L, D] (L tokens of D channels) - mask [B, L], true =
 still hidden - c context of each token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t
-diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - s guidance (in code also the Settings, which have no other
-name) - K unmasking iterations ("steps"), at most; T those that an image took - P prompts, G rollouts of each (a group) -
-A advantage, R reward - g(z, c) the one-step student's token (a g alone may be a random generator). Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
+diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - s guidance (in code also the Settings, which have no
+other name) - K unmasking iterations ("steps"), at most; T those that an image took - P prompts, G rollouts of
+each (a group) - A advantage, R reward - g(z, c) the one-step student's token (a g alone may be a random
+generator). Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
 
-Contents:  1 Settings - 2 Tokens - 3 Model - 4 Diffusion - 5 Generation - 6 GSIM - 7 Critical steps - 8 Schedule policy -
-9 Policy gradient - 10 Reward - 11 Checkpoints.  The methods are here; the experiment around them, that is data, training
-loop, judge and report, is in train_distill.py, and other rewards in train_rl.py.
+Contents:  1 Settings - 2 Tokens - 3 Model - 4 Diffusion - 5 Generation - 6 GSIM - 7 Critical steps -
+8 Schedule policy - 9 Policy gradient - 10 Checkpoints.  The methods are here; the experiment around them (data,
+training loop, reward network, judge, report) is in train_distill.py, and other rewards are in train_rl.py.
 """
 
 import math
@@ -56,7 +57,7 @@ class Settings:
     data: str = option("shapes", "'shapes' (drawn on the fly), or a folder with one sub-folder of images per class")
     image_size: int = option(16, "height and width in pixels; must be a multiple of --patch")
     image_channels: int = option(3, "3 for RGB pixels, 16 for the latents of MAR's autoencoder")
-    difficulty: int = option(0, "of the shapes: 0 = 9 easy classes, 1 = 16 classes, coloured backgrounds, more jitter", (0, 1))
+    difficulty: int = option(0, "of the shapes: 0 = 9 easy classes; 1 = 16, coloured backgrounds, more jitter", (0, 1))
     per_class: int = option(3000, "images per class that 'shapes' draws")
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
     seed: int = option(0, "seeds the shapes, initial weights and noise; the split of a folder is always the same")
@@ -76,7 +77,7 @@ class Settings:
     denoise_steps: int = option(100, "denoising steps of the teacher's chain inside each iteration")
     guidance: float = option(1.5, "s in eps = eps_null + s (eps_class - eps_null); 1 = none. The teacher is "
                                   "sampled with it, and GSIM bakes it into the student, which is sampled without")
-    clip: float = option(1.3, "the chain clips its estimate of x_0 to pixels within +-clip; 0 = off. Pixels lie in [-1, 1]")
+    clip: float = option(1.3, "the chain clips its estimate of x_0 to pixels within +-clip, theirs being 1; 0 = off")
     # teacher
     batch: int = option(64, "images per teacher update")
     teacher_iters: int = option(2500, "teacher updates")
@@ -103,36 +104,42 @@ class Settings:
     schedule_lr: float = option(3e-3, "AdamW, of the schedule policy")
     prompts: int = option(16, "groups per policy update")
     group: int = option(8, "G, rollouts per group; they share class, order and z")
-    method: str = option("grpo", "policy gradient over groups of rollouts, or the reward's own gradient back-propagated through the "
-                         "generation (MARVAL-RL), for rewards that are differentiable in the pixels, with a fixed number of steps; it uses prompts, "
-                         "group (as one batch), rl_steps, critical_steps, explore and beta alone", ("grpo", "backprop"))
-    rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all", ("critical", "random", "first", "all"))
+    method: str = option("grpo", "policy gradient over groups of rollouts, or the reward's own gradient through the "
+                         "whole generation (MARVAL-RL), for rewards differentiable in the pixels and fixed steps; "
+                         "it uses prompts, group (as one batch), rl_steps, critical_steps, explore and beta alone",
+                         ("grpo", "backprop"))
+    rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all",
+                           ("critical", "random", "first", "all"))
     critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
-    rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy gradient), all that are hidden, "
-                            "or all under a fresh mask (surrogates)", ("revealed", "hidden", "fresh"))
+    rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy "
+                            "gradient), all that are hidden, or all under a fresh mask (surrogates)",
+                            ("revealed", "hidden", "fresh"))
     rl_epochs: int = option(1, "updates per rollout; from the second on, ratios leave 1 and are clipped")
     explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
-    route: float = option(0.0, "the less uncertain half of the prompts explores 1 + this x exp(-H) times as much, H the entropy of the first "
-                          "prediction; 0 = no routing")
-    baseline: str = option("mean", "of the advantage: mean of the group, or of its other rollouts (leave-one-out)", ("mean", "others"))
+    route: float = option(0.0, "the less uncertain half of the prompts explores 1 + this x exp(-H) times as much, H "
+                          "the entropy of the first prediction; 0 = no routing")
+    baseline: str = option("mean", "of the advantage: mean of the group, or of its other rollouts (leave-one-out)",
+                           ("mean", "others"))
     normalise: bool = option(True, "divide the advantage by the group's std")
     quality_floor: float = option(0.0, "rollouts of lower quality are left out; groups without any spread always are")
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
     beta: float = option(0.2, "weight of KL(policy || student)")
-    learn_steps: bool = option(True, "learn a schedule policy, --steps being the most that it may take; off: the fixed cosine schedule of --steps")
+    learn_steps: bool = option(True, "learn a schedule policy of at most --steps; off: the cosine schedule of --steps")
     alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
-    additive: bool = option(False, "reward = quality + alpha * speed instead: an ablation, which fast and wrong images exploit")
+    additive: bool = option(False, "reward = quality + alpha * speed: an ablation, which fast and wrong images exploit")
     # reward and judge
-    reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on the data), 'fit' (exact, for shapes), 'clip', a .csv file of "
-                                     "preferred pairs, or 'module:function'; or a weighted mean: 'clip:1,embedded:0.5,module:function:2'")
-    clip_model: str = option("ViT-B-32", "architecture of --reward clip, as open_clip names it; for OpenAI's weights ViT-B-32-quickgelu")
-    clip_weights: str = option("laion2b_s34b_b79k", "a local file of weights, or the name of some that open_clip downloads for that model")
-    clip_prompt: str = option("a high-quality and harmonious picture of {class}", "the text that --reward clip compares with, as in MARVAL-RL")
+    reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on data), 'fit' "
+                         "(exact, for shapes), 'clip', a .csv file of preferred pairs, or 'module:function'; or a "
+                         "weighted mean: 'clip:1,embedded:0.5,module:function:2'")
+    clip_model: str = option("ViT-B-32", "of --reward clip, as open_clip names it; OpenAI's: ViT-B-32-quickgelu")
+    clip_weights: str = option("laion2b_s34b_b79k", "a local file, or the name of weights that open_clip downloads")
+    clip_prompt: str = option("a high-quality and harmonious picture of {class}", "the text of --reward clip")
     judge_iters: int = option(400, "updates of the reward network, of the judge, and of a reward learned from pairs")
     judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
 
     def __post_init__(self):
-        counts = "patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates rl_iters rl_epochs prompts critical_steps judge_iters"
+        counts = ("patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates "
+                  "rl_iters rl_epochs prompts critical_steps judge_iters")
         for names, ok, said in (
                 (counts, lambda v: v >= 1, "be at least 1"),
                 ("group", lambda v: v >= 2, "be at least 2, or no rollout differs from another"),
@@ -154,7 +161,7 @@ class Settings:
 
     @property
     def has_schedule(self):
-        """Whether a policy of these settings has a schedule policy: back-propagation does not train one, so it must not sample by one."""
+        """Whether RL gives the model a schedule policy: back-propagation trains none, so it must not sample by one."""
         return self.learn_steps and self.method == "grpo"
 
     @property
@@ -170,9 +177,9 @@ class Settings:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(image_size=64, patch=4, width=384, depth=6, heads=6, buffer=16, head_width=512, head_depth=4, steps=64,
-                  teacher_iters=100_000, teacher_lr=4e-4, ema=0.9999, gsim_iters=20_000, student_lr=3e-5, aux_lr=6e-5,
-                  critical_steps=6, prompts=4, batch=128, judge_iters=2000),
+    "small": dict(image_size=64, patch=4, width=384, depth=6, heads=6, buffer=16, head_width=512, head_depth=4,
+                  steps=64, teacher_iters=100_000, teacher_lr=4e-4, ema=0.9999, gsim_iters=20_000, student_lr=3e-5,
+                  aux_lr=6e-5, critical_steps=6, prompts=4, batch=128, judge_iters=2000),
 }
 
 
@@ -228,7 +235,7 @@ def to_images(tokens, s):
 
 
 def sincos_positions(side, width):
-    """Sines and cosines of row and column, a quarter of the width each, wavelengths from `side` tokens up [side^2, width]."""
+    """Sines and cosines of row and column, W / 4 of each, wavelengths from `side` tokens up [side^2, W]."""
     frequency = 2 * math.pi / side * torch.exp(-math.log(100) * torch.arange(width // 4) / (width // 4))
     angle = torch.arange(side)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, width / 2]
@@ -382,9 +389,10 @@ class MAR(nn.Module):
         self.head = Head(self.channels, W, s.head_width, s.head_depth, s.velocity)
         self.schedule = None
         self.apply(self._init)
-        # Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs: classes at 1 and places at
-        # sines and cosines are of the size of the tokens, so that attention finds its neighbours in minutes.
-        for p, std in ((self.class_emb.weight, 1.0), (self.fake_latent, 1.0), (self.mask_token, 0.02), (self.diffusion_pos_embed_learned, 0.02)):
+        # Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs: classes at 1 and
+        # places at sines and cosines are of the size of the tokens; attention finds its neighbours in minutes.
+        for p, std in ((self.class_emb.weight, 1.0), (self.fake_latent, 1.0),
+                       (self.mask_token, 0.02), (self.diffusion_pos_embed_learned, 0.02)):
             nn.init.normal_(p, std=std)
         for p in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
             nn.init.normal_(p, std=0.7)
@@ -401,7 +409,7 @@ class MAR(nn.Module):
             nn.init.zeros_(module.bias)
 
     def context(self, tokens, mask, labels=None):
-        """c [B, L, W] of tokens [B, L, D], mask [B, L] (true = hidden), labels [B] (num_classes = null; None: all null).
+        """c [B, L, W] of tokens [B, L, D], mask [B, L] (true = hidden), labels [B] (num_classes = null; None = all).
 
         Hidden tokens are dropped before the encoder's blocks. Rows may hide different numbers of tokens: the shorter
         rows are padded, and the padding is never attended to, so that each row comes out as if it were alone."""
@@ -452,7 +460,8 @@ def random_mask(n, length, how, generator, device="cpu"):
 
 
 class Diffusion:
-    """The cosine schedule abar(u) = cos^2((u + 0.008) / 1.008 pi/2), u = (t + 1) / 1000, over its value at u = 0; `n` of its 1000 times.
+    """`n` of the 1000 times of the cosine schedule abar(u) = cos^2((u + 0.008) / 1.008 pi/2), u = (t + 1) / 1000,
+    over its value at u = 0.
 
     times [n] on 0...999; alpha, sigma [n]; tables in float64. Official semantics: endpoints 0 and 999, all tables
     derived again from the respaced abar, posterior log variance of index 0 taken from index 1."""
@@ -489,9 +498,9 @@ class Diffusion:
     def step(self, i, x_t, out, noise, temperature=1.0, clip=None):
         """x_{t-1} from x_t [N, D], the head's output [N, 2D] and noise [N, D], at index i of this chain.
 
-        log variance = f log beta + (1 - f) log posterior variance, f = (variance channel + 1) / 2. `temperature` multiplies the
-        step's standard deviation; `clip` (low, high) bounds the estimate of x_0, without which an imperfect model explodes
-        at the noisy end, where 1 / alpha_t is 2e4."""
+        log variance = f log beta + (1 - f) log posterior variance, f = (variance channel + 1) / 2. `temperature`
+        multiplies the step's standard deviation; `clip` (low, high) bounds the estimate of x_0, without which an
+        imperfect model explodes at the noisy end, where 1 / alpha_t is 2e4."""
         eps, variance = out.chunk(2, -1)
         x_0 = (x_t - float(self.sigma[i]) * eps) / float(self.alpha[i])
         if clip:
@@ -510,14 +519,14 @@ class Diffusion:
         return x
 
 
-BASE = Diffusion()  # all 1000 times: training draws from it, and the head and the one-step student look up alpha and sigma in it
+BASE = Diffusion()  # all 1000 times: where training, head and one-step student look up alpha_t and sigma_t
 
 
 def denoising_loss(head, x_0, c, t, eps):
-    """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: the diffusion loss, and denoising score matching.
+    """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: diffusion loss, or denoising score matching.
 
-    w_t = 1, MAR's loss, for a head whose network gives eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one whose network gives v
-    (at most 1e4, which t > 992 would exceed). Averaged over tokens and channels."""
+    w_t = 1, MAR's loss, for a head whose network gives eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one whose
+    network gives v (at most 1e4, which t > 992 would exceed). Averaged over tokens and channels."""
     error = (head.eps(BASE.q_sample(x_0, t, eps), t, c) - eps).square()
     if head.velocity:
         alpha, _ = BASE.alpha_sigma(t)
@@ -528,9 +537,10 @@ def denoising_loss(head, x_0, c, t, eps):
 def one_step(head, z, c, noise_ratio=5.0):
     """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one denoising step from the fixed time tau,
 
-        g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,   sigma_tau / alpha_tau = noise_ratio
+        g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,
 
-    (or the first above it), so the teacher's weights are a good start, as in SiD (score identity distillation, 2404.04057). MARVAL does not print its parametrisation; this is ours."""
+    tau being the first time with sigma_tau / alpha_tau >= noise_ratio, so that the teacher's weights are a good start,
+    as in SiD (score identity distillation, 2404.04057). MARVAL does not print its parametrisation; this is ours."""
     tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
     alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
     t = torch.full((len(z),), tau, device=z.device)
@@ -593,13 +603,14 @@ class Trace:
 @torch.no_grad()
 def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, temperature=1.0, explore=0.0,
              order=None, z=None, seed=0, trace=False, progress=False, known=None):
-    """Tokens [B, L, D] of new images of classes `labels` [B]; with trace=True also the Trace, with "steps" the Trace less predictions.
+    """Tokens [B, L, D] of new images of classes `labels` [B]; and their Trace, if trace is True, or "steps" (without
+    predictions).
 
     steps: K of the cosine schedule; None: the model's schedule policy if it has one, else settings.steps.
     guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
-    denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c); (50, 5): annealed linearly from
-    the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
-    temperature: of the chain's noise.  explore: sigma, a number or [B], of the token policy N(g(z, c), sigma^2) (section 9).
+    denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c); (50, 5): annealed linearly
+    from the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
+    temperature: of the chain's noise.  explore: sigma, a number or [B], of the policy N(g(z, c), sigma^2) (section 9).
     order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
     known: (tokens [B, L, D], mask [L]) of images to complete: only the tokens under the mask are drawn.
     Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
@@ -613,7 +624,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     tokens, N = torch.zeros(B, L, D, device=device), L  # N tokens to draw
     if known:
         tokens, N = known[0].clone(), int(known[1].sum())
-        order = order.gather(1, (~known[1][order]).to(torch.uint8).argsort(dim=1, stable=True))  # the hidden ones first: they are drawn
+        first_drawn = (~known[1][order]).to(torch.uint8).argsort(dim=1, stable=True)  # the known ones never come up
+        order = order.gather(1, first_drawn)
     policy = model.schedule if steps is None else None
     fixed = None if policy else reveal_counts(N, min(N, s.steps) if steps is None else steps)
     first, last = denoise_steps if isinstance(denoise_steps, tuple) else (denoise_steps, denoise_steps)
@@ -656,7 +668,8 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         image = tokens.clone()
         image[fill] = predicted
         noise = explore * torch.randn(B, L, D, generator=g, device=device) if explore.any() else 0.0
-        tokens, means = torch.where(reveal[..., None], image + noise, tokens), torch.where(reveal[..., None], image, means)
+        tokens = torch.where(reveal[..., None], image + noise, tokens)
+        means = torch.where(reveal[..., None], image, means)
         hidden = hidden - count
         bar.update(int(count.sum()))
         record["counts"].append(count)
@@ -672,10 +685,11 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
 
 
 def guided(head, c, null, scale):
-    """head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null); class and null rows in one batch; variance of the class row."""
+    """head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null); the variance is the class row's."""
 
     def call(x, t):
-        (e_c, variance), (e_u, _) = (out.chunk(2, -1) for out in head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null])).chunk(2))
+        out = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null]))  # class and null rows in one batch
+        (e_c, variance), (e_u, _) = (rows.chunk(2, -1) for rows in out.chunk(2))
         return torch.cat([e_u + scale * (e_c - e_u), variance], -1)
 
     return call
@@ -705,7 +719,7 @@ def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber, terms="L1+L2", u
 
     eps_q, eps_p: functions (x_t, t) -> eps [N, D] of the student's own score and the teacher's guided score; their
     parameters must be frozen, but gradient must pass to x_t, in y_t and in d'(y_t) too. t [N] on 0...999, eps [N, D].
-    terms: L1+L2; one alone for ablations, whose gradient is not the divergence's (with a squared d, L1 is SiD, alpha = 1).
+    terms: one alone is for ablations, its gradient not the divergence's (with a squared d, L1 is SiD, alpha = 1).
     units: velocity scales y and the residual by sigma_t / alpha_t, so that both are differences of velocities; eps by
     sigma_t. For each t that is the theorem with the distance d(scale y), a choice the paper leaves open (w(t)); eps
     units forget high noise, where tokens agree with each other (README)."""
@@ -744,8 +758,8 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
 
     with torch.no_grad():
         c_q = at_hidden(aux.context(x, mask, labels))
-        null = torch.full_like(labels, teacher.num_classes)
-        c_p, c_null = map(at_hidden, teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2))
+        both = torch.cat([labels, torch.full_like(labels, teacher.num_classes)])
+        c_p, c_null = map(at_hidden, teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2))
         # as if this iteration revealed one token; the paper's s is constant instead
         scale = guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None, None].expand(B, L, 1)
     head = guided(teacher.head, c_p, c_null, at_hidden(scale))
@@ -778,7 +792,7 @@ def information_gain(predictions, final, valid=None, mean=0.0):
 
 
 def critical_steps(gain, k):
-    """The k steps of largest gain (or of another score) of each row, as a mask [B, T]; fewer in rows with fewer steps."""
+    """The k steps of largest gain (or another score) of each row, as a mask [B, T]; fewer in rows with fewer steps."""
     top = gain.topk(min(k, gain.shape[1]), dim=1).indices
     return torch.zeros_like(gain, dtype=torch.bool).scatter(1, top, True) & gain.isfinite()
 
@@ -795,7 +809,8 @@ def schedule_state(c, mask):
 
 
 class SchedulePolicy(nn.Module):
-    """Chooses to reveal `unit` x 1, 2, 3, 4, 6, 8, 12, ... tokens, or all that remain, with unit = ceil(L / K_max): K_max steps at most.
+    """Chooses to reveal `unit` x 1, 2, 3, 4, 6, 8, 12, ... tokens, or all that remain; unit = ceil(L / K_max), so that
+    K_max steps are the most.
 
     Starts independent of the state, preferring small counts: the probability is proportional to 1 / count."""
 
@@ -832,22 +847,23 @@ def speed(steps, max_steps):
 
 
 def total_reward(quality, steps, s):
-    """R [B] = quality x speed^alpha of images that took `steps` [B]; with --additive quality + alpha x speed (ablation)."""
+    """R [B] = quality x speed^alpha of images that took `steps` [B]; --additive: quality + alpha x speed."""
     fast = speed(steps, s.steps)
     return quality + s.alpha * fast if s.additive else quality * fast**s.alpha
 
 
 # 9 Policy gradient ---------------------------------------------------------------------------------------
-# GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is
-# Gaussian in closed form. A group shares class, order and z (but see routing), so that only the actions differ.
+# GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token
+# from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is Gaussian in closed form. A group
+# shares class, order and z (but see routing), so that only the actions differ.
 
 
 def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True):
     """A = (R - baseline) / std within each group of G consecutive rollouts [P G]; zero where all rewards are equal.
 
-    keep [P G]: rollouts that count; the others get zero. baseline: the group's `mean` (GRPO), or that of the `others`, which
-    multiplies A by G / (G - 1) and, without the std, makes its expected gradient exact. normalise: divide by the std (GRPO; over
-    G - 1), which weighs prompts alike; without it those on which little can be won count little."""
+    keep [P G]: rollouts that count; the others get zero. baseline: the group's `mean` (GRPO), or that of the `others`,
+    which multiplies A by G / (G - 1) and, without the std, makes its expected gradient exact. normalise: divide by the
+    std (GRPO; over G - 1), which weighs prompts alike; without it those on which little can be won count little."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
     w = torch.ones_like(R) if keep is None else rearrange(keep.to(R), "(p g) -> p g", g=group)
     n = w.sum(1, keepdim=True).clamp(min=2)
@@ -858,7 +874,7 @@ def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True)
 
 
 def token_log_prob(x, mean, sigma):
-    """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi of the token, divided by D.
+    """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi of the token, over D.
 
     The division keeps ratios tame: they are the exact ratio to the power 1/D."""
     sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
@@ -866,14 +882,14 @@ def token_log_prob(x, mean, sigma):
 
 
 def token_kl(mean, mean_ref, sigma):
-    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N], in closed form, divided by D like the log-probability."""
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N], in closed form, over D like the log-probability."""
     return ((mean - mean_ref) / torch.as_tensor(sigma, device=mean.device)[..., None]).square().mean(-1) / 2
 
 
 def policy_loss(log_prob, log_prob_old, advantage, kl=torch.zeros(()), clip_ratio=0.2, beta=0.01):
     """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old   (GRPO; MaskFocus).
 
-    Returns the loss and what to log: `ratio`, its mean; `clip_fraction`; `kl`, mean; `log_ratio`, the largest |log r|."""
+    Returns the loss and, to log, `ratio` and `kl`, their means; `clip_fraction`; `log_ratio`, the largest |log r|."""
     log_ratio = log_prob - log_prob_old.detach()
     ratio = log_ratio.exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
@@ -884,25 +900,27 @@ def policy_loss(log_prob, log_prob_old, advantage, kl=torch.zeros(()), clip_rati
 
 @torch.no_grad()
 def routing(model, labels, generator, draws=8):
-    """The factor on each prompt's exploration sigma [P], >= 1 (MaskFocus, dynamic routing): the half with the lower entropy, 1 + route exp(-H).
+    """The factor on each prompt's exploration sigma [P], >= 1: for the half with the lower entropy H, 1 + route exp(-H)
+    (MaskFocus, dynamic routing).
 
     H >= 0: differential entropy per channel of the one-step predictions of a wholly hidden image, estimated from the
-    variance over `draws` of z as if Gaussian, above that of the exploration noise. Differs from the paper: it routes the samples
-    within a group step by step; ours share class, order and z, so they are alike at the start, and prompts are routed."""
+    variance over `draws` of z as if Gaussian, above that of the exploration noise. Differs from the paper: it routes
+    the samples of a group step by step; ours share class, order and z, are alike at first, and prompts are routed."""
     s, (P,), L, D = model.settings, labels.shape, model.length, model.channels
     mask = torch.ones(P, L, dtype=torch.bool, device=labels.device)
     c = model.context(torch.zeros(P, L, D, device=labels.device), mask, labels)
     z = torch.randn(draws * P * L, D, generator=generator, device=labels.device)
-    g = rearrange(one_step(model.head, z, repeat(c, "p l w -> (n p l) w", n=draws), s.noise_ratio), "(n p l) d -> n p l d", n=draws, p=P)
+    g = one_step(model.head, z, repeat(c, "p l w -> (n p l) w", n=draws), s.noise_ratio).view(draws, P, L, D)
     H = (g.var(0).clamp(min=1e-12).log() / 2 - math.log(s.explore)).mean((1, 2)).clamp(min=0)
     return torch.where(H.argsort().argsort() < P // 2, 1 + s.route * torch.exp(-H), 1.0)
 
 
 def rollout(model, quality, labels, seed, full=True):
-    """G rollouts of each class of `labels` [P], G consecutive rows a group: tokens, Trace, labels, quality [P G], sigma [P G].
+    """G rollouts of each class of `labels` [P], G consecutive rows a group: tokens, Trace, and of every row [P G] its
+    label, quality and sigma.
 
-    A group shares class, order and z, which leaves the gradient unbiased and quiets it; where routing heats a prompt, its rows
-    explore with a larger sigma, and each shuffles the order a little. full: the Trace has the predictions of every step."""
+    A group shares class, order and z, which leaves the gradient unbiased and quiets it; where routing heats a prompt,
+    its rows explore with a larger sigma, and each shuffles the order a little. full: the Trace has predictions."""
     s, device, (P,) = model.settings, labels.device, labels.shape
     g = rng(seed, "shared", device=device)
     place = torch.rand(P, 1, model.length, generator=g, device=device)
@@ -914,7 +932,8 @@ def rollout(model, quality, labels, seed, full=True):
         place = place + 0.2 * (heat[:, None, None] - 1) * torch.randn(place.shape, generator=g, device=device)
     order = place.flatten(0, 1).argsort(1)
     labels, sigma = labels.repeat_interleave(s.group), sigma.repeat_interleave(s.group)
-    tokens, trace = generate(model, labels, denoise_steps=1, explore=sigma, order=order, z=z, seed=seed, trace=True if full else "steps")
+    tokens, trace = generate(model, labels, denoise_steps=1, explore=sigma, order=order, z=z, seed=seed,
+                             trace=full or "steps")
     return tokens, trace, labels, quality(to_images(tokens, s), labels), sigma
 
 
@@ -935,21 +954,23 @@ def optimised_steps(trace, tokens, s, mean_image, generator):
 def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     """G rollouts of each class in `labels` [P], then `rl_epochs` updates on them; {name: float} to log.
 
-    Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy gradient
-    (up to the factors 1/D, (G - 1)/G and 1/std, which differs from group to group); fewer steps are MaskFocus' choice, made on the finished image, and biased; `hidden` and
-    `fresh` count tokens that were not drawn from this context and are surrogates. Schedule: all its choices, by its own
-    optimiser, so that their losses need no weighing. Both carry the advantage of reward = quality x speed^alpha.
-    Filter (our choice): rollouts below the quality floor, groups without spread, and whoever has A = 0 take no part."""
+    Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy
+    gradient (up to the factors 1/D, (G - 1)/G and 1/std, which differs from group to group); fewer steps are MaskFocus'
+    choice, made on the finished image, and biased; `hidden` and `fresh` count tokens that were not drawn from this
+    context and are surrogates. Schedule: all its choices, by its own optimiser, so that their losses need no weighing.
+    Both carry the advantage of reward = quality x speed^alpha. Filter (our choice): rollouts below the quality floor,
+    groups without spread, and whoever has A = 0 take no part."""
     s, g = model.settings, rng(seed, "update")
-    tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, s.rl_steps == "critical" or s.rl_tokens == "hidden")
+    full = s.rl_steps == "critical" or s.rl_tokens == "hidden"
+    tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, full)
     reward = total_reward(q, trace.steps, s)
     A = group_advantages(reward, s.group, q >= s.quality_floor, s.baseline, s.normalise)
     live, valid = A != 0, trace.counts > 0
     steps = optimised_steps(trace, tokens, s, mean_image, g)
     first = steps.float().cumprod(1).sum(1) == steps.sum(1)  # the optimised steps are simply the first ones
     stats = {"reward": float(reward.mean()), "quality": float(q.mean()), "steps": float(trace.steps.float().mean()),
-             "spread": float(rearrange(reward, "(p g) -> p g", g=s.group).std(1).mean()), "filtered": 1 - float(live.float().mean()),
-             "not_first": 1 - float(first.float().mean())}
+             "spread": float(rearrange(reward, "(p g) -> p g", g=s.group).std(1).mean()),
+             "filtered": 1 - float(live.float().mean()), "not_first": 1 - float(first.float().mean())}
     if not live.any():
         return stats
 
@@ -961,7 +982,8 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
         rank = torch.rand(mask.shape, generator=g).argsort(1).to(mask.device)
         mask = counted = rank < mask.sum(1, keepdim=True)
     # A revealed token never changes, so the state at any step is the final image under that step's mask.
-    means = lambda net: one_step(net.head, trace.z[row][counted], net.context(tokens[row], mask, labels[row])[counted], s.noise_ratio)
+    z, context = trace.z[row][counted], lambda net: net.context(tokens[row], mask, labels[row])[counted]
+    means = lambda net: one_step(net.head, z, context(net), s.noise_ratio)
     spread_out = lambda rows: rows[row][:, None].expand(mask.shape)[counted]  # [B] -> one for each counted token
     x, A_token, sigma = tokens[row][counted], spread_out(A), spread_out(sigma)
     with torch.no_grad():
@@ -975,22 +997,24 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
         g_mean = means(model)
         loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), token_log_prob(x, g_old, sigma), A_token,
                                   token_kl(g_mean, g_ref, sigma), s.clip_ratio, s.beta)
-        stats |= terms | {"loss": loss.item(), "log_ratio": stats.get("log_ratio", terms["log_ratio"])}  # log_ratio: of the first pass
+        terms["log_ratio"] = stats.get("log_ratio", terms["log_ratio"])  # of the first pass
+        stats |= terms | {"loss": loss.item()}
         stats["grad_norm"] = descend(loss, optimizers["generator"])
         if model.schedule is not None:
             choices = model.schedule.log_probs(trace.states[decided], trace.hidden()[decided])  # [N, choices]
             log_prob = choices.gather(1, trace.actions[decided][:, None]).squeeze(1)
             log_old = log_prob.detach() if log_old is None else log_old
-            schedule_loss, _ = policy_loss(log_prob, log_old, A[:, None].expand(decided.shape)[decided], clip_ratio=s.clip_ratio)
+            A_choice = A[:, None].expand(decided.shape)[decided]
+            schedule_loss, _ = policy_loss(log_prob, log_old, A_choice, clip_ratio=s.clip_ratio)
             descend(schedule_loss, optimizers["schedule"])
     return stats
 
 
 def replay(model, reference, labels, trace, keep):
-    """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep [B, T], and a KL to anchor it.
+    """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep [B, T], and a KL.
 
-    At the other steps nothing is recorded: their tokens are constants to later contexts. KL: of N(g, sigma^2) to the reference's
-    at the kept steps, as in the policy gradient, mean over tokens."""
+    At the other steps nothing is recorded: their tokens are constants to later contexts. The KL anchors: of
+    N(g, sigma^2) to the reference's at the kept steps, as in the policy gradient, mean over tokens."""
     s, tokens, kls = model.settings, torch.zeros_like(trace.z), []
     for k, (mask, reveal) in enumerate(zip(*(m.unbind(1) for m in trace.masks()))):
         for kept in (True, False):
@@ -998,7 +1022,8 @@ def replay(model, reference, labels, trace, keep):
             if not len(rows):
                 continue
             shown, z = reveal[rows], trace.z[rows][reveal[rows]]
-            mean = lambda net: one_step(net.head, z, net.context(tokens[rows], mask[rows], labels[rows])[shown], s.noise_ratio)
+            context = lambda net: net.context(tokens[rows], mask[rows], labels[rows])[shown]
+            mean = lambda net: one_step(net.head, z, context(net), s.noise_ratio)
             with torch.set_grad_enabled(kept):
                 g = mean(model)
             if kept and s.beta:
@@ -1011,12 +1036,13 @@ def replay(model, reference, labels, trace, keep):
 
 
 def backprop_update(model, reference, quality, labels, mean_image, optimizers, seed):
-    """One update by the reward's gradient (MARVAL-RL, L = -E R(G(z, class, K))) on prompts x group images; {name: float} to log.
+    """One update by the reward's gradient (MARVAL-RL, L = -E R(G(z, class, K))) on P x G images; {name: float} to log.
 
-    The gradient passes through the whole K-step generation, or with --rl-steps through the optimised steps alone, which costs
-    so much less memory. beta x KL anchors it. The number of steps is fixed."""
+    The gradient passes through the whole K-step generation, or with --rl-steps through the optimised steps alone,
+    which costs so much less memory. beta x KL anchors it. The number of steps is fixed."""
     s, labels = model.settings, labels.repeat_interleave(model.settings.group)
-    tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=True if s.rl_steps == "critical" else "steps")
+    full = s.rl_steps == "critical"
+    tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=full or "steps")
     keep = optimised_steps(trace, tokens, s, mean_image, rng(seed, "update"))
     images, kl = replay(model, reference, labels, trace, keep)
     q = quality(to_images(images, s), labels)
@@ -1024,84 +1050,7 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
     return {"quality": q.mean().item(), "steps": trace.steps.float().mean().item(), "kl": kl.item(), "grad_norm": norm}
 
 
-# 10 Reward ----------------------------------------------------------------------------------------------
-# What RL climbs: a quality in (0, 1]. This one is a network that learns from real images alone to tell the classes, and to
-# tell images from damaged ones (blurred, with patches of another image, noisy), so that it sees seams. train_rl.py puts CLIP,
-# preferred pairs, a function of your own or a mixture in its place; the judge that reports are written by is another Critic.
-
-
-def damage(x, labels, patch, generator):
-    """x [B, 3, H, W] in [-1, 1] with about half of the images damaged by a random amount, and what was done [B]: 0 nothing, 1 blur,
-    2 patches swapped in from another image of the class, 3 noise."""
-    B = len(x)
-    kind = (torch.randint(6, (B,), generator=generator) - 2).clamp(min=0).to(x.device)
-    amount = torch.rand(B, generator=generator).to(x.device)[:, None, None, None]
-    shuffled = torch.randperm(B, generator=generator).to(x.device)
-    own, other = labels.argsort(stable=True), shuffled[labels[shuffled].argsort(stable=True)]  # both sorted by class
-    partner = torch.empty_like(own).scatter(0, own, other)
-    tokens = patchify(x, patch)
-    swap = torch.rand(tokens.shape[:2], generator=generator).to(x.device) < 0.1 + 0.4 * amount.flatten()[:, None]
-    swapped = unpatchify(torch.where(swap[..., None], tokens[partner], tokens), patch)
-    noisy = x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(x.device)
-    done = torch.stack([x, x + (0.2 + 0.8 * amount) * (blur(x) - x), swapped, noisy])
-    out = done[kind, torch.arange(B, device=x.device)].clamp(-1, 1)
-    return out, kind * (out != x).flatten(1).any(1)  # swapped with itself is not damaged
-
-
-def blur(x):
-    """Binomial blur by one pixel, [B, C, H, W]."""
-    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
-    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 3, 3)
-    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
-
-
-class Critic(nn.Module):
-    """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits. The reward has one more class: `damaged`."""
-
-    def __init__(self, body, outputs):
-        super().__init__()
-        self.body = body
-        self.classify = nn.Linear(64, outputs)
-
-    def forward(self, images):
-        features = self.body(images.clamp(-1, 1))  # no pay for colours that no image has
-        return features, self.classify(features)
-
-    def quality(self, images, labels):
-        """p(an undamaged image of its class) in (0, 1], differentiable in the pixels [B]."""
-        return self(images)[1].softmax(-1).gather(1, labels[:, None]).squeeze(1)
-
-
-def critic_body(name, size):
-    """Convolutions halved until 4 pixels wide, and a dense layer; of `reward` and `judge`, no two layers are alike."""
-    stem, width, k_stem, k, act = {"reward": (32, 64, 3, 3, nn.ReLU), "judge": (48, 48, 5, 4, nn.GELU)}[name]
-    layers, channels = [nn.Conv2d(3, stem, k_stem, padding=k_stem // 2), act()], stem
-    while size > 4:
-        layers += [nn.Conv2d(channels, width, k, stride=2, padding=1), nn.GroupNorm(8, width), act()]
-        channels, size = width, size // 2
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64), act())
-
-
-def train_critic(name, split, s, device):
-    """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
-    torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
-    classes = int(split.labels.max()) + 1
-    damaged = classes if name == "reward" or classes == 1 else None  # one class alone would teach the judge nothing
-    critic = Critic(critic_body(name, s.image_size), classes + (damaged is not None)).to(device)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
-    for step in tqdm(range(s.judge_iters), name, leave=False):
-        g = rng(s.seed, name, step)
-        x, labels = split.batch(128, g, device, s.flip)
-        if damaged is not None:
-            x, kind = damage(x, labels, s.patch, g)
-            labels = torch.where(kind > 0, damaged, labels)
-        descend(F.cross_entropy(critic(x)[1], labels), optimizer)
-        rate.step()
-    return critic.eval().requires_grad_(False)
-
-
-# 11 Checkpoints -----------------------------------------------------------------------------------------
+# 10 Checkpoints -----------------------------------------------------------------------------------------
 # A checkpoint is MAR's own format, {"model": ..., "model_ema": ...}, and what it takes to use it: kind, settings,
 # class names, step; while training, also what it takes to go on as if never interrupted.
 
@@ -1125,7 +1074,8 @@ def read_checkpoint(path, kind=None, device="cpu"):
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:
-        raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}); expected teacher.pt, student.pt or policy.pt") from None
+        raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}); expected "
+                         "teacher.pt, student.pt or policy.pt") from None
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
     if unknown := set(content["settings"]) - {f.name for f in fields(Settings)}:
@@ -1156,7 +1106,7 @@ class NonFinite(RuntimeError):
 
 
 def descend(loss, optimizer, clip=1.0):
-    """One optimiser step with the gradient norm clipped; returns the norm. NonFinite is raised before any weight changes."""
+    """One optimiser step with the gradient norm clipped; returns it. NonFinite is raised before any weight changes."""
     if not torch.isfinite(loss):
         raise NonFinite(f"the loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)

@@ -14,12 +14,14 @@ import math
 import platform
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import datasets
 from tqdm import tqdm
@@ -281,7 +283,78 @@ def train_student(s, data, teacher, out, device, resume=False, progress=None, di
                         measure=progress and (lambda ema: progress(ema, denoise_steps=1)))
 
 
-# The judge, and a yardstick -------------------------------------------------------------------------------
+# Reward network, judge and yardstick ----------------------------------------------------------------------
+# Two networks of different architecture, seed and data. The reward is what RL climbs unless --reward says otherwise; the
+# judge is what reports are written by, and nothing trains on it. Both learn from real images alone: the judge to tell the
+# classes, the reward also to tell images from damaged ones (blurred, with patches of another, noisy), so that it sees seams.
+
+
+def damage(x, labels, patch, generator):
+    """x [B, 3, H, W] in [-1, 1] with about half of the images damaged by a random amount, and what was done [B]:
+    0 nothing, 1 blur, 2 patches swapped in from another image of the class, 3 noise."""
+    B = len(x)
+    kind = (torch.randint(6, (B,), generator=generator) - 2).clamp(min=0).to(x.device)
+    amount = torch.rand(B, generator=generator).to(x.device)[:, None, None, None]
+    shuffled = torch.randperm(B, generator=generator).to(x.device)
+    own, other = labels.argsort(stable=True), shuffled[labels[shuffled].argsort(stable=True)]  # both sorted by class
+    partner = torch.empty_like(own).scatter(0, own, other)
+    tokens = maskrl.patchify(x, patch)
+    swap = torch.rand(tokens.shape[:2], generator=generator).to(x.device) < 0.1 + 0.4 * amount.flatten()[:, None]
+    swapped = maskrl.unpatchify(torch.where(swap[..., None], tokens[partner], tokens), patch)
+    noisy = x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(x.device)
+    done = torch.stack([x, x + (0.2 + 0.8 * amount) * (blur(x) - x), swapped, noisy])
+    out = done[kind, torch.arange(B, device=x.device)].clamp(-1, 1)
+    return out, kind * (out != x).flatten(1).any(1)  # swapped with itself is not damaged
+
+
+def blur(x):
+    """Binomial blur by one pixel, [B, C, H, W]."""
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+
+
+class Critic(nn.Module):
+    """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits. The reward has one more class: `damaged`.
+
+    Convolutions halve until 4 pixels wide, then a dense layer; of `reward` and `judge`, no two layers are alike."""
+
+    def __init__(self, name, size, outputs):
+        super().__init__()
+        stem, width, k_stem, k, act = {"reward": (32, 64, 3, 3, nn.ReLU), "judge": (48, 48, 5, 4, nn.GELU)}[name]
+        layers, channels = [nn.Conv2d(3, stem, k_stem, padding=k_stem // 2), act()], stem
+        while size > 4:
+            layers += [nn.Conv2d(channels, width, k, stride=2, padding=1), nn.GroupNorm(8, width), act()]
+            channels, size = width, size // 2
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64), act())
+        self.classify = nn.Linear(64, outputs)
+
+    def forward(self, images):
+        features = self.body(images.clamp(-1, 1))  # no pay for colours that no image has
+        return features, self.classify(features)
+
+    def quality(self, images, labels):
+        """p(an undamaged image of its class) in (0, 1], differentiable in the pixels [B]."""
+        return self(images)[1].softmax(-1).gather(1, labels[:, None]).squeeze(1)
+
+
+def train_critic(name, split, s, device):
+    """The network `name` (reward or judge), trained on the images of `split`; returns it in eval mode, frozen."""
+    torch.manual_seed(zlib.crc32(f"{name} {s.seed}".encode()))
+    classes = int(split.labels.max()) + 1
+    damaged = classes if name == "reward" or classes == 1 else None  # one class alone would teach the judge nothing
+    critic = Critic(name, s.image_size, classes + (damaged is not None)).to(device)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=s.judge_iters)
+    for step in tqdm(range(s.judge_iters), name, leave=False):
+        g = maskrl.rng(s.seed, name, step)
+        x, labels = split.batch(128, g, device, s.flip)
+        if damaged is not None:
+            x, kind = damage(x, labels, s.patch, g)
+            labels = torch.where(kind > 0, damaged, labels)
+        maskrl.descend(F.cross_entropy(critic(x)[1], labels), optimizer)
+        rate.step()
+    return critic.eval().requires_grad_(False)
 
 
 def frechet_distance(a, b):
@@ -315,7 +388,7 @@ class Judge:
     real held-out images; the row `real` compares each with the other half of its draw."""
 
     def __init__(self, data, s, device, halves=5):
-        self.critic = maskrl.train_critic("judge", data.judge, s, device)
+        self.critic = train_critic("judge", data.judge, s, device)
         self.device, self.seed = device, s.seed
         self.halves = [data.test.balanced_halves(s.judge_n, maskrl.rng(s.seed, "halves", i)) for i in range(halves)]
         self.labels = self.halves[0][0].labels.to(device)  # of the images to be judged, in this order
@@ -566,7 +639,7 @@ def begin(args, names, base=None):
 def make(args, s, data, device, critic=None):
     """Teacher (unless one is given), student and reward network (the same); {name: model}, the network, the minutes that each took."""
     start = time.perf_counter()
-    critic = critic or maskrl.train_critic("reward", data.train, s, device)
+    critic = critic or train_critic("reward", data.train, s, device)
     progress = Progress(critic, data, s, device)
     minutes, start = {"reward": (time.perf_counter() - start) / 60}, time.perf_counter()
     if args.teacher:

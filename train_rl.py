@@ -142,11 +142,11 @@ def make_reward(s, data, device, critic=None):
     kind = lambda name: {"clip": clip_reward, "fit": fit_reward}.get(name, pairs_reward if name.endswith(".csv") else function_reward)
     terms = parse_reward(s.reward)
     sources = {name: kind(name)(name, s, data.classes, device) for name, _ in terms if name != "embedded"}
-    critic = critic or maskrl.train_critic("reward", data.train, s, device)
+    critic = critic or train_distill.train_critic("reward", data.train, s, device)
     sources["embedded"] = critic.quality
     g = maskrl.rng(s.seed, "reward check")
     x, labels = data.train.batch(32, g, device)
-    x, _ = maskrl.damage(x, labels, s.patch, g)  # images that a reward should tell apart
+    x, _ = train_distill.damage(x, labels, s.patch, g)  # images that a reward should tell apart
     parts, total = [(checked(name, sources[name], x, labels), weight) for name, weight in terms], sum(weight for _, weight in terms)
     for (name, _), (part, _) in zip(terms, parts):
         if s.method == "backprop" and not part(x.clone().requires_grad_(), labels).requires_grad:
@@ -287,7 +287,7 @@ def pairs_reward(path, s, classes, device):
     order, outputs = pairs.labels.argsort(stable=True), int(pairs.labels.max()) + 1
     held_out = torch.zeros(len(pairs), dtype=torch.bool).index_fill(0, order[4::5], True)
     torch.manual_seed(zlib.crc32(f"pairs {s.seed}".encode()))
-    critic = maskrl.Critic(maskrl.critic_body("reward", s.image_size), outputs).to(device)
+    critic = train_distill.Critic("reward", s.image_size, outputs).to(device)
     score = lambda x, labels: critic(x)[1].gather(1, labels.clamp(max=outputs - 1)[:, None]).squeeze(1)  # no classes: one output
     scores = lambda x, labels: score(rearrange(x, "n (k c) h w -> (k n) c h w", k=2), labels.repeat(2)).chunk(2)  # better, worse
     optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.01)

@@ -58,7 +58,7 @@ class Lab:
 
     @cached_property
     def critic(self):
-        return maskrl.train_critic("reward", self.data.train, self.s, self.device)
+        return train_distill.train_critic("reward", self.data.train, self.s, self.device)
 
     @cached_property
     def progress(self):

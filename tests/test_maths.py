@@ -675,7 +675,7 @@ def test_shape_fit_knows_a_perfect_image(difficulty):
     labels = torch.arange([9, 16][difficulty]).repeat(4)
     fit = train_rl.ShapeFit(16, difficulty, "cpu")
     x = train_distill.draw_shapes(labels, 16, difficulty, maskrl.rng(0)).float() / 127.5 - 1
-    real, blurred, wrong = fit(x, labels), fit(maskrl.blur(x), labels), fit(x, labels.roll(1))
+    real, blurred, wrong = fit(x, labels), fit(train_distill.blur(x), labels), fit(x, labels.roll(1))
     assert (real > blurred).all() and (blurred > wrong).float().mean() > 0.9 and real.min() > 0.3 and (real <= 1).all()
     p, r = torch.tensor([0.5]), torch.tensor([0.27])  # one of its own places and sizes, on its own kind of ground
     inside = train_distill.shape_masks(p, p, r, 16)[0, 0]
@@ -720,11 +720,11 @@ def test_precision_and_recall_tell_a_collapse_from_garbage():
 def test_damage_swaps_only_within_a_class_and_leaves_half_alone():
     labels = torch.arange(3).repeat(400)
     x = labels[:, None, None, None].float().expand(-1, 3, 8, 8) / 3
-    out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0))
+    out, kind = train_distill.damage(x, labels, 2, maskrl.rng(0))
     assert not (kind == 2).any()  # images of a class are equal here: those whose patches were swapped are whole
     assert torch.equal(out[kind == 0], x[kind == 0]) and not torch.equal(out[kind == 3], x[kind == 3])
     x = torch.rand(1200, 3, 8, 8)
-    out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0))
+    out, kind = train_distill.damage(x, labels, 2, maskrl.rng(0))
     assert all(not torch.equal(out[i], x[i]) for i in (kind == 1).nonzero().flatten()[:20])
     assert abs(float((kind == 0).float().mean()) - 0.5) < 0.05
     changed = (out[kind == 2] != x[kind == 2]).any(1).float().mean()
@@ -743,12 +743,12 @@ def test_the_judge_sees_blur_seams_and_noise():
     tokens = maskrl.patchify(x, s.patch)
     swap = torch.rand(tokens.shape[:2], generator=g)[..., None] < 0.25
     swapped = maskrl.unpatchify(torch.where(swap, tokens[partner.argsort()][rows.argsort()], tokens), s.patch)
-    for damaged in (maskrl.blur(x), swapped, x + 0.15 * torch.randn(x.shape, generator=g)):
+    for damaged in (train_distill.blur(x), swapped, x + 0.15 * torch.randn(x.shape, generator=g)):
         assert judge(damaged)["frechet"] > real["frechet"] + 3 * max(real["frechet_std"], 1e-9)
 
 
 def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels():
-    critic = maskrl.Critic(maskrl.critic_body("reward", 8), 4)
+    critic = train_distill.Critic("reward", 8, 4)
     x = torch.rand(5, 3, 8, 8, requires_grad=True)
     assert torch.equal(critic.quality(x * 3 - 1, torch.zeros(5, dtype=torch.long)),
                        critic.quality((x * 3 - 1).clamp(-1, 1), torch.zeros(5, dtype=torch.long)))  # no pay beyond the range

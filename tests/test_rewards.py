@@ -58,7 +58,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def critic(data):
-    return maskrl.train_critic("reward", data.train, tiny(), "cpu")
+    return train_distill.train_critic("reward", data.train, tiny(), "cpu")
 
 
 @pytest.fixture
@@ -229,8 +229,8 @@ def test_a_broken_reward_is_reported_before_training(make, module, name, said):
 
 
 def test_rl_climbs_a_function_and_trains_the_critic_once(module, tmp_path, monkeypatch):
-    real, trained = maskrl.train_critic, []
-    monkeypatch.setattr(maskrl, "train_critic", lambda name, *rest: trained.append(name) or real(name, *rest))
+    real, trained = train_distill.train_critic, []
+    monkeypatch.setattr(train_distill, "train_critic", lambda name, *rest: trained.append(name) or real(name, *rest))
     metrics = train_rl.main([*SHORT, "--reward", f"{module}:bright", "--out", str(tmp_path / "run")])
     assert trained == ["reward", "judge"]
     assert metrics["settings"]["reward"] == f"{module}:bright" and {"reward", "teacher", "student", "policy"} <= set(metrics["minutes"])
