@@ -115,6 +115,7 @@ class Settings:
                             "gradient), all that are hidden, or all under a fresh mask (surrogates)",
                             ("revealed", "hidden", "fresh"))
     rl_epochs: int = option(1, "updates per rollout; from the second on, ratios leave 1 and are clipped")
+    schedule_epochs: int = option(4, "the same, of the schedule policy, for which they cost nearly nothing")
     explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
     route: float = option(0.0, "the less uncertain half of the prompts explores 1 + this x exp(-H) times as much, H "
                           "the entropy of the first prediction; 0 = no routing")
@@ -139,7 +140,7 @@ class Settings:
 
     def __post_init__(self):
         counts = ("patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates "
-                  "rl_iters rl_epochs prompts critical_steps judge_iters")
+                  "rl_iters rl_epochs schedule_epochs prompts critical_steps judge_iters")
         for names, ok, said in (
                 (counts, lambda v: v >= 1, "be at least 1"),
                 ("group", lambda v: v >= 2, "be at least 2, or no rollout differs from another"),
@@ -951,13 +952,27 @@ def optimised_steps(trace, tokens, s, mean_image, generator):
     return critical_steps(score.masked_fill(~valid, -math.inf), s.critical_steps)
 
 
+def schedule_update(schedule, trace, advantage, s, optimizer):
+    """`schedule_epochs` updates of the schedule policy on all its choices in a Trace, advantage [B]; the clip fraction.
+
+    It starts from nothing, so there is no base model to hold it to by a KL."""
+    row, step = ((trace.counts > 0) & (advantage != 0)[:, None]).nonzero(as_tuple=True)
+    states, hidden, actions = trace.states[row, step], trace.hidden()[row, step], trace.actions[row, step, None]
+    log_prob = lambda: schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
+    log_old = log_prob().detach()
+    for epoch in range(s.schedule_epochs):
+        loss, terms = policy_loss(log_prob(), log_old, advantage[row], clip_ratio=s.clip_ratio)
+        descend(loss, optimizer)
+    return terms["clip_fraction"]
+
+
 def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     """G rollouts of each class in `labels` [P], then `rl_epochs` updates on them; {name: float} to log.
 
     Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy
     gradient (up to the factors 1/D, (G - 1)/G and 1/std, which differs from group to group); fewer steps are MaskFocus'
     choice, made on the finished image, and biased; `hidden` and `fresh` count tokens that were not drawn from this
-    context and are surrogates. Schedule: all its choices, by its own optimiser, so that their losses need no weighing.
+    context and are surrogates. Schedule: all its choices, by its own optimiser, so that the losses need no weighing.
     Both carry the advantage of reward = quality x speed^alpha. Filter (our choice): rollouts below the quality floor,
     groups without spread, and whoever has A = 0 take no part."""
     s, g = model.settings, rng(seed, "update")
@@ -965,7 +980,7 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, full)
     reward = total_reward(q, trace.steps, s)
     A = group_advantages(reward, s.group, q >= s.quality_floor, s.baseline, s.normalise)
-    live, valid = A != 0, trace.counts > 0
+    live = A != 0
     steps = optimised_steps(trace, tokens, s, mean_image, g)
     first = steps.float().cumprod(1).sum(1) == steps.sum(1)  # the optimised steps are simply the first ones
     stats = {"reward": float(reward.mean()), "quality": float(q.mean()), "steps": float(trace.steps.float().mean()),
@@ -992,21 +1007,14 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
             g_old = means(model)  # nobody has seen these masks before
         else:  # what the sampler predicted, so that the first ratio compares it with the learner
             g_old = (trace.means[row] if s.rl_tokens == "revealed" else trace.predictions[row, step])[counted]
-    decided, log_old = valid & live[:, None], None
     for epoch in range(s.rl_epochs):
         g_mean = means(model)
         loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), token_log_prob(x, g_old, sigma), A_token,
                                   token_kl(g_mean, g_ref, sigma), s.clip_ratio, s.beta)
         terms["log_ratio"] = stats.get("log_ratio", terms["log_ratio"])  # of the first pass
-        stats |= terms | {"loss": loss.item()}
-        stats["grad_norm"] = descend(loss, optimizers["generator"])
-        if model.schedule is not None:
-            choices = model.schedule.log_probs(trace.states[decided], trace.hidden()[decided])  # [N, choices]
-            log_prob = choices.gather(1, trace.actions[decided][:, None]).squeeze(1)
-            log_old = log_prob.detach() if log_old is None else log_old
-            A_choice = A[:, None].expand(decided.shape)[decided]
-            schedule_loss, _ = policy_loss(log_prob, log_old, A_choice, clip_ratio=s.clip_ratio)
-            descend(schedule_loss, optimizers["schedule"])
+        stats |= terms | {"loss": loss.item(), "grad_norm": descend(loss, optimizers["generator"])}
+    if model.schedule is not None:
+        stats["schedule_clipped"] = schedule_update(model.schedule, trace, A, s, optimizers["schedule"])
     return stats
 
 

@@ -586,6 +586,21 @@ def test_a_second_update_on_the_same_rollouts_moves_the_ratio(model, settings):
     assert stats["log_ratio"] < 1e-3 < stats["kl"] and stats["ratio"] != 1
 
 
+def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stops_them(model, settings):
+    """The gradient of a clipped ratio is zero beyond 1 +- epsilon."""
+    moved = {}
+    for epochs, clip_ratio in ((1, 0.2), (4, 0.2), (300, 0.2), (300, 1e6)):
+        net, reference, optimizers = rl_parts(copy.deepcopy(model), settings, schedule_epochs=epochs, clip_ratio=clip_ratio, alpha=1.0)
+        before = copy.deepcopy(net.schedule)
+        optimizers["schedule"] = torch.optim.SGD(net.schedule.parameters(), 0.05)
+        stats = maskrl.rl_update(net, reference, lambda images, labels: torch.ones(len(labels)), torch.tensor([0, 1]), 0.0, optimizers, 3)
+        state, hidden = torch.zeros(1, net.settings.width + 1), torch.tensor([16])
+        log_ratio = net.schedule.log_probs(state, hidden) - before.log_probs(state, hidden)
+        moved[epochs, clip_ratio] = log_ratio[log_ratio.isfinite()].abs().max().item()
+    assert 0 < moved[1, 0.2] < moved[4, 0.2] < moved[300, 0.2] < 0.5 * moved[300, 1e6]
+    assert stats["schedule_clipped"] == 0
+
+
 def test_a_constant_reward_moves_nothing_and_a_group_shares_what_it_should(model, settings):
     model, reference, optimizers = rl_parts(model, settings, alpha=0.0)
     stats = maskrl.rl_update(model, reference, lambda images, labels: torch.ones(len(labels)), torch.tensor([0, 1]), 0.0, optimizers, 3)

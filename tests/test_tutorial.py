@@ -1,7 +1,9 @@
 """The tutorial as it is committed; .ci/run executes it."""
 
 import ast
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 
 import make_tutorial_checkpoints
 import maskrl
+import train_distill
+import train_rl
 
+MODULES = {"maskrl": maskrl, "train_distill": train_distill, "train_rl": train_rl}
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "tutorial.ipynb"
 
@@ -37,11 +42,22 @@ def test_it_was_executed_once_from_top_to_bottom_without_errors():
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 10  # a picture in every section
 
 
-def test_it_uses_only_what_there_is_in_maskrl():
+def test_it_uses_only_what_there_is():
     for cell in cells("code"):
         for node in ast.walk(ast.parse("".join(cell["source"]))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "maskrl":
-                assert hasattr(maskrl, node.attr), f"maskrl.{node.attr}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in MODULES:
+                assert hasattr(MODULES[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+
+
+def test_the_source_that_it_shows_is_the_present_one():
+    shown = [text for cell in cells("code") for output in cell["outputs"]
+             if (text := "".join(output.get("data", {}).get("text/markdown", ""))).startswith("From `")]
+    assert len(shown) > 15
+    for text in shown:
+        thing, code = re.fullmatch(r"From `([\w.]+)`:\n```python\n(.*)\n```", text, re.S).groups()
+        module = inspect.getsource(MODULES[thing.split(".")[0]])
+        flat = lambda source: "\n".join(line.strip() for line in source.splitlines())
+        assert flat(code) in flat(module), thing
 
 
 def test_every_exercise_has_a_check_and_a_folded_answer():
