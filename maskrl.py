@@ -3,21 +3,22 @@
 A masked auto-regressive generator (MAR, arXiv 2406.11838) reveals the tokens of an image over K iterations
 and runs a ~100-step denoising chain inside each. Three papers attack that cost, and this file unites them:
 
-    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (guided score implicit matching: the
+    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (GSIM, guided score implicit matching: the
                             student learns to have the teacher's scores, gradients of the log density), then RL
     MaskFocus (2512.18766)  spend RL only on the critical steps, found by information gain
     Speed-RL  (2512.01094)  reward quality and needing fewer steps
 
-Letters, the same everywhere:  x tokens of an image [B, L, D] (L tokens of D channels) - mask [B, L], true =
-still hidden - c context of each token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t
-diffusion time 0...999, x_t = alpha_t x_0 + sigma_t eps - s guidance (in code also the Settings, which have no
-other name) - K unmasking iterations ("steps"), at most; T those that an image took - P prompts, G rollouts of
-each (a group) - A advantage, R reward - g(z, c) the one-step student's token (a g alone may be a random
-generator). Without a t, sigma is the exploration noise, alpha the exponent of speed, beta the weight of KL.
+Letters:  x tokens of an image [B, L, D] (L tokens of D channels) - mask [B, L], true = still hidden - c context of each
+token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t diffusion time 0...999, x_t = alpha_t x_0 +
+sigma_t eps - s guidance (and, in code, the Settings) - s_p, s_q scores - K unmasking iterations ("steps"), at most; T
+those that an image took - g(z, c) the one-step student's token (a g alone may be a random generator) - P prompts (class
+labels), G rollouts of each (a group) - A advantage, R reward - N rows of a flat batch, mostly tokens [N, D]. In
+sections 3 to 6 alpha and sigma are alpha_t and sigma_t; in 8 and 9 sigma is the exploration noise, alpha the exponent
+of speed and beta the weight of the KL.
 
 Contents:  1 Settings - 2 Tokens - 3 Model - 4 Diffusion - 5 Generation - 6 GSIM - 7 Critical steps -
-8 Schedule policy - 9 Policy gradient - 10 Checkpoints.  The methods are here; the experiment around them (data,
-training loop, reward network, judge, report) is in train_distill.py, and other rewards are in train_rl.py.
+8 Schedule policy - 9 Policy gradient - 10 Checkpoints and scripts.  The methods are here; the experiment around them
+(data, training loop, reward network, judge, report) is in train_distill.py, and other rewards are in train_rl.py.
 """
 
 import math
@@ -39,10 +40,14 @@ class InputError(ValueError):
     """The user gave something that cannot work; the message says what, and how to mend it."""
 
 
+class NonFinite(RuntimeError):
+    """A loss or gradient is infinite or NaN, or a reward outside its range; no weight was changed by it."""
+
+
 # 1 Settings ---------------------------------------------------------------------------------------------
 # Every knob of the project, flat. Each script's command line is made from these fields, and every checkpoint
-# carries them, so that `sample.py` needs nothing but a path. Reading for the first time? Go on to section 2: each
-# option is explained where it is used.
+# carries them, so that `sample.py` needs nothing but a path. Reading for the first time? Go on to section 2: the
+# options of the methods are explained where they are used.
 
 
 def option(default, help, choices=None):
@@ -191,14 +196,6 @@ def preset(name, **overrides):
     return Settings(**{**PRESETS[name], **overrides})
 
 
-def find_device(name="auto"):
-    """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not there.get(name.split(":")[0]):
-        raise InputError(f"--device {name}: there is none here; there is {', '.join(k for k in there if there[k])}")
-    return torch.device(next(k for k in there if there[k]) if name == "auto" else name)
-
-
 def rng(*names, device="cpu"):
     """A generator seeded by what it is for, e.g. rng(seed, "gsim", step): a resumed run draws the same noise."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(names).encode()))
@@ -220,7 +217,7 @@ def unpatchify(tokens, patch):
 
 
 def to_tokens(images, s):
-    """Images [B, C, H, W] in [-1, 1] -> the tokens [B, L, D] that the model sees, of mean 0 and variance 1."""
+    """Images [B, C, H, W] in [-1, 1] -> tokens [B, L, D] as the model sees them, of mean 0 and variance 1."""
     return (patchify(images, s.patch) - s.mean) * s.scale
 
 
@@ -236,7 +233,7 @@ def to_images(tokens, s):
 
 
 def sincos_positions(side, width):
-    """Sines and cosines of row and column, W / 4 of each, wavelengths from `side` tokens up [side^2, W]."""
+    """Sines and cosines of row and column, W / 4 of each, wavelengths of `side` tokens and more (ours) [side^2, W]."""
     frequency = 2 * math.pi / side * torch.exp(-math.log(100) * torch.arange(width // 4) / (width // 4))
     angle = torch.arange(side)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, width / 2]
@@ -354,7 +351,7 @@ class Head(nn.Module):
         out = self.final_layer(x, condition)
         if self.velocity:
             v, variance = out.chunk(2, -1)
-            alpha, sigma = BASE.alpha_sigma(t)
+            alpha, sigma = BASE.alpha_sigma(t)  # BASE: all 1000 times, section 4
             out = torch.cat([sigma * x_t + alpha * v, variance], -1)
         return out
 
@@ -376,7 +373,7 @@ class MAR(nn.Module):
         self.length, self.channels, self.buffer = s.length, s.channels, s.buffer
         self.class_emb = nn.Embedding(self.num_classes, W)
         self.fake_latent = nn.Parameter(torch.zeros(1, W))  # the null class
-        self.z_proj = nn.Linear(self.channels, W)  # MAR's name; of tokens
+        self.z_proj = nn.Linear(self.channels, W)  # MAR's name: it projects tokens, not z
         self.z_proj_ln = nn.LayerNorm(W, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, s.buffer + s.length, W))
         self.encoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
@@ -410,28 +407,28 @@ class MAR(nn.Module):
             nn.init.zeros_(module.bias)
 
     def context(self, tokens, mask, labels=None):
-        """c [B, L, W] of tokens [B, L, D], mask [B, L] (true = hidden), labels [B] (num_classes = null; None = all).
+        """c [B, L, W] of tokens [B, L, D], mask [B, L] (true = hidden), labels [B] (num_classes = null; None: all so).
 
-        Hidden tokens are dropped before the encoder's blocks. Rows may hide different numbers of tokens: the shorter
-        rows are padded, and the padding is never attended to, so that each row comes out as if it were alone."""
+        Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of tokens: shorter
+        sequences are padded, and the padding is never attended to, so that each comes out as if it were alone."""
         B, L, _ = tokens.shape
         if labels is None:
             labels = torch.full((B,), self.num_classes, device=tokens.device)
         classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
 
-        # encoder: the class rows and the visible tokens, in raster order
+        # encoder: `buffer` copies of the class and the visible tokens, in raster order
         x = torch.cat([repeat(classes, "b w -> b n w", n=self.buffer), self.z_proj(tokens)], 1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
         visible = F.pad(~mask, (self.buffer, 0), value=True)  # [B, buffer + L]
         count = visible.sum(1)
         most = int(count.max())
-        keep = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible rows first
+        keep = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible places first
         x = x.gather(1, repeat(keep, "b n -> b n w", w=x.shape[-1]))
         keys = None if int(count.min()) == most else torch.arange(most, device=x.device) < count[:, None]
         for block in self.encoder_blocks:
             x = block(x, keys)
 
-        # decoder: put the kept rows back among mask tokens; the padding lands on hidden rows and is overwritten
+        # decoder: what was kept goes back among mask tokens; the padding lands on hidden places and is overwritten
         x = self.decoder_embed(self.encoder_norm(x))
         full = torch.zeros(B, self.buffer + L, x.shape[-1], device=x.device, dtype=x.dtype)
         full = full.scatter(1, repeat(keep, "b n -> b n w", w=x.shape[-1]), x)
@@ -447,6 +444,7 @@ def random_mask(n, length, how, generator, device="cpu"):
     how: `mar`, ratios from a normal of mean 1 and std 0.25 cut to [0.7, 1], as in training MAR; `uniform` over
     1...L, every stage of generation alike; `mixed`, half of the rows each."""
     u = torch.rand(n, generator=generator)
+    # inverse distribution function of that half of a normal which lies below its mean
     ratio = 1 + 0.25 * math.sqrt(2) * torch.erfinv((u - 1) * math.erf(0.3 / 0.25 / math.sqrt(2)))
     mar = torch.ceil(length * ratio).clamp(1, length)
     uniform = torch.ceil(length * u).clamp(1, length)
@@ -462,7 +460,7 @@ def random_mask(n, length, how, generator, device="cpu"):
 
 class Diffusion:
     """`n` of the 1000 times of the cosine schedule abar(u) = cos^2((u + 0.008) / 1.008 pi/2), u = (t + 1) / 1000,
-    over its value at u = 0.
+    over its value at u = 0, each beta at most 0.999 (which changes t = 999 alone).
 
     times [n] on 0...999; alpha, sigma [n]; tables in float64. Official semantics: endpoints 0 and 999, all tables
     derived again from the respaced abar, posterior log variance of index 0 taken from index 1."""
@@ -486,7 +484,7 @@ class Diffusion:
         self.log_variance_max = self.betas.log()
 
     def alpha_sigma(self, t):
-        """alpha_t and sigma_t [N, 1] for indices t [N]."""
+        """alpha_t and sigma_t [N, 1] for indices t [N] into this chain, which for BASE are the times."""
         if self.table.device != t.device:
             self.table = self.table.to(t.device)
         return self.table[:, t, None].unbind(0)
@@ -535,13 +533,14 @@ def denoising_loss(head, x_0, c, t, eps):
     return error.mean()
 
 
-def one_step(head, z, c, noise_ratio=5.0):
+def one_step(head, z, c, noise_ratio):
     """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one denoising step from the fixed time tau,
 
         g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,
 
-    tau being the first time with sigma_tau / alpha_tau >= noise_ratio, so that the teacher's weights are a good start,
-    as in SiD (score identity distillation, 2404.04057). MARVAL does not print its parametrisation; this is ours."""
+    tau being the first time with sigma_tau / alpha_tau >= noise_ratio: the x_0 that eps_hat implies for x_tau, whose
+    small term alpha_tau x_0 is left out. So the teacher's weights are a good start, as in SiD (score identity
+    distillation, 2404.04057). MARVAL does not print its parametrisation; this is ours."""
     tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
     alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
     t = torch.full((len(z),), tau, device=z.device)
@@ -565,15 +564,26 @@ def reveal_counts(length, steps):
 
 
 def guidance_scale(s, hidden_after, length):
-    """MAR's linear schedule 1 + (s - 1)(L - hidden)/L, where `hidden` tokens remain after the step, at least 1.
+    """MAR's linear schedule 1 + (s - 1)(L - hidden)/L; `hidden` tokens remain after the step (0 counts as 1).
 
     It multiplies as eps = eps_null + scale (eps_class - eps_null); 1 is no guidance."""
     return 1 + (s - 1) * (length - hidden_after.clamp(min=1)) / length
 
 
+def guided(head, c, null, scale):
+    """head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null); the variance is the class row's."""
+
+    def call(x, t):
+        out = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null]))  # class and null rows in one batch
+        (e_c, variance), (e_u, _) = (rows.chunk(2, -1) for rows in out.chunk(2))
+        return torch.cat([e_u + scale * (e_c - e_u), variance], -1)
+
+    return call
+
+
 @dataclass
 class Trace:
-    """What one call of `generate` did over its T iterations; rows that ended earlier have counts of 0.
+    """What a call of `generate` did over T iterations, the most of any row; rows that ended earlier have counts of 0.
 
     Token order[b, j] is revealed before order[b, j - 1] (MAR reveals from the end of the order)."""
 
@@ -582,8 +592,8 @@ class Trace:
     means: torch.Tensor  # [B, L, D] each token as it was predicted when it was revealed, before exploration noise
     counts: torch.Tensor  # [B, T] tokens revealed
     predictions: torch.Tensor  # [B, T, L, D] the full image predicted at each step, before revealing; or None
-    states: torch.Tensor  # [B, T, W + 1] what the schedule policy saw
-    actions: torch.Tensor  # [B, T] what it chose
+    states: torch.Tensor  # [B, T, W + 1] what the schedule policy saw; None without one
+    actions: torch.Tensor  # [B, T] what it chose; None without one
 
     @property
     def steps(self):
@@ -592,7 +602,7 @@ class Trace:
 
     def hidden(self):
         """Tokens still hidden before each step [B, T]."""
-        return self.counts.sum(1, keepdim=True) - self.counts.cumsum(1) + self.counts
+        return self.counts.flip(1).cumsum(1).flip(1)  # all that is revealed from this step on
 
     def masks(self):
         """mask before each step [B, T, L], and which tokens it revealed [B, T, L]."""
@@ -622,13 +632,13 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     drawn_order = torch.rand(B, L, generator=g, device=device).argsort(1)
     drawn_z = torch.randn(B, L, D, generator=g, device=device)
     order, z = drawn_order if order is None else order, drawn_z if z is None else z
-    tokens, N = torch.zeros(B, L, D, device=device), L  # N tokens to draw
+    tokens, to_draw = torch.zeros(B, L, D, device=device), L
     if known:
-        tokens, N = known[0].clone(), int(known[1].sum())
-        first_drawn = (~known[1][order]).to(torch.uint8).argsort(dim=1, stable=True)  # the known ones never come up
+        tokens, to_draw = known[0].clone(), int(known[1].sum())
+        first_drawn = (~known[1][order]).to(torch.uint8).argsort(dim=1, stable=True)  # ranks 0...to_draw - 1
         order = order.gather(1, first_drawn)
     policy = model.schedule if steps is None else None
-    fixed = None if policy else reveal_counts(N, min(N, s.steps) if steps is None else steps)
+    fixed = None if policy else reveal_counts(to_draw, min(to_draw, s.steps) if steps is None else steps)
     first, last = denoise_steps if isinstance(denoise_steps, tuple) else (denoise_steps, denoise_steps)
     respaced = cache(Diffusion)  # one chain, or as many as annealing asks for
     if policy and first != last:
@@ -637,10 +647,11 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
     rank = order.argsort(1)
     means = torch.zeros_like(tokens)
     explore = torch.as_tensor(explore, device=device).expand(B)[:, None, None]
-    hidden = torch.full((B,), N, device=device)
+    hidden = torch.full((B,), to_draw, device=device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
-    bar = tqdm(total=B * N, desc="tokens", disable=not progress, leave=False)
+    bar = tqdm(total=B * to_draw, desc="tokens", disable=not progress, leave=False)
     while int(hidden.max()):
+        k = len(record["counts"])
         live = hidden.nonzero().squeeze(1)  # rows whose image is not finished
         mask = rank < hidden[:, None]
         c = torch.zeros(B, L, s.width, device=device)
@@ -650,11 +661,11 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
             actions = torch.multinomial(policy.log_probs(states, hidden).exp(), 1, generator=g).squeeze(1)
             count = policy.count(actions, hidden)
         else:
-            count = torch.full_like(hidden, fixed[len(record["counts"])])
+            count = torch.full_like(hidden, fixed[k])
         reveal = mask & (rank >= (hidden - count)[:, None])
 
         fill = mask if trace is True else reveal  # a full trace shows the whole predicted image
-        share = 0 if policy else len(record["counts"]) / max(1, len(fixed) - 1)
+        share = 0 if policy else k / max(1, len(fixed) - 1)
         chain = None if denoise_steps == 1 else respaced(round(first + (last - first) * share))
         if chain is None:
             predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
@@ -663,7 +674,7 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         else:
             null = torch.zeros_like(c)
             null[live] = model.context(tokens[live], mask[live])
-            scale = guidance_scale(guidance, hidden - count, L)[:, None].expand(B, L)[fill][:, None]
+            scale = guidance_scale(guidance, hidden - count, L)[:, None, None].expand(B, L, 1)[fill]
             head = guided(model.head, c[fill], null[fill], scale)
             predicted = chain.sample(head, z[fill], g, temperature, s.clip_range)
         image = tokens.clone()
@@ -676,30 +687,21 @@ def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, tempera
         record["counts"].append(count)
         if trace is True:
             record["predictions"].append(image)
-        if trace:
-            record["states"].append(states if policy else schedule_state(c, mask))
-            record["actions"].append(actions if policy else torch.zeros_like(count))
+        if trace and policy:
+            record["states"].append(states)
+            record["actions"].append(actions)
     bar.close()
     if not trace:
         return tokens
     return tokens, Trace(order, z, means, *(torch.stack(values, 1) if values else None for values in record.values()))
 
 
-def guided(head, c, null, scale):
-    """head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null); the variance is the class row's."""
-
-    def call(x, t):
-        out = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null]))  # class and null rows in one batch
-        (e_c, variance), (e_u, _) = (rows.chunk(2, -1) for rows in out.chunk(2))
-        return torch.cat([e_u + scale * (e_c - e_u), variance], -1)
-
-    return call
-
-
 # 6 GSIM --------------------------------------------------------------------------------------------------
-# MARVAL stage 1. The student's tokens x_0 = g(z, c) should be distributed as the teacher's. Noise both to time t
-# and compare scores: the teacher's guided score s_p, and the student's own s_q, which the auxiliary network learns
-# from the student's samples. All scores appear as eps-predictions here, s = -eps / sigma_t.
+# MARVAL stage 1. The student's tokens x_0 = g(z, c) should be distributed as the teacher's. Noise both to time t and
+# compare scores: the teacher's guided score s_p, and the student's own s_q, which the auxiliary network learns from the
+# student's samples. d(s_q - s_p) alone is not enough: s_q changes with the student, and the frozen auxiliary network
+# cannot show how. The theorem replaces that missing gradient by L1, all of whose parts are at hand. Scores appear as
+# eps-predictions here, s = -eps / sigma_t.
 
 
 def pseudo_huber(y, r=1e-5):
@@ -721,19 +723,33 @@ def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber, terms="L1+L2", u
     eps_q, eps_p: functions (x_t, t) -> eps [N, D] of the student's own score and the teacher's guided score; their
     parameters must be frozen, but gradient must pass to x_t, in y_t and in d'(y_t) too. t [N] on 0...999, eps [N, D].
     terms: one alone is for ablations, its gradient not the divergence's (with a squared d, L1 is SiD, alpha = 1).
-    units: velocity scales y and the residual by sigma_t / alpha_t, so that both are differences of velocities; eps by
-    sigma_t. For each t that is the theorem with the distance d(scale y), a choice the paper leaves open (w(t)); eps
-    units forget high noise, where tokens agree with each other (README)."""
+    units: velocity multiplies y and the residual by sigma_t / alpha_t, which makes them differences of velocities; eps
+    by sigma_t. For each t that is the theorem with another distance, a choice that the paper leaves open (w(t)). At
+    high noise what all tokens share is decided; there eps is nearly x_t whatever x_0 is, and an error in it hardly
+    counts."""
     x_t = BASE.q_sample(x_0, t, eps)
     e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
-    scale = 1 / BASE.alpha_sigma(t)[0] if units == "velocity" else 1.0
-    d, d_prime = distance(scale * (e_p - e_q))  # eps_p - eps_q = sigma (s_q - s_p): the sigma is in them
-    L1 = -(d_prime * scale * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
+    per_alpha = 1 / BASE.alpha_sigma(t)[0] if units == "velocity" else 1.0
+    d, d_prime = distance(per_alpha * (e_p - e_q))  # eps_p - eps_q = sigma (s_q - s_p): the sigma is in them
+    L1 = -(d_prime * per_alpha * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
     return ("L1" in terms) * L1 + ("L2" in terms) * d
 
 
+def descend(loss, optimizer, clip=1.0):
+    """One optimiser step, gradient norm clipped; returns the norm. NonFinite is raised before any weight changes."""
+    if not torch.isfinite(loss):
+        raise NonFinite(f"the loss is {loss.item()}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    if not torch.isfinite(norm):
+        raise NonFinite(f"the gradient norm is {norm.item()}")
+    optimizer.step()
+    return norm.item()
+
+
 def gsim_times(n, generator, device):
-    """t uniform on 20...984: outside, scores say nothing (pure noise) or explode (no noise)."""
+    """t uniform on 20...984 (our choice): outside, scores say nothing (pure noise) or explode (no noise)."""
     return torch.randint(20, 985, (n,), generator=generator).to(device)
 
 
@@ -742,7 +758,7 @@ def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
 
     Each of the three networks computes its own context from the same visible data tokens. First the auxiliary
     network learns the score of the student's samples, aux_updates times; then the student takes its step. Contexts
-    are the costly part, so every hidden token is drawn `draws` times from each."""
+    are the costly part, so each serves `draws` draws of noise. optimizers: of "student" and "aux"."""
     s, (B, L, D), device = student.settings, x.shape, x.device
     mask = random_mask(B, L, s.gsim_masks, generator, device)  # uniform: the student meets every stage at generation
     N = int(mask.sum()) * s.draws
@@ -783,7 +799,7 @@ def information_gain(predictions, final, valid=None, mean=0.0):
 
     predictions [B, T, ...]: the full image predicted before step k reveals; final [B, ...]. S after the last step is 1.
     valid [B, T]: steps that the row has; the others get -inf. The embedding E is what is passed in, minus `mean`
-    (the mean image): without it the cosine saturates. The paper embeds in the tokeniser's space; our tokens are it."""
+    (the mean image): without it the cosine saturates. The paper embeds in the tokeniser's space; we take the tokens."""
     E, E_final = (predictions - mean).flatten(2), (final - mean).flatten(1)
     S = F.cosine_similarity(E, E_final[:, None], dim=-1)  # [B, T]
     if valid is not None:
@@ -799,8 +815,9 @@ def critical_steps(gain, k):
 
 
 # 8 Schedule policy ---------------------------------------------------------------------------------------
-# Speed-RL: the number of steps must be an action, or no reward can change it. At every step a small head looks at
-# the contexts of the hidden tokens and chooses how many to reveal.
+# Speed-RL rewards images that need fewer steps, and a reward can only change what is an action. So, as in learned
+# unmasking policies (2512.09106), at every step a small head, ours, looks at the contexts of the hidden tokens and
+# chooses how many to reveal. K_max is K, the most steps that an image may take.
 
 
 def schedule_state(c, mask):
@@ -842,7 +859,7 @@ class SchedulePolicy(nn.Module):
 
 
 def speed(steps, max_steps):
-    """(K_max - T + 1) / K_max in (0, 1]: 1 for one step. As in learned unmasking policies (2512.09106);
+    """(K_max - T + 1) / K_max in (0, 1]: 1 for one step. As in 2512.09106, with K in place of L;
     Speed-RL's own formula is not public in what we have, so quality x speed^alpha is our choice."""
     return (max_steps - steps + 1) / max_steps
 
@@ -854,9 +871,11 @@ def total_reward(quality, steps, s):
 
 
 # 9 Policy gradient ---------------------------------------------------------------------------------------
-# GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token
-# from N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is Gaussian in closed form. A group
-# shares class, order and z (but see routing), so that only the actions differ.
+# GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token from
+# N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is Gaussian in closed form. A group shares class,
+# order and z (but see routing), so that only the actions differ. The functions below take quality(images [B, C, H, W],
+# labels [B]) -> [B] in [0, 1]; reference, the frozen student; labels [P], a class a prompt; mean_image, tokens that the
+# information gain subtracts; and optimizers of "generator" and "schedule".
 
 
 def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True):
@@ -875,7 +894,7 @@ def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True)
 
 
 def token_log_prob(x, mean, sigma):
-    """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi of the token, over D.
+    """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi, divided by D.
 
     The division keeps ratios tame: they are the exact ratio to the power 1/D."""
     sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
@@ -883,11 +902,11 @@ def token_log_prob(x, mean, sigma):
 
 
 def token_kl(mean, mean_ref, sigma):
-    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N], in closed form, over D like the log-probability."""
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N] in closed form, divided by D as log pi is."""
     return ((mean - mean_ref) / torch.as_tensor(sigma, device=mean.device)[..., None]).square().mean(-1) / 2
 
 
-def policy_loss(log_prob, log_prob_old, advantage, kl=torch.zeros(()), clip_ratio=0.2, beta=0.01):
+def policy_loss(log_prob, log_prob_old, advantage, kl=torch.zeros(()), clip_ratio=0.2, beta=0.0):
     """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old   (GRPO; MaskFocus).
 
     Returns the loss and, to log, `ratio` and `kl`, their means; `clip_fraction`; `log_ratio`, the largest |log r|."""
@@ -904,9 +923,10 @@ def routing(model, labels, generator, draws=8):
     """The factor on each prompt's exploration sigma [P], >= 1: for the half with the lower entropy H, 1 + route exp(-H)
     (MaskFocus, dynamic routing).
 
-    H >= 0: differential entropy per channel of the one-step predictions of a wholly hidden image, estimated from the
-    variance over `draws` of z as if Gaussian, above that of the exploration noise. Differs from the paper: it routes
-    the samples of a group step by step; ours share class, order and z, are alike at first, and prompts are routed."""
+    H = max(0, mean over tokens and channels of log(std / sigma)), the std being that of one-step predictions of a
+    wholly hidden image over `draws` of z. Differs from the paper, which gives each token the temperature
+    T exp(-H / alpha) + T_min and routes the samples of a group step by step; ours are alike at first, having class,
+    order and z in common, and prompts are routed."""
     s, (P,), L, D = model.settings, labels.shape, model.length, model.channels
     mask = torch.ones(P, L, dtype=torch.bool, device=labels.device)
     c = model.context(torch.zeros(P, L, D, device=labels.device), mask, labels)
@@ -924,14 +944,15 @@ def rollout(model, quality, labels, seed, full=True):
     its rows explore with a larger sigma, and each shuffles the order a little. full: the Trace has predictions."""
     s, device, (P,) = model.settings, labels.device, labels.shape
     g = rng(seed, "shared", device=device)
-    place = torch.rand(P, 1, model.length, generator=g, device=device)
+    sort_key = torch.rand(P, 1, model.length, generator=g, device=device)
     z = torch.randn(P, model.length, model.channels, generator=g, device=device).repeat_interleave(s.group, 0)
-    place, sigma = place.expand(-1, s.group, -1), torch.full((P,), s.explore, device=device)
+    sort_key, sigma = sort_key.expand(-1, s.group, -1), torch.full((P,), s.explore, device=device)
     if s.route:
         heat = routing(model, labels, g)
         sigma = sigma * heat
-        place = place + 0.2 * (heat[:, None, None] - 1) * torch.randn(place.shape, generator=g, device=device)
-    order = place.flatten(0, 1).argsort(1)
+        jitter = torch.randn(sort_key.shape, generator=g, device=device)
+        sort_key = sort_key + 0.2 * (heat[:, None, None] - 1) * jitter  # 0.2: our choice
+    order = sort_key.flatten(0, 1).argsort(1)
     labels, sigma = labels.repeat_interleave(s.group), sigma.repeat_interleave(s.group)
     tokens, trace = generate(model, labels, denoise_steps=1, explore=sigma, order=order, z=z, seed=seed,
                              trace=full or "steps")
@@ -939,17 +960,17 @@ def rollout(model, quality, labels, seed, full=True):
 
 
 def optimised_steps(trace, tokens, s, mean_image, generator):
-    """Which steps of each rollout are optimised [B, T]: K_c of its own by --rl-steps, or all."""
+    """Which steps of each rollout are optimised [B, T]: K_c (critical_steps) of its own by --rl-steps, or all."""
     valid = trace.counts > 0
     if s.rl_steps == "all":
         return valid
     if s.rl_steps == "critical":
         score = information_gain(trace.predictions, tokens, valid, mean_image)
     elif s.rl_steps == "random":
-        score = torch.rand(valid.shape, generator=generator).to(tokens)
+        score = torch.rand(valid.shape, generator=generator).to(tokens).masked_fill(~valid, -math.inf)
     else:
-        score = -torch.arange(valid.shape[1]).to(tokens).expand(valid.shape)
-    return critical_steps(score.masked_fill(~valid, -math.inf), s.critical_steps)
+        score = -torch.arange(valid.shape[1]).to(tokens).expand(valid.shape).masked_fill(~valid, math.inf)
+    return critical_steps(score, s.critical_steps)
 
 
 def schedule_update(schedule, trace, advantage, s, optimizer):
@@ -969,12 +990,12 @@ def schedule_update(schedule, trace, advantage, s, optimizer):
 def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
     """G rollouts of each class in `labels` [P], then `rl_epochs` updates on them; {name: float} to log.
 
-    Generator: the tokens of the optimised steps. With those revealed there, of all steps, this is the exact policy
-    gradient (up to the factors 1/D, (G - 1)/G and 1/std, which differs from group to group); fewer steps are MaskFocus'
-    choice, made on the finished image, and biased; `hidden` and `fresh` count tokens that were not drawn from this
-    context and are surrogates. Schedule: all its choices, by its own optimiser, so that the losses need no weighing.
-    Both carry the advantage of reward = quality x speed^alpha. Filter (our choice): rollouts below the quality floor,
-    groups without spread, and whoever has A = 0 take no part."""
+    Generator: the tokens of the optimised steps. This is the exact policy gradient (up to 1/D, (G - 1)/G and each
+    group's 1/std) with --rl-tokens revealed, --rl-steps all, one update per rollout and no quality floor. Fewer steps
+    are MaskFocus' choice, made on the finished image, and biased; `fresh` is its re-masking, and like `hidden` a
+    surrogate, counting tokens that were not drawn from this context. Schedule: all its choices, by its own optimiser,
+    so that the losses need no weighing. Both carry the advantage of reward = quality x speed^alpha. Whoever has A = 0
+    takes no part: groups without spread and, as a filter (our choice), rollouts below the quality floor."""
     s, g = model.settings, rng(seed, "update")
     full = s.rl_steps == "critical" or s.rl_tokens == "hidden"
     tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, full)
@@ -1007,11 +1028,12 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
             g_old = means(model)  # nobody has seen these masks before
         else:  # what the sampler predicted, so that the first ratio compares it with the learner
             g_old = (trace.means[row] if s.rl_tokens == "revealed" else trace.predictions[row, step])[counted]
+        log_old = token_log_prob(x, g_old, sigma)
     for epoch in range(s.rl_epochs):
         g_mean = means(model)
-        loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), token_log_prob(x, g_old, sigma), A_token,
+        loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), log_old, A_token,
                                   token_kl(g_mean, g_ref, sigma), s.clip_ratio, s.beta)
-        terms["log_ratio"] = stats.get("log_ratio", terms["log_ratio"])  # of the first pass
+        terms["log_ratio"] = stats.get("log_ratio", terms["log_ratio"])  # the first: 0 if sampler and learner agree
         stats |= terms | {"loss": loss.item(), "grad_norm": descend(loss, optimizers["generator"])}
     if model.schedule is not None:
         stats["schedule_clipped"] = schedule_update(model.schedule, trace, A, s, optimizers["schedule"])
@@ -1021,7 +1043,7 @@ def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
 def replay(model, reference, labels, trace, keep):
     """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep [B, T], and a KL.
 
-    At the other steps nothing is recorded: their tokens are constants to later contexts. The KL anchors: of
+    At the other steps nothing is recorded: their tokens are constants to later contexts. The KL, an anchor, is of
     N(g, sigma^2) to the reference's at the kept steps, as in the policy gradient, mean over tokens."""
     s, tokens, kls = model.settings, torch.zeros_like(trace.z), []
     for k, (mask, reveal) in enumerate(zip(*(m.unbind(1) for m in trace.masks()))):
@@ -1046,8 +1068,8 @@ def replay(model, reference, labels, trace, keep):
 def backprop_update(model, reference, quality, labels, mean_image, optimizers, seed):
     """One update by the reward's gradient (MARVAL-RL, L = -E R(G(z, class, K))) on P x G images; {name: float} to log.
 
-    The gradient passes through the whole K-step generation, or with --rl-steps through the optimised steps alone,
-    which costs so much less memory. beta x KL anchors it. The number of steps is fixed."""
+    With --rl-steps all the gradient passes through the whole generation, as in the paper; else, by default, through the
+    optimised steps alone, which takes less memory. beta x KL anchors it. The number of steps is fixed."""
     s, labels = model.settings, labels.repeat_interleave(model.settings.group)
     full = s.rl_steps == "critical"
     tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=full or "steps")
@@ -1058,7 +1080,7 @@ def backprop_update(model, reference, quality, labels, mean_image, optimizers, s
     return {"quality": q.mean().item(), "steps": trace.steps.float().mean().item(), "kl": kl.item(), "grad_norm": norm}
 
 
-# 10 Checkpoints -----------------------------------------------------------------------------------------
+# 10 Checkpoints and scripts -----------------------------------------------------------------------------------------
 # A checkpoint is MAR's own format, {"model": ..., "model_ema": ...}, and what it takes to use it: kind, settings,
 # class names, step; while training, also what it takes to go on as if never interrupted.
 
@@ -1109,21 +1131,12 @@ def load_checkpoint(path, kind=None, device="cpu"):
     return model.to(device).eval().requires_grad_(False)
 
 
-class NonFinite(RuntimeError):
-    """A loss or gradient became infinite or NaN, or a reward no number in its range; no weight was changed by it."""
-
-
-def descend(loss, optimizer, clip=1.0):
-    """One optimiser step with the gradient norm clipped; returns it. NonFinite is raised before any weight changes."""
-    if not torch.isfinite(loss):
-        raise NonFinite(f"the loss is {loss.item()}")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    if not torch.isfinite(norm):
-        raise NonFinite(f"the gradient norm is {norm.item()}")
-    optimizer.step()
-    return norm.item()
+def find_device(name="auto"):
+    """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name != "auto" and not there.get(name.split(":")[0]):
+        raise InputError(f"--device {name}: there is none here; there is {', '.join(k for k in there if there[k])}")
+    return torch.device(next(k for k in there if there[k]) if name == "auto" else name)
 
 
 def run(main):

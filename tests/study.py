@@ -40,6 +40,7 @@ import train_rl
 
 RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of the RL arms: quality alone, K = 8 fixed
 DEMO = {k: getattr(maskrl.preset("tiny"), k) for k in RL}  # the same settings as the demo has them
+LONGER = 600  # RL updates, four times the demo's
 HALVING = dict(gsim_iters=300, student_lr=1e-4)
 LONG = dict(gsim_iters=2000)
 KS, CHAINS = (16, 8, 4, 2, 1), (100, 50, 25, 10, 5)  # of the grid: unmasking iterations, denoising steps
@@ -215,11 +216,10 @@ def speed(lab):
 
 def story(lab):
     """The whole of it: teacher, student, RL on the critical steps (K = 8, rate 3e-5), RL with a learned schedule."""
-    arm = lambda name: maskrl.load_checkpoint(lab.out / f"rl {name}" / "policy.pt", "policy", lab.device)
     cells = {"story: teacher": (lab.teacher, dict(steps=16, denoise_steps=100, guidance=lab.s.guidance)),
              "story: student": (lab.student("student"), dict(steps=16, denoise_steps=1)),
-             "story: + RL on critical steps": (arm("critical 3e-05"), dict(steps=8, denoise_steps=1)),
-             "story: + learned schedule": (arm("demo, beta 0.2"), dict(steps=None, denoise_steps=1))}
+             "story: + RL on critical steps": (trained(lab, "critical 3e-05"), dict(steps=8, denoise_steps=1)),
+             "story: + learned schedule": (trained(lab, "demo, beta 0.2"), dict(steps=None, denoise_steps=1))}
 
     def work(name):
         model, how = cells[name]
@@ -275,6 +275,10 @@ def tokens(lab):
     yield rl_arm(lab, "leave-one-out, no std", baseline="others", normalise=False)
 
 
+def trained(lab, name):
+    return maskrl.load_checkpoint(lab.out / f"rl {name}" / "policy.pt", "policy", lab.device)
+
+
 def drift(lab):
     for beta in (0.0, 0.03, 0.2, 1.0):
         yield rl_arm(lab, f"demo, beta {beta:g}", **DEMO | dict(beta=beta))
@@ -307,7 +311,10 @@ def frontier(lab):
     yield rl_arm(lab, "additive", **DEMO | dict(additive=True))
     for K in (16, 12, 8, 6, 5, 4, 3, 2, 1):
         yield f"student, fixed {K}", lambda K=K: at(lab, lab.student("student"), K)
-        yield f"policy's generator, fixed {K}", lambda K=K: at(lab, maskrl.load_checkpoint(lab.out / "rl demo, beta 0.2" / "policy.pt", "policy", lab.device), K)
+        yield f"policy's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "demo, beta 0.2"), K)
+    yield rl_arm(lab, "longer", **DEMO | dict(rl_iters=LONGER))
+    for K in (16, 8, 6, 5, 4, 3):
+        yield f"longer's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "longer"), K)
     for K in (8, 4, 2):
         yield f"halved to {K}", lambda K=K: at(lab, halved(lab, K), K)
 
@@ -446,10 +453,11 @@ def draw(study, rows, path):
     elif study == "frontier":
         figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
         for axis, key in zip(axes, ("quality", "frechet")):
-            for kind in ("student, fixed", "policy's generator, fixed", "halved to", "demo"):
+            for kind in ("student, fixed", "policy's generator, fixed", "longer's generator, fixed", "halved to", "demo", "longer"):
                 points = sorted((statistics.mean(run["steps"] for run in runs), statistics.mean(run[key] for run in runs))
-                                for name, runs in rows.items() if name.startswith(kind))
-                axis.plot(*zip(*points), "o-" if kind == "demo" else ".--", label={"demo": "learned schedules"}.get(kind, kind))
+                                for name, runs in rows.items() if name.startswith(kind) and (kind != "longer" or name == kind))
+                label = {"demo": "learned schedules, 150 updates", "longer": f"learned schedule, {LONGER} updates"}.get(kind, kind)
+                axis.plot(*zip(*points), {"demo": "o-", "longer": "*"}.get(kind, ".--"), markersize=10 if kind == "longer" else 5, label=label)
             axis.set(xlabel="mean unmasking iterations", title={"quality": "quality", "frechet": "Fréchet distance"}[key], xscale="log")
             axis.set_xticks((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
         axes[1].set_yscale("log")

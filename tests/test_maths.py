@@ -196,7 +196,7 @@ def test_a_trace_agrees_with_what_was_generated(model):
     for k in range(trace.counts.shape[1]):  # a token keeps the value it was revealed with
         assert torch.equal(trace.predictions[:, k][revealed[:, k]], tokens[revealed[:, k]])
         c = model.context(tokens, mask[:, k], labels)[revealed[:, k]]
-        again = maskrl.one_step(model.head, trace.z[revealed[:, k]], c)
+        again = maskrl.one_step(model.head, trace.z[revealed[:, k]], c, model.settings.noise_ratio)
         torch.testing.assert_close(again, tokens[revealed[:, k]], atol=1e-4, rtol=1e-4)
     assert len(set(trace.steps.tolist())) > 1  # rows differ in their number of steps
 
@@ -535,7 +535,8 @@ def test_the_gradient_of_all_revealed_tokens_is_that_of_the_log_probability_of_t
     for count in trace.counts.T:  # forwards, as it was generated
         rank = trace.order.argsort(1)
         reveal = hidden & (rank >= (hidden.sum(1) - count)[:, None])
-        mean = maskrl.one_step(model.head, trace.z[reveal], model.context(tokens * ~hidden[..., None], hidden, labels)[reveal])
+        c = model.context(tokens * ~hidden[..., None], hidden, labels)[reveal]
+        mean = maskrl.one_step(model.head, trace.z[reveal], c, model.settings.noise_ratio)
         log_density = torch.distributions.Normal(mean, 0.3).log_prob(tokens[reveal]).sum(1)
         total = total + (A[:, None].expand(8, 16)[reveal] * log_density).sum()
         hidden = hidden & ~reveal
