@@ -61,7 +61,7 @@ class Settings:
     # data
     data: str = option("shapes", "'shapes' (drawn on the fly), or a folder with one sub-folder of images per class")
     image_size: int = option(16, "height and width in pixels; must be a multiple of --patch")
-    image_channels: int = option(3, "3 for RGB pixels, 16 for the latents of MAR's autoencoder")
+    image_channels: int = option(3, "3, RGB (16, the latents of MAR's autoencoder, cannot be loaded yet)")
     difficulty: int = option(0, "of the shapes: 0 = 9 easy classes; 1 = 16, coloured backgrounds, more jitter", (0, 1))
     per_class: int = option(3000, "images per class that 'shapes' draws")
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
@@ -554,7 +554,7 @@ def one_step(head, z, c, noise_ratio):
 def reveal_counts(length, steps):
     """MAR's cosine schedule: how many of L tokens each of K iterations reveals, a list that sums to L."""
     if not 1 <= steps <= length:
-        raise InputError(f"--steps {steps} must lie in 1...{length}, the number of tokens")
+        raise InputError(f"--steps {steps} must lie in 1...{length}, the number of tokens to draw")
     hidden, counts = length, []
     for k in range(steps - 1):
         after = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (k + 1) / steps))))
@@ -1134,7 +1134,8 @@ def load_checkpoint(path, kind=None, device="cpu"):
 def find_device(name="auto"):
     """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not there.get(name.split(":")[0]):
+    kind, _, number = name.partition(":")
+    if name != "auto" and not (there.get(kind) and (not number or kind == "cuda" and number.isdigit())):
         raise InputError(f"--device {name}: there is none here; there is {', '.join(k for k in there if there[k])}")
     return torch.device(next(k for k in there if there[k]) if name == "auto" else name)
 

@@ -5,17 +5,19 @@
 
     python sample.py runs/demo/student.pt --film film.gif                        # watch images being unmasked
     python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png --classes "red circle"
-                                                                                 # complete an image: where the mask is white
+                                                                  # complete an image: where the mask is white
 
 A checkpoint carries its own settings. A student or policy draws each token in one denoising step; a policy also
 chooses its own number of unmasking iterations, unless --steps says it.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional as TF
@@ -31,7 +33,7 @@ def read_image(path, size):
 
 
 def picture(images, columns, pixels=64):
-    """A PIL image of a grid of images [N, 3, S, S] in [-1, 1], small ones enlarged to about `pixels` with hard edges."""
+    """A PIL image of a grid of images [N, 3, S, S] in [-1, 1], small ones enlarged to about `pixels`, with hard edges."""
     scale = max(1, round(pixels / images.shape[-1]))
     images = images.clamp(-1, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid((images + 1) / 2, columns, padding=4, pad_value=1.0)
@@ -52,8 +54,11 @@ def labelled_rows(path, rows, columns):
 
 
 def save_image(path, image, **how):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **how)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **how)
+    except OSError as error:
+        raise maskrl.InputError(f"{path} cannot be written: {error}") from None
 
 
 def film(path, tokens, trace, s):
@@ -62,7 +67,7 @@ def film(path, tokens, trace, s):
     hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)
     images = maskrl.to_images(tokens[:8], s).cpu()[:, None]  # a revealed token never changes
     frames = torch.where(grown(hidden, s), torch.zeros(()), images)  # [8, T + 1, 3, S, S]
-    if not str(path).endswith(".gif"):
+    if Path(path).suffix.lower() != ".gif":
         return save_image(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
     pictures = [picture(frame, 4) for frame in frames.transpose(0, 1)]
     save_image(path, pictures[0], save_all=True, append_images=pictures[1:] + [pictures[-1]] * 6, duration=250, loop=0)
@@ -76,34 +81,40 @@ def grown(mask, s):
 
 
 def to_complete(image, mask, s, device):
-    """--inpaint and --mask as tokens [1, L, D] and a mask [L]."""
-    def read(option, path):
+    """--inpaint and --mask, of equal shape, as tokens [1, L, D] and a mask [L]: true where any pixel of a token is white."""
+    def read(option, path, size):
         try:
-            return read_image(path, s.image_size)
+            width, height = Image.open(path).size
+            return read_image(path, size or min(width, height)), width / height
         except (OSError, SyntaxError, ValueError) as error:
             raise maskrl.InputError(f"--{option} {path}: {error}") from None
 
-    white = read("mask", mask).float().mean(0, keepdim=True)[None] > 127
-    chosen = maskrl.patchify(white.float(), s.patch)[0].amax(-1) > 0
+    (pixels, shape), (white, mask_shape) = read("inpaint", image, s.image_size), read("mask", mask, None)
+    if abs(shape / mask_shape - 1) > 0.02:
+        raise maskrl.InputError(f"--mask {mask} is not of the shape of {image}: width / height {mask_shape:.2f}, not {shape:.2f}")
+    white = (white.float().mean(0, keepdim=True) > 127).float()
+    chosen = F.adaptive_max_pool2d(white, s.image_size // s.patch).flatten() > 0
     if not chosen.any():
         raise maskrl.InputError(f"--mask {mask} has no white pixel: nothing to draw")
-    return maskrl.to_tokens(read("inpaint", image)[None].float() / 127.5 - 1, s).to(device), chosen.to(device)
+    return maskrl.to_tokens(pixels[None].float() / 127.5 - 1, s).to(device), chosen.to(device)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint", help="teacher.pt, student.pt or policy.pt")
     parser.add_argument("--classes", help="comma-separated class names (default: all, in turn)")
     parser.add_argument("--n", type=int, default=64, help="number of images (default: 64)")
     parser.add_argument("--steps", type=int, help="K, unmasking iterations (default: the checkpoint's; a policy chooses)")
     parser.add_argument("--denoise-steps", type=int, help="denoising steps per iteration (default: the checkpoint's for a "
                         "teacher; 1 for a student or policy)")
-    parser.add_argument("--guidance", type=float, help="s in eps = eps_null + s (eps_class - eps_null); 1 = none (default: the checkpoint's for "
-                        "a teacher; a student has it baked in)")
+    parser.add_argument("--guidance", type=float, help="s in eps = eps_null + s (eps_class - eps_null); 1 = none "
+                        "(default: the checkpoint's for a teacher; a student has it baked in)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the chain's noise (default: 1)")
-    parser.add_argument("--film", metavar="PATH", help="also draw the unmasking of the first 8 images: a .gif moves, a .png is a strip")
-    parser.add_argument("--inpaint", metavar="IMAGE", help="complete this image: the tokens under --mask are drawn, the others kept; the picture begins with what was given")
-    parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint: a token is drawn anew if any pixel of it is white here")
+    parser.add_argument("--film", metavar="PATH", help="also draw the unmasking of the first 8 images: a .gif moves, "
+                        "a .png is a strip")
+    parser.add_argument("--inpaint", metavar="IMAGE", help="complete this image: the tokens under --mask are drawn, the others kept; "
+                        "the picture begins with what was given")
+    parser.add_argument("--mask", metavar="IMAGE", help="of --inpaint, and of its shape: a token is drawn if any pixel of it is white")
     parser.add_argument("--out", default="samples.png", help="picture to write (default: samples.png)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -115,11 +126,13 @@ def main(argv=None):
     device = maskrl.find_device(args.device)
     if args.n < 1:
         raise maskrl.InputError(f"--n {args.n} must be at least 1")
+    if args.film and Path(args.film).absolute() == Path(args.out).absolute():
+        raise maskrl.InputError(f"--film {args.film} would overwrite --out")
     for path in filter(None, (args.out, args.film)):
-        if Path(path).suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
             raise maskrl.InputError(f"{path}: the name must end in .png, .jpg or another image format")
     model = maskrl.load_checkpoint(args.checkpoint, device=device)
-    names = [name.strip() for name in args.classes.split(",")] if args.classes else model.classes
+    names = [name.strip() for name in args.classes.split(",") if name.strip()] if args.classes else model.classes
     unknown = [name for name in names if name not in model.classes]
     if unknown:
         raise maskrl.InputError(f"no class {unknown[0]!r} in {args.checkpoint}; there are: {', '.join(model.classes)}")
@@ -133,12 +146,16 @@ def main(argv=None):
         known = tokens.expand(args.n, -1, -1), mask
 
     one_step = model.kind != "teacher"
-    if one_step and (args.denoise_steps or 1) != 1:
-        raise maskrl.InputError(f"--denoise-steps {args.denoise_steps}: a {model.kind} takes one step; only a teacher walks a chain")
-    if one_step and args.temperature != 1:
-        raise maskrl.InputError(f"--temperature: a {model.kind} has no chain whose noise it could scale")
-    denoise_steps = args.denoise_steps if args.denoise_steps is not None else (1 if one_step else model.settings.denoise_steps)
-    guidance = args.guidance if args.guidance is not None else (1.0 if denoise_steps == 1 else model.settings.guidance)
+    denoise_steps = (1 if one_step else model.settings.denoise_steps) if args.denoise_steps is None else args.denoise_steps
+    if one_step and denoise_steps != 1:
+        raise maskrl.InputError(f"--denoise-steps {denoise_steps}: a {model.kind} takes one step; only a teacher walks a chain")
+    if not 1 <= denoise_steps <= 1000:
+        raise maskrl.InputError(f"--denoise-steps {denoise_steps} must lie in 1...1000")
+    if denoise_steps == 1 and args.temperature != 1:
+        raise maskrl.InputError("--temperature: one step has no chain whose noise it could scale")
+    guidance = (1.0 if denoise_steps == 1 else model.settings.guidance) if args.guidance is None else args.guidance
+    if not (0 <= args.temperature < math.inf and 0 <= guidance < math.inf):
+        raise maskrl.InputError("--temperature and --guidance must be numbers from 0 up")
     start = time.perf_counter()
     s, learned = model.settings, model.schedule is not None and args.steps is None
     tokens, trace = maskrl.generate(model, labels, args.steps, guidance, denoise_steps, args.temperature,
@@ -151,7 +168,8 @@ def main(argv=None):
     save_image(args.out, picture(images, columns=len(names) if len(names) > 2 and not known else 8))
     if args.film:
         film(args.film, tokens, trace, s)
-    print(f"{args.out}: {args.n} images of a {model.kind}, {steps} unmasking iterations x "
+    film_too = f" and {args.film}" if args.film else ""
+    print(f"{args.out}{film_too}: {args.n} images of a {model.kind}, {steps} unmasking iterations x "
           f"{denoise_steps} denoising steps, guidance {guidance:g}, {1000 * seconds / args.n:.1f} ms per image on {device}")
 
 

@@ -175,7 +175,8 @@ def update_ema(ema, model, step, limit):
 def weight_decay_groups(model, decay=0.02):
     """Parameter groups with MAR's rule: no weight decay on 1-D tensors, biases and the diffusion head."""
     named = [(p.ndim > 1 and not name.startswith("head."), p) for name, p in model.named_parameters()]
-    return [{"params": [p for d, p in named if d], "weight_decay": decay}, {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
+    return [{"params": [p for d, p in named if d], "weight_decay": decay},
+            {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
 
 
 def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, measure=None):
@@ -213,7 +214,8 @@ def train(kind, path, iters, update, model, ema=None, state=None, log=None, resu
             metrics = update(step)
         except maskrl.NonFinite as error:
             save(step)
-            raise maskrl.NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. If training diverged, start afresh in another --out with a lower learning rate") from None
+            raise maskrl.NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. If training diverged, "
+                                   "start afresh in another --out with a lower learning rate") from None
         best["seconds"] += time.perf_counter() - began
         if step % max(1, iters // 200) == 0 or step == iters - 1:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
@@ -280,7 +282,7 @@ def train_student(s, data, teacher, out, device, resume=False, progress=None, di
         return metrics
 
     return train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume,
-                        measure=progress and (lambda ema: progress(ema, denoise_steps=1)))
+                 measure=progress)
 
 
 # Reward network, judge and yardstick ----------------------------------------------------------------------
@@ -408,8 +410,9 @@ class Judge:
         accuracy = torch.stack([(logits.argmax(1) == self.labels).float().mean() for _, logits in pairs]).mean()
         features, real = pairs[0][0], self.references[0]
         precision, recall = precision_recall(real, features)
+        as_real = diversity(features, self.labels) / max(diversity(real, self.labels), 1e-12)
         return {"accuracy": float(accuracy), "frechet": float(distances.mean()), "frechet_std": float(distances.std()),
-                "precision": precision, "recall": recall, "diversity": diversity(features, self.labels) / max(diversity(real, self.labels), 1e-12)}
+                "precision": precision, "recall": recall, "diversity": as_real}
 
     def __call__(self, images):
         """The row of images [n, 3, S, S] of classes `self.labels`."""
@@ -435,8 +438,9 @@ class Progress:
         stride = max(2, images.shape[-1] // 8)
         return images[..., ::stride, ::stride].flatten(1), self.critic(images)[0]
 
-    def __call__(self, model, **how):
-        parts = [maskrl.generate(model, y, **how, seed=(self.s.seed, "progress", i)) for i, y in enumerate(self.labels.split(256))]
+    def __call__(self, student):
+        seeds = ((self.s.seed, "progress", i) for i in range(len(self.labels)))
+        parts = [maskrl.generate(student, y, denoise_steps=1, seed=seed) for y, seed in zip(self.labels.split(256), seeds)]
         views = self.views(maskrl.to_images(torch.cat(parts), self.s))
         return dict(zip(("progress", "reward_features"), map(frechet_distance, views, self.reference)))
 
@@ -447,7 +451,7 @@ class Progress:
 def report(out, s, data, judge, models, extra=None):
     """Judge every generator on the same classes and noise, time them side by side, write metrics.json and the pictures.
 
-    models: any of teacher, student, policy. Adds real images, an untrained model, and the one-step start: the
+    models: student, and perhaps teacher and policy. Adds real images, an untrained model, and the one-step start: the
     teacher's weights asked for one step, before GSIM."""
     device = judge.device
     torch.manual_seed(s.seed + 1)
@@ -529,13 +533,14 @@ def curves(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
     keys = {"teacher": ["loss"], "student": ["aux_loss", "progress", "reward_features"],
             "policy": ["reward", "quality", "steps", "kl", "quality_mean", "held_out", "judge", "grad_norm"]}
-    titles = {"progress": "Fréchet distance, pixels", "reward_features": "Fréchet distance, reward's features", "quality_mean": "quality, no exploration", "held_out": "held-out reward",
-              "judge": "Fréchet distance, judge"}
+    titles = {"progress": "Fréchet distance, pixels", "reward_features": "Fréchet distance, reward's features",
+              "quality_mean": "quality, no exploration", "held_out": "held-out reward", "judge": "Fréchet distance, judge"}
     stages = [stage for stage in keys if any(line["stage"] == stage for line in lines)]
     if not plt or not stages:
         return
     panels = [(stage, key) for stage in stages for key in keys[stage] if any(line["stage"] == stage and key in line for line in lines)]
-    figure, axes = plt.subplots(math.ceil(len(panels) / 4), 4, figsize=(13, 2.4 * math.ceil(len(panels) / 4)), squeeze=False, layout="constrained")
+    rows = math.ceil(len(panels) / 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(13, 2.4 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for (stage, key), axis in zip(panels, axes.flat):
@@ -547,13 +552,12 @@ def curves(out):
 
 
 def in_batches(model, labels, how, seed, name, size=256):
-    """Tokens of many images and the unmasking iterations of each; only a policy's differ from image to image."""
-    tokens, steps = [], []
+    """Tokens of many images, and the unmasking iterations of each."""
+    parts = []
     for i, part in enumerate(tqdm(labels.split(size), f"judging {name}", leave=False)):
-        x = maskrl.generate(model, part, **how, seed=(seed, i), trace="steps" if how["steps"] is None else False)
-        x, count = (x[0], x[1].steps) if how["steps"] is None else (x, torch.full_like(part, how["steps"]))
-        tokens.append(x), steps.append(count)
-    return torch.cat(tokens), torch.cat(steps)
+        tokens, trace = maskrl.generate(model, part, **how, seed=(seed, i), trace="steps")
+        parts.append((tokens, trace.steps))
+    return [torch.cat(column) for column in zip(*parts)]
 
 
 def hardware(device):
@@ -566,12 +570,15 @@ def hardware(device):
 
 def add_options(parser):
     """Give `parser` a --preset, and an option for every field of Settings; those not given stay absent."""
-    parser.add_argument("--preset", choices=maskrl.PRESETS, help="settings to start from (default: small on a CUDA GPU, else tiny)")
+    small = ", ".join(f"{k}={v}" for k, v in maskrl.PRESETS["small"].items())
+    parser.add_argument("--preset", choices=maskrl.PRESETS, help="settings to start from (default: small on a CUDA GPU, else "
+                        f"tiny). tiny: the defaults below; small: {small}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    begins = {"data": "data", "mean": "model", "steps": "generation", "batch": "teacher", "gsim_batch": "student (GSIM)", "rl_iters": "RL", "reward": "reward and judge"}
+    begins = {"data": "data", "mean": "model", "steps": "generation", "batch": "teacher", "gsim_batch": "student (GSIM)",
+              "rl_iters": "RL (train_rl.py; a student keeps them for it)", "reward": "reward (of RL, too) and judge"}
     for f in fields(maskrl.Settings):
         if f.name in begins:
-            group = parser.add_argument_group(f"{begins[f.name]} (defaults of the preset tiny)")
+            group = parser.add_argument_group(begins[f.name])
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
@@ -600,16 +607,18 @@ def chosen(args, device, content=None, resume=False):
 
 def options(doc):
     """The options that both training scripts share."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder to write into (default: runs/latest)")
-    parser.add_argument("--teacher", type=Path, help="a teacher.pt to start from, instead of training one")
-    parser.add_argument("--resume", action="store_true", help="continue what is in --out: finished stages are kept, an interrupted one goes on")
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder to write into (default: %(default)s)")
+    parser.add_argument("--teacher", type=Path, help="a teacher.pt to start from, instead of training one; beside --student, for the report")
+    parser.add_argument("--resume", action="store_true", help="continue what is in --out: finished stages are kept, an "
+                        "interrupted one goes on")
     add_options(parser)
     return parser
 
 
 def begin(args, names, base=None):
-    """Everything that can go wrong, before any long work: device, settings, folder, data. Returns s, data, device.
+    """What can go wrong, before any long work: device, settings, folder, data. Returns s, data, device.
 
     names: checkpoints that the script writes, the last stage first; base: content of the checkpoint it starts from."""
     device = maskrl.find_device(args.device)

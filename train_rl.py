@@ -138,7 +138,7 @@ def parse_reward(text):
 def make_reward(s, data, device, critic=None):
     """--reward as a function quality(images [B, 3, S, S], labels [B]) -> [B] in [0, 1], checked; and the embedded critic.
 
-    The critic, Progress' yardstick under any reward, is trained unless given; last, so that a wrong --reward shows at once."""
+    The critic, Progress' yardstick under any reward, is trained unless given; last, so that a wrong --reward shows soon."""
     kind = lambda name: {"clip": clip_reward, "fit": fit_reward}.get(name, pairs_reward if name.endswith(".csv") else function_reward)
     terms = parse_reward(s.reward)
     sources = {name: kind(name)(name, s, data.classes, device) for name, _ in terms if name != "embedded"}
@@ -240,7 +240,8 @@ def clip_reward(_, s, classes, device):
     if model not in open_clip.list_models():
         raise maskrl.InputError(f"--clip-model {model}: open_clip has no such model; open_clip.list_models() has their names")
     if not local and weights not in known:
-        raise maskrl.InputError(f"--clip-weights {weights}: neither a file nor weights that open_clip has for {model}: {', '.join(known[:6]) or 'none'}")
+        raise maskrl.InputError(f"--clip-weights {weights}: neither a file nor weights that open_clip has for {model}: "
+                                + (", ".join(known[:6]) or "none"))
     logging.disable()  # downloads complain at length; here is one line for all of it
     try:
         clip = open_clip.create_model(model, os.path.abspath(weights) if local else weights, device=device).eval().requires_grad_(False)
@@ -314,18 +315,20 @@ def main(argv=None):
     contents = [maskrl.read_checkpoint(path, kind) for path, kind in ((args.student, "student"), (args.teacher, "teacher")) if path]
     base = contents[0] if contents else None
     s, data, device = train_distill.begin(args, ["policy.pt"] + ([] if args.student else ["student.pt", "teacher.pt"]), base)
+    models = {}
+    if args.student:
+        models["student"] = maskrl.load_checkpoint(args.student, "student", device)
+        beside = args.teacher or args.student.with_name("teacher.pt")  # for the report alone
+        if beside.exists():
+            teacher = maskrl.load_checkpoint(beside, "teacher", device)
+            if all(getattr(teacher.settings, name) == getattr(s, name) for name in train_distill.SHAPE):
+                models["teacher"], teacher.settings = teacher, s
+            elif args.teacher:
+                raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
     clock = time.perf_counter()
     quality, critic = make_reward(s, data, device)
     minutes = {"reward": (time.perf_counter() - clock) / 60}
-    if args.student:
-        beside = args.teacher or args.student.with_name("teacher.pt")
-        models = {"student": maskrl.load_checkpoint(args.student, "student", device)}
-        if args.teacher or beside.exists():  # for the report alone
-            models["teacher"] = maskrl.load_checkpoint(beside, "teacher", device)
-            if any(getattr(models["teacher"].settings, name) != getattr(s, name) for name in train_distill.SHAPE):
-                raise maskrl.InputError(f"{beside} is not a teacher of {args.student}")
-            models["teacher"].settings = s
-    else:
+    if not args.student:
         print("no --student given: making " + ("a student" if args.teacher else "a teacher and a student") + " first")
         models, _, made = train_distill.make(args, s, data, device, critic)
         minutes = made | minutes

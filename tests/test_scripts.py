@@ -66,17 +66,31 @@ def test_a_folder_goes_through_all_scripts(run, capsys):
 def test_films_and_completions(run, tmp_path, capsys):
     policy, gif, strip, mask = str(run[0] / "policy.pt"), tmp_path / "film.gif", tmp_path / "film.png", tmp_path / "mask.png"
     Image.new("L", (8, 8), 0).save(mask)
-    photo = run[0] / "samples.png"
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30), "red").save(photo)
+    Image.new("L", (80, 60), 0).save(mask)
     common = [policy, "--n", "4", "--device", "cpu", "--out", str(tmp_path / "o.png")]
     assert "no white pixel" in error_of(sample.main, [*common, "--inpaint", photo, "--mask", mask], capsys)
     assert "belong together" in error_of(sample.main, [*common, "--inpaint", photo], capsys)
-    half = Image.new("L", (8, 8), 0)
-    half.paste(255, (0, 0, 4, 8))
+    half = Image.new("L", (80, 60), 0)
+    half.paste(255, (0, 0, 40, 60))
     half.save(mask)
     assert "--inpaint nothing.png" in error_of(sample.main, [*common, "--inpaint", "nothing.png", "--mask", mask], capsys)
+    assert "is not of the shape" in error_of(sample.main, [*common, "--inpaint", run[0] / "samples.png", "--mask", mask], capsys)
     sample.main([*common, "--inpaint", str(photo), "--mask", str(mask), "--film", str(gif)])
     sample.main([*common, "--film", str(strip)])
     assert Image.open(gif).n_frames > 3 and Image.open(strip).size[1] > 150
+
+
+def test_a_token_is_drawn_where_any_pixel_of_a_larger_mask_is_white(tmp_path):
+    s = tiny(scale=1.0)
+    image, mask = Image.new("RGB", (120, 80), "red"), Image.new("L", (120, 80), 0)
+    mask.putpixel((20 + 79, 0), 255)  # the middle 80 x 80 pixels count
+    image.save(tmp_path / "image.png"), mask.save(tmp_path / "mask.png")
+    tokens, chosen = sample.to_complete(tmp_path / "image.png", tmp_path / "mask.png", s, "cpu")
+    side = s.image_size // s.patch
+    assert chosen.nonzero().flatten().tolist() == [side - 1]
+    assert torch.equal(tokens, maskrl.to_tokens(torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, s.image_size, s.image_size), s))
 
 
 def test_a_broken_image_is_named_skipped_and_counted(folder, capsys):
@@ -115,7 +129,14 @@ def test_wrong_input_ends_in_one_line_and_exit_code_2(run, tmp_path, capsys):
         (sample.main, [out / "metrics.json"], "metrics.json is not a checkpoint"),
         (sample.main, [student, "--classes", "3,eleven"], "no class 'eleven'"),
         (sample.main, [student, "--guidance", 2, "--out", tmp_path / "a.png"], "--guidance"),
-        (sample.main, [student, "--denoise-steps", 0, "--out", tmp_path / "a.png"], "2...1000 steps"),
+        (sample.main, [student, "--denoise-steps", 0, "--out", tmp_path / "a.png"], "--denoise-steps 0: a student takes one step"),
+        (sample.main, [out / "teacher.pt", "--denoise-steps", 0, "--out", tmp_path / "a.png"], "must lie in 1...1000"),
+        (sample.main, [out / "teacher.pt", "--denoise-steps", 1, "--temperature", 0.5, "--out", tmp_path / "a.png"], "--temperature"),
+        (sample.main, [out / "teacher.pt", "--guidance", "nan", "--out", tmp_path / "a.png"], "--temperature and --guidance must be numbers"),
+        (sample.main, [student, "--film", tmp_path / "a.png", "--out", tmp_path / "a.png"], "would overwrite --out"),
+        (sample.main, [student, "--out", tmp_path / "a.psd"], "a.psd: the name must end"),
+        (sample.main, [student, "--out", junk / "a.png", "--n", 1], "cannot be written"),
+        (sample.main, [student, "--device", "cpu:0"], "--device cpu:0"),
         (sample.main, [student, "--steps", 0, "--out", tmp_path / "a.png"], "--steps 0"),
         (train_rl.main, ["--student", student, "--guidance", 3, *new], "--guidance is fixed by the checkpoint: 1.5"),
         (train_rl.main, ["--student", student, "--teacher", tmp_path / "typo.pt", *new], "no checkpoint"),

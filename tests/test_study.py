@@ -13,7 +13,7 @@ import study
 def small(monkeypatch, tmp_path):
     """study.main with everything cut short, writing into one folder."""
     monkeypatch.setattr(maskrl, "preset", lambda name, seed=0: tiny(seed=seed, scale=0.0))
-    for name, short in dict(LONG=dict(gsim_iters=3), TEACHER=dict(teacher_iters=2), SHORT=dict(gsim_iters=2), HALVING=dict(gsim_iters=2)).items():
+    for name, short in dict(LONG=dict(gsim_iters=3), TEACHER=dict(teacher_iters=2), SHORT=dict(gsim_iters=2), HALVING=dict(gsim_iters=2), LONGER=2).items():
         monkeypatch.setattr(study, name, short)
     monkeypatch.setattr(study, "KS", (16, 1))
     monkeypatch.setattr(study, "CHAINS", (8, 5))
