@@ -31,6 +31,134 @@ from maskrl import InputError
 from sample import labelled_rows, read_image
 
 
+# Teacher and student ------------------------------------------------------------------------------------
+
+
+def train_teacher(s, data, out, device, resume=False):
+    """MAR's own training: hide tokens, minimise the diffusion loss of the hidden ones. Returns the EMA model."""
+    torch.manual_seed(s.seed)
+    model = maskrl.MAR(s, data.classes).to(device)
+    ema = deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=s.teacher_lr, betas=(0.9, 0.95))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, 4 * (1 - i / s.teacher_iters)))
+
+    def update(step):
+        g = maskrl.rng(s.seed, "teacher", step)
+        x, labels = data.train.batch(s.batch, g, device, s.flip)
+        x = maskrl.to_tokens(x, s)
+        labels = torch.where((torch.rand(s.batch, generator=g) < s.label_dropout).to(device), model.num_classes, labels)
+        mask = maskrl.random_mask(s.batch, s.length, "mixed", g, device)
+        c = model.context(x, mask, labels)[mask].repeat(s.draws, 1)
+        x_0 = x[mask].repeat(s.draws, 1)
+        t = torch.randint(1000, (len(c),), generator=g).to(device)
+        eps = torch.randn(x_0.shape, generator=g).to(device)
+        loss = maskrl.denoising_loss(model.head, x_0, c, t, eps)
+        norm = maskrl.descend(loss, optimizer)
+        rate.step()
+        update_ema(ema, model, step, s.ema)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+    return train("teacher", out / "teacher.pt", s.teacher_iters, update, model, ema,
+                        {"optimizer": optimizer, "rate": rate}, out / "log.jsonl", resume)
+
+
+def train_student(s, data, teacher, out, device, resume=False, progress=None, distil=maskrl.gsim_update):
+    """GSIM: student and auxiliary network both start as the teacher. Returns the EMA student, the best by `progress`.
+
+    distil: the update, called as gsim_update is; another one is for rivals."""
+    student = deepcopy(teacher).requires_grad_(True)
+    student.settings = s
+    aux, ema = deepcopy(student), deepcopy(student).requires_grad_(False)
+    optimizers, rates = {}, {}
+    for name, net, lr in (("student", student, s.student_lr), ("aux", aux, s.aux_lr)):
+        optimizers[name] = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.999))
+        rates[name] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[name], s.gsim_iters)
+    state = {"aux": aux} | {f"{k}_optimizer": v for k, v in optimizers.items()} | {f"{k}_rate": v for k, v in rates.items()}
+
+    def update(step):
+        g = maskrl.rng(s.seed, "gsim", step)
+        x, labels = data.train.batch(s.gsim_batch, g, device, s.flip)
+        metrics = distil(teacher, student, aux, maskrl.to_tokens(x, s), labels, optimizers, g)
+        rates["student"].step(), rates["aux"].step()
+        update_ema(ema, student, step, s.student_ema)
+        return metrics
+
+    return train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume,
+                 measure=progress)
+
+
+# The training loop -----------------------------------------------------------------------------------------
+# One for teacher, student and policy: progress bar, log, checkpoints, and going on where an interrupted run stopped.
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, limit):
+    """ema <- d ema + (1 - d) model with d = min(limit, (1 + i) / (10 + i)): short at first, so that it never lags."""
+    d = min(limit, (1 + step) / (10 + step))
+    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
+        a.lerp_(b, 1 - d) if a.is_floating_point() else a.copy_(b)
+
+
+def weight_decay_groups(model, decay=0.02):
+    """Parameter groups with MAR's rule: no weight decay on 1-D tensors, biases and the diffusion head."""
+    named = [(p.ndim > 1 and not name.startswith("head."), p) for name, p in model.named_parameters()]
+    return [{"params": [p for d, p in named if d], "weight_decay": decay},
+            {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
+
+
+def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, measure=None):
+    """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
+
+    state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
+    measure: function ema -> {name: float} to log, asked ten times; where it gives `progress`, the EMA weights for which that was
+    lowest are kept at the end. The log's `seconds` are those of the updates alone.
+    A non-finite loss stops with the step, and leaves a checkpoint of the last finite weights."""
+    path, ema, state, start = Path(path), ema or model, state or {}, 0
+    best = {"value": math.inf, "weights": {}, "seconds": 0.0}  # and the seconds of all updates so far
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resume and path.exists():
+        content = maskrl.read_checkpoint(path, kind)
+        model.load_state_dict(content["model"])
+        ema.load_state_dict(content["model_ema"])
+        start = content["step"]
+        for name, value in (content["training"] or {}).items():
+            best.update(value) if name == "best" else state[name].load_state_dict(value)
+
+    def write(step, metrics):
+        if log:
+            with open(log, "a") as file:
+                values = {k: round(v, 6) for k, v in ({"seconds": best["seconds"]} | metrics).items()}
+                file.write(json.dumps({"stage": kind, "step": step, **values}) + "\n")
+
+    def save(step):
+        training = None if step == iters else {name: value.state_dict() for name, value in state.items()} | {"best": best}
+        maskrl.save_checkpoint(path, kind, model, ema, step, training)
+
+    bar = tqdm(range(start, iters), kind, iters, initial=start, mininterval=1)
+    for step in bar:
+        began = time.perf_counter()
+        try:
+            metrics = update(step)
+        except maskrl.NonFinite as error:
+            save(step)
+            raise maskrl.NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. If training diverged, "
+                                   "start afresh in another --out with a lower learning rate") from None
+        best["seconds"] += time.perf_counter() - began
+        if step % max(1, iters // 200) == 0 or step == iters - 1:
+            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+            write(step, metrics)
+        if measure and (step + 1) * 10 // iters > step * 10 // iters:
+            values = measure(ema)
+            write(step, values)
+            if values.get("progress", math.inf) < best["value"]:
+                best |= {"value": values["progress"], "weights": deepcopy(ema.state_dict())}
+            if step + 1 == iters and best["weights"]:
+                ema.load_state_dict(best["weights"])
+        if (step + 1) % every == 0 or step + 1 == iters:
+            save(step + 1)
+    return ema
+
+
 # Data -----------------------------------------------------------------------------------------------------
 # Either shapes that anybody can draw, or a folder of images per class. Both end as uint8 tensors in memory, in
 # three parts: `train` (generator and reward), `judge` (the judge alone), `test` (reference of the judge's table).
@@ -159,130 +287,6 @@ def load_folder(folder, size):
     if not read_ok:
         raise InputError(f"--data {folder}: none of its images could be read")
     return found.classes, torch.stack([x for x, _ in read_ok]), torch.tensor([y for _, y in read_ok])
-
-
-# Training -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def update_ema(ema, model, step, limit):
-    """ema <- d ema + (1 - d) model with d = min(limit, (1 + i) / (10 + i)): short at first, so that it never lags."""
-    d = min(limit, (1 + step) / (10 + step))
-    for a, b in zip(ema.state_dict().values(), model.state_dict().values()):
-        a.lerp_(b, 1 - d) if a.is_floating_point() else a.copy_(b)
-
-
-def weight_decay_groups(model, decay=0.02):
-    """Parameter groups with MAR's rule: no weight decay on 1-D tensors, biases and the diffusion head."""
-    named = [(p.ndim > 1 and not name.startswith("head."), p) for name, p in model.named_parameters()]
-    return [{"params": [p for d, p in named if d], "weight_decay": decay},
-            {"params": [p for d, p in named if not d], "weight_decay": 0.0}]
-
-
-def train(kind, path, iters, update, model, ema=None, state=None, log=None, resume=False, every=250, measure=None):
-    """Run update(step) -> {name: float} for `iters` steps, with a progress bar, log lines and checkpoints at `path`.
-
-    state: {name: object with state_dict()}, saved beside the model so that a resumed run equals an uninterrupted one.
-    measure: function ema -> {name: float} to log, asked ten times; where it gives `progress`, the EMA weights for which that was
-    lowest are kept at the end. The log's `seconds` are those of the updates alone.
-    A non-finite loss stops with the step, and leaves a checkpoint of the last finite weights."""
-    path, ema, state, start = Path(path), ema or model, state or {}, 0
-    best = {"value": math.inf, "weights": {}, "seconds": 0.0}  # and the seconds of all updates so far
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if resume and path.exists():
-        content = maskrl.read_checkpoint(path, kind)
-        model.load_state_dict(content["model"])
-        ema.load_state_dict(content["model_ema"])
-        start = content["step"]
-        for name, value in (content["training"] or {}).items():
-            best.update(value) if name == "best" else state[name].load_state_dict(value)
-
-    def write(step, metrics):
-        if log:
-            with open(log, "a") as file:
-                values = {k: round(v, 6) for k, v in ({"seconds": best["seconds"]} | metrics).items()}
-                file.write(json.dumps({"stage": kind, "step": step, **values}) + "\n")
-
-    def save(step):
-        training = None if step == iters else {name: value.state_dict() for name, value in state.items()} | {"best": best}
-        maskrl.save_checkpoint(path, kind, model, ema, step, training)
-
-    bar = tqdm(range(start, iters), kind, iters, initial=start, mininterval=1)
-    for step in bar:
-        began = time.perf_counter()
-        try:
-            metrics = update(step)
-        except maskrl.NonFinite as error:
-            save(step)
-            raise maskrl.NonFinite(f"{kind}, step {step}: {error}. The last finite weights are in {path}. If training diverged, "
-                                   "start afresh in another --out with a lower learning rate") from None
-        best["seconds"] += time.perf_counter() - began
-        if step % max(1, iters // 200) == 0 or step == iters - 1:
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            write(step, metrics)
-        if measure and (step + 1) * 10 // iters > step * 10 // iters:
-            values = measure(ema)
-            write(step, values)
-            if values.get("progress", math.inf) < best["value"]:
-                best |= {"value": values["progress"], "weights": deepcopy(ema.state_dict())}
-            if step + 1 == iters and best["weights"]:
-                ema.load_state_dict(best["weights"])
-        if (step + 1) % every == 0 or step + 1 == iters:
-            save(step + 1)
-    return ema
-
-
-def train_teacher(s, data, out, device, resume=False):
-    """MAR's own training: hide tokens, minimise the diffusion loss of the hidden ones. Returns the EMA model."""
-    torch.manual_seed(s.seed)
-    model = maskrl.MAR(s, data.classes).to(device)
-    ema = deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=s.teacher_lr, betas=(0.9, 0.95))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1, 4 * (1 - i / s.teacher_iters)))
-
-    def update(step):
-        g = maskrl.rng(s.seed, "teacher", step)
-        x, labels = data.train.batch(s.batch, g, device, s.flip)
-        x = maskrl.to_tokens(x, s)
-        labels = torch.where((torch.rand(s.batch, generator=g) < s.label_dropout).to(device), model.num_classes, labels)
-        mask = maskrl.random_mask(s.batch, s.length, "mixed", g, device)
-        c = model.context(x, mask, labels)[mask].repeat(s.draws, 1)
-        x_0 = x[mask].repeat(s.draws, 1)
-        t = torch.randint(1000, (len(c),), generator=g).to(device)
-        eps = torch.randn(x_0.shape, generator=g).to(device)
-        loss = maskrl.denoising_loss(model.head, x_0, c, t, eps)
-        norm = maskrl.descend(loss, optimizer)
-        rate.step()
-        update_ema(ema, model, step, s.ema)
-        return {"loss": loss.item(), "grad_norm": norm}
-
-    return train("teacher", out / "teacher.pt", s.teacher_iters, update, model, ema,
-                        {"optimizer": optimizer, "rate": rate}, out / "log.jsonl", resume)
-
-
-def train_student(s, data, teacher, out, device, resume=False, progress=None, distil=maskrl.gsim_update):
-    """GSIM: student and auxiliary network both start as the teacher. Returns the EMA student, the best by `progress`.
-
-    distil: the update, called as gsim_update is; another one is for rivals."""
-    student = deepcopy(teacher).requires_grad_(True)
-    student.settings = s
-    aux, ema = deepcopy(student), deepcopy(student).requires_grad_(False)
-    optimizers, rates = {}, {}
-    for name, net, lr in (("student", student, s.student_lr), ("aux", aux, s.aux_lr)):
-        optimizers[name] = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.999))
-        rates[name] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[name], s.gsim_iters)
-    state = {"aux": aux} | {f"{k}_optimizer": v for k, v in optimizers.items()} | {f"{k}_rate": v for k, v in rates.items()}
-
-    def update(step):
-        g = maskrl.rng(s.seed, "gsim", step)
-        x, labels = data.train.batch(s.gsim_batch, g, device, s.flip)
-        metrics = distil(teacher, student, aux, maskrl.to_tokens(x, s), labels, optimizers, g)
-        rates["student"].step(), rates["aux"].step()
-        update_ema(ema, student, step, s.student_ema)
-        return metrics
-
-    return train("student", out / "student.pt", s.gsim_iters, update, student, ema, state, out / "log.jsonl", resume,
-                 measure=progress)
 
 
 # Reward network, judge and yardstick ----------------------------------------------------------------------
@@ -568,22 +572,6 @@ def hardware(device):
 # The script ---------------------------------------------------------------------------------------------
 
 
-def add_options(parser):
-    """Give `parser` a --preset, and an option for every field of Settings; those not given stay absent."""
-    small = ", ".join(f"{k}={v}" for k, v in maskrl.PRESETS["small"].items())
-    parser.add_argument("--preset", choices=maskrl.PRESETS, help="settings to start from (default: small on a CUDA GPU, else "
-                        f"tiny). tiny: the defaults below; small: {small}")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    begins = {"data": "data", "mean": "model", "steps": "generation", "batch": "teacher", "gsim_batch": "student (GSIM)",
-              "rl_iters": "RL (train_rl.py; a student keeps them for it)", "reward": "reward (of RL, too) and judge"}
-    for f in fields(maskrl.Settings):
-        if f.name in begins:
-            group = parser.add_argument_group(begins[f.name])
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                           help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
-
-
 # What a checkpoint fixes: what its weights depend on; for a student also what was distilled into it.
 SHAPE = "image_size image_channels patch mean scale width depth heads buffer velocity head_width head_depth".split()
 STUDENT_SHAPE = SHAPE + ["noise_ratio", "guidance"]
@@ -606,14 +594,25 @@ def chosen(args, device, content=None, resume=False):
 
 
 def options(doc):
-    """The options that both training scripts share."""
+    """The options that both training scripts share: a few, --preset and every field of Settings (absent where not given)."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder to write into (default: %(default)s)")
     parser.add_argument("--teacher", type=Path, help="a teacher.pt to start from, instead of training one; beside --student, for the report")
     parser.add_argument("--resume", action="store_true", help="continue what is in --out: finished stages are kept, an "
                         "interrupted one goes on")
-    add_options(parser)
+    small = ", ".join(f"{k}={v}" for k, v in maskrl.PRESETS["small"].items())
+    parser.add_argument("--preset", choices=maskrl.PRESETS, help="settings to start from (default: small on a CUDA GPU, else "
+                        f"tiny). tiny: the defaults below; small: {small}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    begins = {"data": "data", "mean": "model", "steps": "generation", "batch": "teacher", "gsim_batch": "student (GSIM)",
+              "rl_iters": "RL (train_rl.py; a student keeps them for it)", "reward": "reward (of RL, too) and judge"}
+    for f in fields(maskrl.Settings):
+        if f.name in begins:
+            group = parser.add_argument_group(begins[f.name])
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"), **kind)
     return parser
 
 
