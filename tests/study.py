@@ -12,7 +12,7 @@
     python tests/study.py drift                # the demo's RL with beta from 0 to 1
     python tests/study.py backprop             # the reward's own gradient, through two steps or all, with and without anchor
     python tests/study.py drift frontier       # the demo's RL with alpha from 0.1 to 1, fixed schedules, K -> K/2; three seeds
-    python tests/study.py rates drift story    # teacher, student, RL on critical steps, learned schedule; three seeds
+    python tests/study.py rates drift frontier story    # teacher, student, RL on critical steps, learned schedule; three seeds
 
 Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
 seeds can run beside each other (--seeds 0 in one shell, --seeds 1 in another), and the table is of all that is there.
@@ -215,11 +215,12 @@ def speed(lab):
 
 
 def story(lab):
-    """The whole of it: teacher, student, RL on the critical steps (K = 8, rate 3e-5), RL with a learned schedule."""
+    """The whole of it: teacher, student, RL on the critical steps (K = 8, rate 3e-5), RL with a learned schedule, and longer."""
     cells = {"story: teacher": (lab.teacher, dict(steps=16, denoise_steps=100, guidance=lab.s.guidance)),
              "story: student": (lab.student("student"), dict(steps=16, denoise_steps=1)),
              "story: + RL on critical steps": (trained(lab, "critical 3e-05"), dict(steps=8, denoise_steps=1)),
-             "story: + learned schedule": (trained(lab, "demo, beta 0.2"), dict(steps=None, denoise_steps=1))}
+             "story: + learned schedule": (trained(lab, "demo, beta 0.2"), dict(steps=None, denoise_steps=1)),
+             f"story: the same, {LONGER} updates": (trained(lab, "longer"), dict(steps=None, denoise_steps=1))}
 
     def work(name):
         model, how = cells[name]
@@ -313,6 +314,7 @@ def frontier(lab):
         yield f"student, fixed {K}", lambda K=K: at(lab, lab.student("student"), K)
         yield f"policy's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "demo, beta 0.2"), K)
     yield rl_arm(lab, "longer", **DEMO | dict(rl_iters=LONGER))
+    yield rl_arm(lab, "longer, alpha 1", **DEMO | dict(rl_iters=LONGER, alpha=1.0))
     for K in (16, 8, 6, 5, 4, 3):
         yield f"longer's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "longer"), K)
     for K in (8, 4, 2):
@@ -455,9 +457,9 @@ def draw(study, rows, path):
         for axis, key in zip(axes, ("quality", "frechet")):
             for kind in ("student, fixed", "policy's generator, fixed", "longer's generator, fixed", "halved to", "demo", "longer"):
                 points = sorted((statistics.mean(run["steps"] for run in runs), statistics.mean(run[key] for run in runs))
-                                for name, runs in rows.items() if name.startswith(kind) and (kind != "longer" or name == kind))
-                label = {"demo": "learned schedules, 150 updates", "longer": f"learned schedule, {LONGER} updates"}.get(kind, kind)
-                axis.plot(*zip(*points), {"demo": "o-", "longer": "*"}.get(kind, ".--"), markersize=10 if kind == "longer" else 5, label=label)
+                                for name, runs in rows.items() if name.startswith(kind) and (kind != "longer" or "'s" not in name))
+                label = {"demo": "learned schedules, 150 updates", "longer": f"learned schedules, {LONGER} updates"}.get(kind, kind)
+                axis.plot(*zip(*points), {"demo": "o-", "longer": "*-"}.get(kind, ".--"), markersize=10 if kind == "longer" else 5, label=label)
             axis.set(xlabel="mean unmasking iterations", title={"quality": "quality", "frechet": "Fréchet distance"}[key], xscale="log")
             axis.set_xticks((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
         axes[1].set_yscale("log")
