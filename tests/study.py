@@ -314,7 +314,6 @@ def frontier(lab):
         yield f"student, fixed {K}", lambda K=K: at(lab, lab.student("student"), K)
         yield f"policy's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "demo, beta 0.2"), K)
     yield rl_arm(lab, "longer", **DEMO | dict(rl_iters=LONGER))
-    yield rl_arm(lab, "longer, alpha 1", **DEMO | dict(rl_iters=LONGER, alpha=1.0))
     for K in (16, 8, 6, 5, 4, 3):
         yield f"longer's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "longer"), K)
     for K in (8, 4, 2):
@@ -458,8 +457,8 @@ def draw(study, rows, path):
             for kind in ("student, fixed", "policy's generator, fixed", "longer's generator, fixed", "halved to", "demo", "longer"):
                 points = sorted((statistics.mean(run["steps"] for run in runs), statistics.mean(run[key] for run in runs))
                                 for name, runs in rows.items() if name.startswith(kind) and (kind != "longer" or "'s" not in name))
-                label = {"demo": "learned schedules, 150 updates", "longer": f"learned schedules, {LONGER} updates"}.get(kind, kind)
-                axis.plot(*zip(*points), {"demo": "o-", "longer": "*-"}.get(kind, ".--"), markersize=10 if kind == "longer" else 5, label=label)
+                label = {"demo": "learned schedules, 150 updates", "longer": f"learned schedule, {LONGER} updates"}.get(kind, kind)
+                axis.plot(*zip(*points), {"demo": "o-", "longer": "*"}.get(kind, ".--"), markersize=10 if kind == "longer" else 5, label=label)
             axis.set(xlabel="mean unmasking iterations", title={"quality": "quality", "frechet": "Fréchet distance"}[key], xscale="log")
             axis.set_xticks((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
         axes[1].set_yscale("log")
