@@ -442,9 +442,9 @@ class Progress:
         stride = max(2, images.shape[-1] // 8)
         return images[..., ::stride, ::stride].flatten(1), self.critic(images)[0]
 
-    def __call__(self, student):
-        seeds = ((self.s.seed, "progress", i) for i in range(len(self.labels)))
-        parts = [maskrl.generate(student, y, denoise_steps=1, seed=seed) for y, seed in zip(self.labels.split(256), seeds)]
+    def __call__(self, model, denoise_steps=1, **how):
+        parts = [maskrl.generate(model, y, denoise_steps=denoise_steps, **how, seed=(self.s.seed, "progress", i))
+                 for i, y in enumerate(self.labels.split(256))]
         views = self.views(maskrl.to_images(torch.cat(parts), self.s))
         return dict(zip(("progress", "reward_features"), map(frechet_distance, views, self.reference)))
 
