@@ -556,6 +556,18 @@ def test_only_the_chosen_number_of_steps_is_optimised(model, settings):
     assert (gain.masked_fill(~pick("critical"), 9).min(1).values >= gain.masked_fill(pick("critical"), -9).max(1).values).all()
 
 
+@pytest.mark.parametrize("how", ["critical", "random", "first", "all"])
+def test_only_steps_that_an_image_took_are_optimised(model, settings, how):
+    """Under a learned schedule images take different numbers of steps; each has all of K_c optimised, or all that it took."""
+    model.settings = s = settings(critical_steps=6, rl_steps=how)
+    maskrl.add_schedule(model)
+    tokens, trace = maskrl.generate(model, torch.arange(12) % 3, denoise_steps=1, trace=True)
+    assert trace.steps.min() < 6 < trace.steps.max()
+    steps = maskrl.optimised_steps(trace, tokens, s, 0.0, maskrl.rng(0))
+    assert not (steps & (trace.counts == 0)).any()
+    assert torch.equal(steps.sum(1), trace.steps if how == "all" else trace.steps.clamp(max=6))
+
+
 def test_routing_heats_the_less_uncertain_half_of_the_prompts(model, settings):
     model.settings = settings(route=2.0, explore=0.01)
     heat = maskrl.routing(model, torch.tensor([0, 1, 2, 1]), maskrl.rng(0))

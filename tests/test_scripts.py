@@ -64,7 +64,7 @@ def test_a_folder_goes_through_all_scripts(run, capsys):
 
 
 def test_films_and_completions(run, tmp_path, capsys):
-    policy, gif, strip, mask = str(run[0] / "policy.pt"), tmp_path / "film.gif", tmp_path / "film.png", tmp_path / "mask.png"
+    policy, gif, strip, mask = str(run[0] / "policy.pt"), tmp_path / "film.GIF", tmp_path / "film.png", tmp_path / "mask.png"
     Image.new("L", (8, 8), 0).save(mask)
     photo = tmp_path / "photo.png"
     Image.new("RGB", (40, 30), "red").save(photo)
