@@ -1,38 +1,68 @@
 """maskrl: fast masked image generators in one file, to be read beside three papers.
 
-A masked auto-regressive generator (MAR, arXiv 2406.11838) reveals the tokens of an image over K iterations
-and runs a ~100-step denoising chain inside each. Three papers attack that cost, and this file unites them:
+A masked auto-regressive generator (MAR, arXiv 2406.11838) reveals the tokens of an image over K
+iterations, and runs a denoising chain of about 100 steps inside each of them. Three papers attack
+that cost, and this file unites them on one model:
 
-    MARVAL    (2511.15190)  distil the inner chain into ONE denoising step (GSIM, guided score implicit matching: the
-                            student learns to have the teacher's scores, gradients of the log density), then RL
-    MaskFocus (2512.18766)  spend RL only on the critical steps, found by information gain
-    Speed-RL  (2512.01094)  reward quality and needing fewer steps
+    MARVAL     2511.15190  distil the inner chain into ONE denoising step (GSIM, guided score
+                           implicit matching), then improve the one-step student by RL
+    MaskFocus  2512.18766  spend RL only on the critical steps, found by information gain
+    Speed-RL   2512.01094  reward quality and needing fewer steps
 
-Letters:  x tokens of an image [B, L, D] (L tokens of D channels) - mask [B, L], true = still hidden - c context of each
-token, out of the transformer [B, L, W] - z Gaussian noise [B, L, D] - t diffusion time 0...999, x_t = alpha_t x_0 +
-sigma_t eps - s guidance (and, in code, the Settings) - s_p, s_q scores - K unmasking iterations ("steps"), at most; T
-those that an image took - g(z, c) the one-step student's token (a g alone may be a random generator) - P prompts (class
-labels), G rollouts of each (a group) - A advantage, R reward - N rows of a flat batch, mostly tokens [N, D]. In
-sections 3 to 6 alpha and sigma are alpha_t and sigma_t; in 8 and 9 sigma is the exploration noise, alpha the exponent
-of speed and beta the weight of the KL.
+Part I, the methods, in the order of the papers. Every section opens with its idea:
 
-Contents:  1 Settings - 2 Tokens - 3 Model - 4 Diffusion - 5 Generation - 6 GSIM - 7 Critical steps -
-8 Schedule policy - 9 Policy gradient - 10 Checkpoints and scripts.  The methods are here; the experiment around them
-(data, training loop, reward network, judge, report) is in train_distill.py, and other rewards are in train_rl.py.
+    1  Settings     4  Diffusion             7  GSIM              10  Policy gradient
+    2  Tokens       5  Training a teacher    8  Critical steps    11  Checkpoints
+    3  Model        6  Generation            9  Schedule policy
+
+Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
+
+    12  Data                15  Judge        17  Report and pictures
+    13  Training loop       16  Rewards      18  Command line
+    14  Reward network
+
+Letters, the same in the papers, the docstrings and the code:
+
+    x     [B, L, D]  B images as L tokens of D channels
+    mask  [B, L]     true where a token is still hidden
+    c     [B, L, W]  context of every token, from the transformer of width W
+    z     [B, L, D]  Gaussian noise; g(z, c) is the student's token
+    N                rows of a flat batch of tokens: x_0 [N, D], c [N, W], t [N]
+    t     0...999    diffusion time, with x_t = alpha_t x_0 + sigma_t eps
+    s                guidance; s_p and s_q are scores, gradients of a log density
+    K, T             unmasking iterations ("steps"): the most there may be; those an image took
+    P, G             prompts (class labels); rollouts of each prompt, which are its group
+    R, A             reward, advantage
+
+In sections 9 and 10 sigma is the exploration noise, alpha the exponent of speed, and beta the
+weight of the KL divergence.
 """
 
+import argparse
+import importlib
+import json
+import logging
 import math
 import os
+import platform
 import sys
+import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 
@@ -41,203 +71,193 @@ class InputError(ValueError):
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient is infinite or NaN, or a reward outside its range; no weight was changed by it."""
+    """A loss, gradient or reward is infinite or NaN; no weight was changed by it."""
 
 
-# 1 Settings ---------------------------------------------------------------------------------------------
-# Every knob of the project, flat. Each script's command line is made from these fields, and every checkpoint
-# carries them, so that `sample.py` needs nothing but a path. Reading for the first time? Go on to section 2: the
-# options of the methods are explained where they are used.
+# ==================================================================================================
+# Part I: the methods
+# ==================================================================================================
+
+# 1 Settings ---------------------------------------------------------------------------------------
+# One flat list of numbers and choices, from which the scripts make their command line, and which
+# every checkpoint carries. Reading for the first time? Go on to section 2 and come back for a name.
 
 
-def option(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, **limits):
+    """A field of Settings. limits: at_least, above, at_most, below (numbers) or choices."""
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+METHODS = ("grpo", "backprop")  # policy gradient over groups, or through the generation
+RL_STEPS = ("critical", "random", "first", "all")
+RL_TOKENS = ("revealed", "hidden", "fresh")  # revealed there, all hidden, all under a fresh mask
 
 
 @dataclass
 class Settings:
-    """All settings; the defaults are the preset `tiny`, which trains in minutes on two CPU cores."""
+    """All settings of a model and its training; the defaults are the preset `tiny`.
+
+    Raises InputError, naming the option, for a value of the wrong type or outside its limits."""
 
     # data
-    data: str = option("shapes", "'shapes' (drawn on the fly), or a folder with one sub-folder of images per class")
-    image_size: int = option(16, "height and width in pixels; must be a multiple of --patch")
-    image_channels: int = option(3, "3, RGB (16, the latents of MAR's autoencoder, cannot be loaded yet)")
-    difficulty: int = option(0, "of the shapes: 0 = 9 easy classes; 1 = 16, coloured backgrounds, more jitter", (0, 1))
-    per_class: int = option(3000, "images per class that 'shapes' draws")
+    image_size: int = option(16, "height and width in pixels", at_least=1)
+    per_class: int = option(3000, "images per class that the built-in shapes draw", at_least=20)
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
-    seed: int = option(0, "seeds the shapes, initial weights and noise; the split of a folder is always the same")
-    # model: an encoder and a decoder of `depth` blocks each, and the diffusion head
-    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale; used if --scale is given, else measured")
-    scale: float = option(0.0, "0 = measured on the training images, so that tokens have mean 0 and variance 1")
-    patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2")
-    width: int = option(96, "width W of the transformer")
-    depth: int = option(2, "transformer blocks in the encoder, and again in the decoder")
-    heads: int = option(4, "attention heads")
-    buffer: int = option(4, "rows at the start of the sequence that carry the class")
-    head_width: int = option(128, "width of the MLP diffusion head")
-    head_depth: int = option(2, "residual blocks of the diffusion head")
-    velocity: bool = option(True, "the head predicts velocity, and eps is made from it; off for MAR's own weights")
+    seed: int = option(0, "of shapes, initial weights and noise; a folder's split is fixed")
+    # model
+    patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2", at_least=1)
+    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale")
+    scale: float = option(0.0, "0: mean and scale are measured on the training images", at_least=0)
+    width: int = option(96, "W of the transformer, a multiple of 4 and of --heads", at_least=4)
+    depth: int = option(2, "transformer blocks in the encoder, and in the decoder", at_least=1)
+    heads: int = option(4, "attention heads", at_least=1)
+    buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
+    head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
+    head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
+    velocity: bool = option(True, "the head's network predicts velocity; MAR's own predicts eps")
     # generation
-    steps: int = option(16, "K, unmasking iterations per image")
-    denoise_steps: int = option(100, "denoising steps of the teacher's chain inside each iteration")
-    guidance: float = option(1.5, "s in eps = eps_null + s (eps_class - eps_null); 1 = none. The teacher is "
-                                  "sampled with it, and GSIM bakes it into the student, which is sampled without")
-    clip: float = option(1.3, "the chain clips its estimate of x_0 to pixels within +-clip, theirs being 1; 0 = off")
-    # teacher
-    batch: int = option(64, "images per teacher update")
-    teacher_iters: int = option(2500, "teacher updates")
-    teacher_lr: float = option(2e-3, "AdamW; 50 steps of warm-up, constant, linear to 0 over the last quarter")
-    draws: int = option(4, "noise draws per hidden token and update, of the teacher and of GSIM")
-    label_dropout: float = option(0.1, "share of images trained without their class, which guidance needs")
-    ema: float = option(0.995, "limit of the EMA decay min(ema, (1+i)/(10+i)) after i updates")
+    steps: int = option(16, "K, unmasking iterations per image", at_least=1)
+    denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
+    guidance: float = option(1.5, "s; eps = eps_null + s (eps_class - eps_null)", at_least=0)
+    x_0_limit: float = option(1.3, "clips the chain's x_0 (white is 1); 0 is off", at_least=0)
+    # training the teacher
+    batch: int = option(64, "images per update of teacher and student", at_least=1)
+    teacher_iters: int = option(2500, "teacher updates", at_least=1)
+    teacher_lr: float = option(2e-3, "learning rate of the teacher", above=0)
+    draws: int = option(4, "noise draws per hidden token and update", at_least=1)
+    label_dropout: float = option(0.1, "share trained without a class", at_least=0, below=1)
+    ema: float = option(0.995, "limit of the teacher's EMA decay", at_least=0, below=1)
     # GSIM
-    gsim_batch: int = option(64, "images per GSIM update")
-    gsim_iters: int = option(800, "student updates")
-    student_lr: float = option(6e-4, "Adam (beta_1 = 0), cosine decay")
-    aux_lr: float = option(1.2e-3, "the same, of the auxiliary network")
-    aux_updates: int = option(1, "auxiliary updates per student update")
-    student_ema: float = option(0.98, "as ema, of the student")
-    gsim_terms: str = option("L1+L2", "of the GSIM loss; one alone is for ablations", ("L1+L2", "L1", "L2"))
-    gsim_masks: str = option("uniform", "mask ratios of GSIM, see random_mask", ("uniform", "mar", "mixed"))
-    gsim_units: str = option("velocity", "in which GSIM compares the scores, a weight over t", ("velocity", "eps"))
-    distance: str = option("huber", "d of GSIM: pseudo-Huber or squared", ("huber", "squared"))
-    huber: float = option(1e-5, "r of the pseudo-Huber distance sqrt(|y|^2 + r^2) - r")
-    noise_ratio: float = option(5.0, "the student starts at the time tau with sigma_tau / alpha_tau = this")
+    gsim_iters: int = option(800, "student updates", at_least=1)
+    student_lr: float = option(6e-4, "learning rate of the student", above=0)
+    aux_lr: float = option(1.2e-3, "learning rate of the auxiliary network", above=0)
+    student_ema: float = option(0.98, "limit of the student's EMA decay", at_least=0, below=1)
+    noise_ratio: float = option(5.0, "sigma / alpha where the student starts", above=0, below=1e4)
     # RL
-    rl_iters: int = option(150, "policy updates")
-    rl_lr: float = option(3e-5, "AdamW, of the generator")
-    schedule_lr: float = option(3e-3, "AdamW, of the schedule policy")
-    prompts: int = option(16, "groups per policy update")
-    group: int = option(8, "G, rollouts per group; they share class, order and z")
-    method: str = option("grpo", "policy gradient over groups of rollouts, or the reward's own gradient through the "
-                         "whole generation (MARVAL-RL), for rewards differentiable in the pixels and fixed steps; "
-                         "it uses prompts, group (as one batch), rl_steps, critical_steps, explore and beta alone",
-                         ("grpo", "backprop"))
-    rl_steps: str = option("critical", "steps to optimise: K_c by information gain, at random, the first, or all",
-                           ("critical", "random", "first", "all"))
-    critical_steps: int = option(4, "K_c, the steps per rollout that are optimised")
-    rl_tokens: str = option("revealed", "tokens that count at such a step: those revealed there (the exact policy "
-                            "gradient), all that are hidden, or all under a fresh mask (surrogates)",
-                            ("revealed", "hidden", "fresh"))
-    rl_epochs: int = option(1, "updates per rollout; from the second on, ratios leave 1 and are clipped")
-    schedule_epochs: int = option(4, "the same, of the schedule policy, for which they cost nearly nothing")
-    explore: float = option(0.1, "sigma of the Gaussian policy around the one-step student")
-    route: float = option(0.0, "the less uncertain half of the prompts explores 1 + this x exp(-H) times as much, H "
-                          "the entropy of the first prediction; 0 = no routing")
-    baseline: str = option("mean", "of the advantage: mean of the group, or of its other rollouts (leave-one-out)",
-                           ("mean", "others"))
-    normalise: bool = option(True, "divide the advantage by the group's std")
-    quality_floor: float = option(0.0, "rollouts of lower quality are left out; groups without any spread always are")
-    clip_ratio: float = option(0.2, "epsilon of the clipped ratio")
-    beta: float = option(0.2, "weight of KL(policy || student)")
-    learn_steps: bool = option(True, "learn a schedule policy of at most --steps; off: the cosine schedule of --steps")
-    alpha: float = option(0.5, "reward = quality * speed^alpha; 0 = quality alone")
-    additive: bool = option(False, "reward = quality + alpha * speed: an ablation, which fast and wrong images exploit")
-    # reward and judge
-    reward: str = option("embedded", "the quality that RL climbs: 'embedded' (a network trained here on data), 'fit' "
-                         "(exact, for shapes), 'clip', a .csv file of preferred pairs, or 'module:function'; or a "
-                         "weighted mean: 'clip:1,embedded:0.5,module:function:2'")
-    clip_model: str = option("ViT-B-32", "of --reward clip, as open_clip names it; OpenAI's: ViT-B-32-quickgelu")
-    clip_weights: str = option("laion2b_s34b_b79k", "a local file, or the name of weights that open_clip downloads")
-    clip_prompt: str = option("a high-quality and harmonious picture of {class}", "the text of --reward clip")
-    judge_iters: int = option(400, "updates of the reward network, of the judge, and of a reward learned from pairs")
-    judge_n: int = option(2250, "images in each row of the judge's table, if the held-out data hold twice as many")
+    method: str = option("grpo", "backprop: the reward's own gradient", choices=METHODS)
+    rl_iters: int = option(150, "policy updates", at_least=1)
+    rl_lr: float = option(3e-5, "learning rate of the generator", above=0)
+    prompts: int = option(16, "P, groups of rollouts per update", at_least=1)
+    group: int = option(8, "G, rollouts per group", at_least=2)
+    rl_steps: str = option("critical", "which steps are optimised", choices=RL_STEPS)
+    critical_steps: int = option(4, "K_c, how many of them per rollout", at_least=1)
+    rl_tokens: str = option("revealed", "which tokens of such a step count", choices=RL_TOKENS)
+    rl_epochs: int = option(1, "generator updates per batch of rollouts", at_least=1)
+    explore: float = option(0.1, "sigma of the Gaussian policy around the student", above=0)
+    route: float = option(0.0, "more exploration for prompts of low entropy", at_least=0)
+    clip_ratio: float = option(0.2, "epsilon of the clipped ratio", above=0)
+    beta: float = option(0.2, "weight of KL(policy || student)", at_least=0)
+    learn_steps: bool = option(True, "learn a schedule of at most --steps iterations")
+    schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0)
+    alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
+    # reward network and judge
+    judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
+    judge_n: int = option(2250, "images in each row of the judge's table", at_least=2)
 
     def __post_init__(self):
-        counts = ("patch depth heads buffer batch teacher_iters draws gsim_batch gsim_iters aux_updates "
-                  "rl_iters rl_epochs schedule_epochs prompts critical_steps judge_iters")
-        for names, ok, said in (
-                (counts, lambda v: v >= 1, "be at least 1"),
-                ("group", lambda v: v >= 2, "be at least 2, or no rollout differs from another"),
-                ("teacher_lr student_lr aux_lr rl_lr schedule_lr huber explore", lambda v: v > 0, "be above 0"),
-                ("label_dropout ema student_ema quality_floor", lambda v: 0 <= v < 1, "lie in [0, 1)"),
-                ("denoise_steps", lambda v: 2 <= v <= 1000, "lie in 2...1000; the student takes one step anyway"),
-                ("image_size", lambda v: v % self.patch == 0, f"be a multiple of --patch {self.patch}"),
-                ("width", lambda v: v % 4 == v % self.heads == 0, f"be a multiple of 4 and of --heads {self.heads}"),
-                ("steps", lambda v: 1 <= v <= self.length, f"lie in 1...{self.length}, the number of tokens"),
-                ("noise_ratio", lambda v: 0 < v < 1e4, "lie between 0 and 10,000")):
-            for name in names.split():
-                if not ok(value := getattr(self, name)):
-                    raise InputError(f"--{name.replace('_', '-')} {value} must {said}")
+        for f in fields(self):
+            check_option(f, getattr(self, f.name))
+        if self.image_size % self.patch:
+            raise InputError(
+                f"--image-size {self.image_size} must be a multiple of --patch {self.patch}"
+            )
+        if self.width % 4 or self.width % self.heads:
+            raise InputError(
+                f"--width {self.width} must be a multiple of 4 and of --heads {self.heads}"
+            )
+        if self.steps > self.length:
+            raise InputError(
+                f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens"
+            )
 
     @property
-    def length(self):
+    def length(self) -> int:
         """L, tokens per image."""
         return (self.image_size // self.patch) ** 2
 
-    @property
-    def has_schedule(self):
-        """Whether RL gives the model a schedule policy: back-propagation trains none, so it must not sample by one."""
-        return self.learn_steps and self.method == "grpo"
 
-    @property
-    def clip_range(self):
-        """Lowest and highest value that the chain lets a token's x_0 take, or None."""
-        return ((-self.clip - self.mean) * self.scale, (self.clip - self.mean) * self.scale) if self.clip else None
+def flag(name: str) -> str:
+    """The command-line option of a field of Settings."""
+    return "--" + name.replace("_", "-")
 
-    @property
-    def channels(self):
-        """D, channels per token."""
-        return self.image_channels * self.patch**2
+
+def check_option(f, value):
+    """InputError unless `value` has the type of the Settings field `f` and obeys its limits."""
+    limits, name = f.metadata["limits"], flag(f.name)
+    accepted = (int, float) if f.type is float else f.type
+    if not isinstance(value, accepted) or (isinstance(value, bool) and f.type is not bool):
+        raise InputError(f"{name} {value!r} must be of type {f.type.__name__}")
+    if "choices" in limits and value not in limits["choices"]:
+        raise InputError(f"{name} {value} must be one of {', '.join(limits['choices'])}")
+    if f.type in (int, float) and not math.isfinite(value):
+        raise InputError(f"{name} {value} must be a finite number")
+    if "at_least" in limits and value < limits["at_least"]:
+        raise InputError(f"{name} {value} must be at least {limits['at_least']}")
+    if "above" in limits and value <= limits["above"]:
+        raise InputError(f"{name} {value} must be above {limits['above']}")
+    if "at_most" in limits and value > limits["at_most"]:
+        raise InputError(f"{name} {value} must be at most {limits['at_most']}")
+    if "below" in limits and value >= limits["below"]:
+        raise InputError(f"{name} {value} must be below {limits['below']}")
 
 
 PRESETS = {
     "tiny": {},
-    "small": dict(image_size=64, patch=4, width=384, depth=6, heads=6, buffer=16, head_width=512, head_depth=4,
-                  steps=64, teacher_iters=100_000, teacher_lr=4e-4, ema=0.9999, gsim_iters=20_000, student_lr=3e-5,
-                  aux_lr=6e-5, critical_steps=6, prompts=4, batch=128, judge_iters=2000),
+    "small": {
+        **{"image_size": 64, "patch": 4, "steps": 64, "batch": 128},
+        **{"width": 384, "depth": 6, "heads": 6, "buffer": 16, "head_width": 512, "head_depth": 4},
+        **{"teacher_iters": 100_000, "teacher_lr": 4e-4, "ema": 0.9999},
+        **{"gsim_iters": 20_000, "student_lr": 3e-5, "aux_lr": 6e-5},
+        **{"prompts": 4, "critical_steps": 6, "judge_iters": 2000},
+    },
 }
 
 
-def preset(name, **overrides):
+def preset(name: str, **overrides) -> Settings:
     """The Settings of preset `tiny` or `small`, with single fields replaced."""
     if name not in PRESETS:
-        raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return Settings(**{**PRESETS[name], **overrides})
 
 
-def rng(*names, device="cpu"):
-    """A generator seeded by what it is for, e.g. rng(seed, "gsim", step): a resumed run draws the same noise."""
+def rng(*names, device="cpu") -> torch.Generator:
+    """A generator seeded by what it is for, e.g. rng(seed, "gsim", step).
+
+    No random state has to be saved: a resumed run asks for the same names and draws the same."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(names).encode()))
 
 
-# 2 Tokens ------------------------------------------------------------------------------------------------
-# A token is a square patch of pixels, all its channels in one row: continuous, no codebook.
+# 2 Tokens -----------------------------------------------------------------------------------------
+# A token is a square patch of pixels with all its channels in one row. There is no codebook: tokens
+# are vectors of real numbers, shifted and scaled to mean 0 and variance 1 over the training images.
 
 
-def patchify(images, patch):
-    """Images [B, C, H, W] -> tokens [B, L, D], in raster order, D = C patch^2."""
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Images [B, C, H, W] -> tokens [B, L, D] in raster order, D = C patch^2."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 
 
-def unpatchify(tokens, patch):
-    """Tokens [B, L, D] of a square image -> images [B, C, H, W]; the exact inverse of `patchify`."""
+def unpatchify(tokens: Tensor, patch: int) -> Tensor:
+    """Tokens [B, L, D] of square images -> images [B, C, H, W]; the exact inverse of `patchify`."""
     side = math.isqrt(tokens.shape[1])
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=patch, q=patch)
 
 
-def to_tokens(images, s):
-    """Images [B, C, H, W] in [-1, 1] -> tokens [B, L, D] as the model sees them, of mean 0 and variance 1."""
-    return (patchify(images, s.patch) - s.mean) * s.scale
+def to_tokens(images: Tensor, settings: Settings) -> Tensor:
+    """Images [B, C, H, W] in [-1, 1] -> tokens [B, L, D] as the model sees them."""
+    return (patchify(images, settings.patch) - settings.mean) * settings.scale
 
 
-def to_images(tokens, s):
+def to_images(tokens: Tensor, settings: Settings) -> Tensor:
     """Tokens [B, L, D] -> images [B, C, H, W] in about [-1, 1]."""
-    return unpatchify(tokens / s.scale + s.mean, s.patch)
+    return unpatchify(tokens / settings.scale + settings.mean, settings.patch)
 
 
-# 3 Model -------------------------------------------------------------------------------------------------
-# MAR (2406.11838): an encoder sees the class and the visible tokens, a decoder adds a mask token for each hidden
-# one and gives every token a context c; a small MLP then denoises each hidden token alone, given its c.
-# Names and arithmetic are those of the official code, whose `diffloss.net` is our `head`.
-
-
-def sincos_positions(side, width):
-    """Sines and cosines of row and column, W / 4 of each, wavelengths of `side` tokens and more (ours) [side^2, W]."""
-    frequency = 2 * math.pi / side * torch.exp(-math.log(100) * torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(side)[:, None] * frequency
-    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, width / 2]
-    return torch.cat([repeat(wave, "h w -> (h n) w", n=side), repeat(wave, "h w -> (n h) w", n=side)], 1)
+# 3 Model ------------------------------------------------------------------------------------------
+# MAR (2406.11838). An encoder sees the class and the visible tokens; a decoder adds a mask token
+# for each hidden one and gives every token a context c; a small MLP, the head, then denoises each
+# hidden token by itself, given its c. Names and arithmetic are those of the official code, whose
+# `diffloss.net` is our `head`.
 
 
 class Attention(nn.Module):
@@ -247,9 +267,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, keys=None):  # x [B, N, W]; keys [B, N]: rows that may be attended to, None = all
+    def forward(self, x, keys=None):
+        """x [B, N, W]; keys [B, N]: true for rows that may be attended to (None: all of them)."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if keys is None else keys[:, None, None, :])
+        attn_mask = None if keys is None else keys[:, None, None, :]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -264,7 +286,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block with the norms before attention and MLP."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -278,14 +300,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def silu_mlp(*widths):
-    """Linear layers with SiLU between them."""
-    layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-    return nn.Sequential(*layers[:-1])
+def silu_mlp(inputs, hidden, outputs):
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
 class TimeEmbedding(nn.Module):
-    """t in 0...999 (also after respacing) -> [cos, sin] of 128 frequencies exp(-ln(1e4) k / 128) -> MLP."""
+    """t [N] in 0...999 -> cosines and sines of 128 frequencies exp(-ln(1e4) k / 128) -> MLP."""
 
     def __init__(self, width):
         super().__init__()
@@ -293,15 +313,16 @@ class TimeEmbedding(nn.Module):
 
     @staticmethod
     def waves(t):
-        angle = t[:, None].float() * torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
-        return torch.cat([angle.cos(), angle.sin()], 1)
+        frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
+        angle = t[:, None].float() * frequency
+        return torch.cat([angle.cos(), angle.sin()], 1)  # [N, 256]
 
     def forward(self, t):
         return self.mlp(self.waves(t))
 
 
 class HeadBlock(nn.Module):
-    """Residual MLP block; the condition shifts, scales and gates it (adaLN, adaptive layer norm)."""
+    """Residual MLP block, shifted, scaled and gated by the condition (adaLN)."""
 
     def __init__(self, width):
         super().__init__()
@@ -315,9 +336,9 @@ class HeadBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width, out):
+    def __init__(self, width, outputs):
         super().__init__()
-        self.linear = nn.Linear(width, out)
+        self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, condition):
@@ -326,13 +347,16 @@ class FinalLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """The MLP diffusion head: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
+    """The diffusion head, an MLP: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
 
-    The first D channels are eps; the last D interpolate the log variance of the denoising step (section 4). We train
-    on eps alone, which leaves the last D at exactly zero, the middle; the official code trains them.
-    velocity: the network gives v = alpha_t eps - sigma_t x_0, and eps = sigma_t x_t + alpha_t v is made from it (False:
-    it gives eps itself, as MAR's weights do). At high noise eps says next to nothing about x_0, and there the tokens
-    agree with each other: with v a small model learns in minutes what it otherwise takes hours to."""
+    The first D outputs are eps. The last D interpolate the log variance of a denoising step
+    (section 4); we train on eps alone, which leaves them at zero, the middle, where the official
+    code trains them.
+
+    Differs from MAR (velocity=True): the network predicts v = alpha_t eps - sigma_t x_0, and eps =
+    sigma_t x_t + alpha_t v is made from it. At high noise eps says next to nothing about x_0, and
+    there the tokens come to agree with each other: with v a small model learns in minutes what it
+    otherwise needs hours for. velocity=False is MAR's own form, which its weights need."""
 
     def __init__(self, channels, context, width, depth, velocity=True):
         super().__init__()
@@ -349,133 +373,162 @@ class Head(nn.Module):
         for block in self.res_blocks:
             x = block(x, condition)
         out = self.final_layer(x, condition)
-        if self.velocity:
-            v, variance = out.chunk(2, -1)
-            alpha, sigma = BASE.alpha_sigma(t)  # BASE: all 1000 times, section 4
-            out = torch.cat([sigma * x_t + alpha * v, variance], -1)
-        return out
+        if not self.velocity:
+            return out
+        v, variance = out.chunk(2, -1)
+        alpha, sigma = BASE.alpha_sigma(t)  # BASE: all 1000 times, section 4
+        return torch.cat([sigma * x_t + alpha * v, variance], -1)
 
-    def eps(self, x_t, t, c):
+    def eps(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """eps alone [N, D]; the score is -eps / sigma_t."""
         return self(x_t, t, c).chunk(2, -1)[0]
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, W / 4 of each, of wavelengths from `side` tokens up.
+
+    [side^2, W], and our choice."""
+    k = torch.arange(width // 4) / (width // 4)
+    angle = torch.arange(side)[:, None] * 2 * math.pi / side * torch.exp(-math.log(100) * k)
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, width / 2]
+    rows = repeat(wave, "h w -> (h n) w", n=side)
+    columns = repeat(wave, "h w -> (n h) w", n=side)
+    return torch.cat([rows, columns], 1)
 
 
 class MAR(nn.Module):
     """Masked auto-regressive model over continuous tokens (2406.11838).
 
-    L tokens of D channels, `num_classes` classes and one null class; its schedule policy (section 8) is None
-    until RL gives it one. `settings` and `classes` (names) travel with it into checkpoints."""
+    classes: their names; one more, the null class, is added. kind: "teacher" (samples by a
+    denoising chain), "student" (in one step) or "policy" (a student after RL). image_channels: 3
+    for pixels. `schedule` is the schedule policy (section 9), which only a policy may have."""
 
-    def __init__(self, settings, classes):
+    def __init__(self, settings: Settings, classes: list[str], kind="teacher", image_channels=3):
         super().__init__()
-        s, W = settings, settings.width
-        self.settings, self.classes, self.num_classes = s, list(classes), len(classes)
-        self.length, self.channels, self.buffer = s.length, s.channels, s.buffer
-        self.class_emb = nn.Embedding(self.num_classes, W)
-        self.fake_latent = nn.Parameter(torch.zeros(1, W))  # the null class
-        self.z_proj = nn.Linear(self.channels, W)  # MAR's name: it projects tokens, not z
-        self.z_proj_ln = nn.LayerNorm(W, eps=1e-6)
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, s.buffer + s.length, W))
-        self.encoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
-        self.encoder_norm = nn.LayerNorm(W, eps=1e-6)
-        self.decoder_embed = nn.Linear(W, W)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, W))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, s.buffer + s.length, W))
-        self.decoder_blocks = nn.ModuleList(Block(W, s.heads) for _ in range(s.depth))
-        self.decoder_norm = nn.LayerNorm(W, eps=1e-6)
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, s.length, W))
-        self.head = Head(self.channels, W, s.head_width, s.head_depth, s.velocity)
+        width, length, buffer = settings.width, settings.length, settings.buffer
+        self.settings, self.classes, self.kind = settings, list(classes), kind
+        self.num_classes, self.length = len(classes), length
+        self.channels = image_channels * settings.patch**2  # D
+        self.class_emb = nn.Embedding(self.num_classes, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # the null class
+        self.z_proj = nn.Linear(self.channels, width)  # MAR's name: it projects tokens, not z
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
+        self.encoder_blocks = self.blocks()
+        self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
+        self.decoder_blocks = self.blocks()
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
+        self.head = Head(
+            self.channels, width, settings.head_width, settings.head_depth, settings.velocity
+        )
         self.schedule = None
-        self.apply(self._init)
-        # Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs: classes at 1 and
-        # places at sines and cosines are of the size of the tokens; attention finds its neighbours in minutes.
-        for p, std in ((self.class_emb.weight, 1.0), (self.fake_latent, 1.0),
-                       (self.mask_token, 0.02), (self.diffusion_pos_embed_learned, 0.02)):
-            nn.init.normal_(p, std=std)
-        for p in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
-            nn.init.normal_(p, std=0.7)
-            p.data[0, s.buffer:] = sincos_positions(math.isqrt(s.length), W)
-        # adaLN-zero: every block of the head starts as the identity, and its output as zero
-        for layer in [b.adaLN_modulation[1] for b in self.head.res_blocks] + [
-                self.head.final_layer.adaLN_modulation[1], self.head.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
+        self.init_weights()
 
-    @staticmethod
-    def _init(module):
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    def blocks(self):
+        settings = self.settings
+        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
 
-    def context(self, tokens, mask, labels=None):
-        """c [B, L, W] of tokens [B, L, D], mask [B, L] (true = hidden), labels [B] (num_classes = null; None: all so).
+    def init_weights(self):
+        """Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs.
 
-        Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of tokens: shorter
-        sequences are padded, and the padding is never attended to, so that each comes out as if it were alone."""
+        Classes at std 1 and positions at sines and cosines are as large as the tokens, and
+        attention finds its neighbours within minutes."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_emb.weight, std=1.0)
+        nn.init.normal_(self.fake_latent, std=1.0)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.diffusion_pos_embed_learned, std=0.02)
+        for positions in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
+            nn.init.normal_(positions, std=0.7)
+            side = math.isqrt(self.length)
+            positions.data[0, self.settings.buffer :] = sincos_positions(side, self.settings.width)
+        # adaLN-zero: every block of the head starts as the identity, and the head's output as zero
+        for layer in (*self.head.res_blocks, self.head.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.head.final_layer.linear.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fake_latent.device
+
+    def null(self, labels: Tensor) -> Tensor:
+        """The null class in place of every label [B]."""
+        return torch.full_like(labels, self.num_classes)
+
+    def context(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """c [B, L, W] of tokens [B, L, D] under mask [B, L], for labels [B] (num_classes: null).
+
+        Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of
+        tokens: shorter sequences are padded, and nothing attends to the padding, so that each image
+        comes out as if it were alone."""
         B, L, _ = tokens.shape
-        if labels is None:
-            labels = torch.full((B,), self.num_classes, device=tokens.device)
+        buffer, width = self.settings.buffer, self.settings.width
         classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
 
-        # encoder: `buffer` copies of the class and the visible tokens, in raster order
-        x = torch.cat([repeat(classes, "b w -> b n w", n=self.buffer), self.z_proj(tokens)], 1)
-        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
-        visible = F.pad(~mask, (self.buffer, 0), value=True)  # [B, buffer + L]
+        # encoder: `buffer` copies of the class, then the visible tokens in raster order
+        x = torch.cat([repeat(classes, "b w -> b n w", n=buffer), self.z_proj(tokens)], 1)
+        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)  # [B, buffer + L, W]
+        visible = F.pad(~mask, (buffer, 0), value=True)
         count = visible.sum(1)
         most = int(count.max())
-        keep = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible places first
-        x = x.gather(1, repeat(keep, "b n -> b n w", w=x.shape[-1]))
-        keys = None if int(count.min()) == most else torch.arange(most, device=x.device) < count[:, None]
+        keep = (
+            (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        )  # visible ones first
+        keep = repeat(keep, "b n -> b n w", w=width)
+        x = x.gather(1, keep)  # [B, most, W]
+        ragged = int(count.min()) < most
+        keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
         for block in self.encoder_blocks:
             x = block(x, keys)
 
-        # decoder: what was kept goes back among mask tokens; the padding lands on hidden places and is overwritten
+        # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
-        full = torch.zeros(B, self.buffer + L, x.shape[-1], device=x.device, dtype=x.dtype)
-        full = full.scatter(1, repeat(keep, "b n -> b n w", w=x.shape[-1]), x)
-        x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype)) + self.decoder_pos_embed_learned
+        full = torch.zeros(B, buffer + L, width, device=x.device, dtype=x.dtype).scatter(1, keep, x)
+        x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
+        x = x + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, self.buffer:] + self.diffusion_pos_embed_learned
+        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
 
 
-def random_mask(n, length, how, generator, device="cpu"):
-    """mask [n, L], true = hidden, with 1...L hidden tokens per row at random places.
-
-    how: `mar`, ratios from a normal of mean 1 and std 0.25 cut to [0.7, 1], as in training MAR; `uniform` over
-    1...L, every stage of generation alike; `mixed`, half of the rows each."""
-    u = torch.rand(n, generator=generator)
-    # inverse distribution function of that half of a normal which lies below its mean
-    ratio = 1 + 0.25 * math.sqrt(2) * torch.erfinv((u - 1) * math.erf(0.3 / 0.25 / math.sqrt(2)))
-    mar = torch.ceil(length * ratio).clamp(1, length)
-    uniform = torch.ceil(length * u).clamp(1, length)
-    hidden = {"mar": mar, "uniform": uniform, "mixed": torch.where(torch.arange(n) % 2 == 0, mar, uniform)}[how]
-    rank = torch.rand(n, length, generator=generator).argsort(1)
-    return (rank < hidden[:, None]).to(device)
-
-
-# 4 Diffusion ---------------------------------------------------------------------------------------------
-# x_t = alpha_t x_0 + sigma_t eps on a cosine schedule of 1000 times; the head returns eps. The teacher walks a
-# respaced chain of ~100 ancestral steps; the student jumps from one fixed time tau to x_0.
+# 4 Diffusion --------------------------------------------------------------------------------------
+# x_t = alpha_t x_0 + sigma_t eps on a cosine schedule of 1000 times, nearly clean at t = 0 and
+# nearly pure noise at t = 999; the head predicts eps. The teacher walks back along a respaced chain
+# of about 100 steps; the student jumps from one fixed time tau straight to x_0.
 
 
 class Diffusion:
-    """`n` of the 1000 times of the cosine schedule abar(u) = cos^2((u + 0.008) / 1.008 pi/2), u = (t + 1) / 1000,
-    over its value at u = 0, each beta at most 0.999 (which changes t = 999 alone).
+    """`n` of the 1000 times of the cosine schedule, evenly spaced from 0 to 999.
 
-    times [n] on 0...999; alpha, sigma [n]; tables in float64. Official semantics: endpoints 0 and 999, all tables
-    derived again from the respaced abar, posterior log variance of index 0 taken from index 1."""
+    alphas_bar(u) = cos^2((u + 0.008) / 1.008 pi / 2) at u = (t + 1) / 1000, over its value at u =
+    0, every beta at most 0.999 (which changes t = 999 alone). `times`, `alpha`, `sigma` and the
+    other tables are [n] and, as in the official code, float64; all are derived anew from the
+    respaced alphas_bar, and the posterior log variance of index 0 is taken from index 1.
+    InputError unless n lies in 2...1000."""
 
-    def __init__(self, n=1000):
+    def __init__(self, n: int = 1000):
         if not 2 <= n <= 1000:
-            raise InputError(f"a denoising chain has 2...1000 steps (1 = the one-step student), not {n}")
-        bar = torch.cos((torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+            raise InputError(
+                f"--denoise-steps {n}: a denoising chain has 2...1000 steps (1 is the "
+                "one-step student)"
+            )
+        u = torch.arange(1001, dtype=torch.float64) / 1000
+        bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         alphas_bar = (1 - (1 - bar[1:] / bar[:-1]).clamp(max=0.999)).cumprod(0)
         self.times = torch.tensor([round(i * 999 / (n - 1)) for i in range(n)])
         self.alphas_bar = alphas_bar[self.times]
         previous = F.pad(self.alphas_bar[:-1], (1, 0), value=1.0)
         self.betas = 1 - self.alphas_bar / previous
-        self.alpha, self.sigma = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
-        self.table = torch.stack([self.alpha, self.sigma]).float()  # moves to the device it is used on
+        self.alpha = self.alphas_bar.sqrt()
+        self.sigma = (1 - self.alphas_bar).sqrt()
+        self.table = torch.stack([self.alpha, self.sigma]).float()  # moves to where it is used
         # q(x_{t-1} | x_t, x_0) = N(coef_x0 x_0 + coef_xt x_t, variance)
         self.coef_x0 = self.betas * previous.sqrt() / (1 - self.alphas_bar)
         self.coef_xt = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alphas_bar)
@@ -483,49 +536,90 @@ class Diffusion:
         self.log_variance_min = torch.cat([variance[1:2], variance[1:]]).log()
         self.log_variance_max = self.betas.log()
 
-    def alpha_sigma(self, t):
-        """alpha_t and sigma_t [N, 1] for indices t [N] into this chain, which for BASE are the times."""
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t [N, 1] at indices t [N] into this chain, which for BASE are times."""
         if self.table.device != t.device:
             self.table = self.table.to(t.device)
         return self.table[:, t, None].unbind(0)
 
-    def q_sample(self, x_0, t, eps):
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t eps for x_0, eps [N, D] and indices t [N]."""
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_0 + sigma * eps
 
-    def step(self, i, x_t, out, noise, temperature=1.0, clip=None):
-        """x_{t-1} from x_t [N, D], the head's output [N, 2D] and noise [N, D], at index i of this chain.
+    def step(self, i: int, x_t, out, noise, temperature=1.0, limits=None) -> Tensor:
+        """x_{t-1} from x_t [N, D], the head's output [N, 2D] and noise [N, D], at index i.
 
-        log variance = f log beta + (1 - f) log posterior variance, f = (variance channel + 1) / 2. `temperature`
-        multiplies the step's standard deviation; `clip` (low, high) bounds the estimate of x_0, without which an
-        imperfect model explodes at the noisy end, where 1 / alpha_t is 2e4."""
+        log variance = f log beta + (1 - f) log posterior variance, f = (variance channel + 1) / 2.
+        temperature: factor on the step's standard deviation. limits (low, high) of the estimate of
+        x_0: without them an imperfect model explodes at the noisy end, where 1 / alpha_t is 2e4."""
         eps, variance = out.chunk(2, -1)
         x_0 = (x_t - float(self.sigma[i]) * eps) / float(self.alpha[i])
-        if clip:
-            x_0 = x_0.clamp(*clip)
+        if limits:
+            x_0 = x_0.clamp(*limits)
         mean = float(self.coef_x0[i]) * x_0 + float(self.coef_xt[i]) * x_t
+        if i == 0:
+            return mean
         f = (variance + 1) / 2
-        log_variance = f * float(self.log_variance_max[i]) + (1 - f) * float(self.log_variance_min[i])
-        return mean + temperature * torch.exp(log_variance / 2) * noise if i else mean
+        log_variance = f * float(self.log_variance_max[i]) + (1 - f) * float(
+            self.log_variance_min[i]
+        )
+        return mean + temperature * torch.exp(log_variance / 2) * noise
 
-    def sample(self, head, x, generator, temperature=1.0, clip=None):
+    def sample(self, head: Callable, x: Tensor, generator, temperature=1.0, limits=None) -> Tensor:
         """The whole ancestral chain from noise x [N, D]; head(x_t, t) -> [N, 2D], t on 0...999."""
         for i in reversed(range(len(self.times))):
             t = torch.full((len(x),), int(self.times[i]), device=x.device)
             noise = torch.randn(x.shape, generator=generator, device=x.device)
-            x = self.step(i, x, head(x, t), noise, temperature, clip)
+            x = self.step(i, x, head(x, t), noise, temperature, limits)
         return x
 
 
-BASE = Diffusion()  # all 1000 times: where training, head and one-step student look up alpha_t and sigma_t
+BASE = Diffusion()  # all 1000 times: here training, head and student look up alpha_t and sigma_t
 
 
-def denoising_loss(head, x_0, c, t, eps):
-    """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D]: diffusion loss, or denoising score matching.
+def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
+    """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one step from a fixed time tau,
 
-    w_t = 1, MAR's loss, for a head whose network gives eps; 1 / alpha_t^2, which is |v - v_hat|^2, for one whose
-    network gives v (at most 1e4, which t > 992 would exceed). Averaged over tokens and channels."""
+        g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,
+
+    tau being the first time with sigma_tau / alpha_tau >= noise_ratio. This is the x_0 that eps_hat
+    implies for x_tau, whose small term alpha_tau x_0 is left out, so the teacher's weights are a
+    good start, as in SiD (score identity distillation, 2404.04057). MARVAL does not print its
+    parametrisation; this is ours."""
+    tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
+    alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
+    t = torch.full((len(z),), tau, device=z.device)
+    return (sigma * z - sigma * head.eps(sigma * z, t, c)) / alpha
+
+
+# 5 Training a teacher -----------------------------------------------------------------------------
+# MAR's training step: hide a random share of an image's tokens, compute contexts from the visible
+# ones, and denoise each hidden token given its context. Now and then the label is dropped, so that
+# the model also learns the null class, which guidance needs.
+
+
+def mar_ratio(u: Tensor) -> Tensor:
+    """MAR's share of hidden tokens, from u [n] uniform on [0, 1).
+
+    A normal of mean 1 and std 0.25 truncated to [0.7, 1], by its inverse distribution function."""
+    edge = math.erf(0.3 / 0.25 / math.sqrt(2))
+    return 1 + 0.25 * math.sqrt(2) * torch.erfinv((u - 1) * edge)
+
+
+def random_mask(ratio: Tensor, length: int, generator) -> Tensor:
+    """mask [n, L] that hides ceil(ratio L) tokens of each row, at least one, at random places."""
+    hidden = torch.ceil(length * ratio).clamp(1, length)
+    rank = torch.rand(len(ratio), length, generator=generator).argsort(1)
+    return rank < hidden[:, None]
+
+
+def denoising_loss(head: Head, x_0: Tensor, c: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D] and their channels.
+
+    The diffusion loss of MAR, and the denoising score matching of GSIM's auxiliary network. w_t = 1
+    for a head whose network gives eps; for one that gives v it is 1 / alpha_t^2, which makes the
+    loss |v - v_hat|^2 (at most 1e4, which t > 992 would exceed)."""
     error = (head.eps(BASE.q_sample(x_0, t, eps), t, c) - eps).square()
     if head.velocity:
         alpha, _ = BASE.alpha_sigma(t)
@@ -533,309 +627,558 @@ def denoising_loss(head, x_0, c, t, eps):
     return error.mean()
 
 
-def one_step(head, z, c, noise_ratio):
-    """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one denoising step from the fixed time tau,
+def descend(loss: Tensor, optimizer, max_norm: float = 1.0) -> float:
+    """One optimiser step with the gradient clipped to max_norm; returns the norm before clipping.
 
-        g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,
-
-    tau being the first time with sigma_tau / alpha_tau >= noise_ratio: the x_0 that eps_hat implies for x_tau, whose
-    small term alpha_tau x_0 is left out. So the teacher's weights are a good start, as in SiD (score identity
-    distillation, 2404.04057). MARVAL does not print its parametrisation; this is ours."""
-    tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
-    alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
-    t = torch.full((len(z),), tau, device=z.device)
-    return (sigma * z - sigma * head.eps(sigma * z, t, c)) / alpha
-
-
-# 5 Generation --------------------------------------------------------------------------------------------
-# Start with every token hidden. At each of K iterations: contexts from the visible tokens, denoise, reveal some.
-
-
-def reveal_counts(length, steps):
-    """MAR's cosine schedule: how many of L tokens each of K iterations reveals, a list that sums to L."""
-    if not 1 <= steps <= length:
-        raise InputError(f"--steps {steps} must lie in 1...{length}, the number of tokens to draw")
-    hidden, counts = length, []
-    for k in range(steps - 1):
-        after = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (k + 1) / steps))))
-        counts.append(hidden - after)
-        hidden = after
-    return counts + [hidden]
-
-
-def guidance_scale(s, hidden_after, length):
-    """MAR's linear schedule 1 + (s - 1)(L - hidden)/L; `hidden` tokens remain after the step (0 counts as 1).
-
-    It multiplies as eps = eps_null + scale (eps_class - eps_null); 1 is no guidance."""
-    return 1 + (s - 1) * (length - hidden_after.clamp(min=1)) / length
-
-
-def guided(head, c, null, scale):
-    """head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null); the variance is the class row's."""
-
-    def call(x, t):
-        out = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, null]))  # class and null rows in one batch
-        (e_c, variance), (e_u, _) = (rows.chunk(2, -1) for rows in out.chunk(2))
-        return torch.cat([e_u + scale * (e_c - e_u), variance], -1)
-
-    return call
-
-
-@dataclass
-class Trace:
-    """What a call of `generate` did over T iterations, the most of any row; rows that ended earlier have counts of 0.
-
-    Token order[b, j] is revealed before order[b, j - 1] (MAR reveals from the end of the order)."""
-
-    order: torch.Tensor  # [B, L]
-    z: torch.Tensor  # [B, L, D] the noise that each token came from
-    means: torch.Tensor  # [B, L, D] each token as it was predicted when it was revealed, before exploration noise
-    counts: torch.Tensor  # [B, T] tokens revealed
-    predictions: torch.Tensor  # [B, T, L, D] the full image predicted at each step, before revealing; or None
-    states: torch.Tensor  # [B, T, W + 1] what the schedule policy saw; None without one
-    actions: torch.Tensor  # [B, T] what it chose; None without one
-
-    @property
-    def steps(self):
-        """Unmasking iterations of each row [B]."""
-        return (self.counts > 0).sum(1)
-
-    def hidden(self):
-        """Tokens still hidden before each step [B, T]."""
-        return self.counts.flip(1).cumsum(1).flip(1)  # all that is revealed from this step on
-
-    def masks(self):
-        """mask before each step [B, T, L], and which tokens it revealed [B, T, L]."""
-        rank, hidden = self.order.argsort(1)[:, None], self.hidden()[..., None]
-        mask = rank < hidden
-        return mask, mask & (rank >= hidden - self.counts[..., None])
-
-
-@torch.no_grad()
-def generate(model, labels, steps=None, guidance=1.0, denoise_steps=100, temperature=1.0, explore=0.0,
-             order=None, z=None, seed=0, trace=False, progress=False, known=None):
-    """Tokens [B, L, D] of new images of classes `labels` [B]; and their Trace, if trace is True, or "steps" (without
-    predictions).
-
-    steps: K of the cosine schedule; None: the model's schedule policy if it has one, else settings.steps.
-    guidance: s, linear in the share revealed (`guidance_scale`); the student is sampled with 1.
-    denoise_steps: of the chain inside every iteration; 1 = the one-step student, g(z, c); (50, 5): annealed linearly
-    from the first iteration to the last, as in DiSA (2505.20297), under a fixed schedule.
-    temperature: of the chain's noise.  explore: sigma, a number or [B], of the policy N(g(z, c), sigma^2) (section 9).
-    order [B, L], z [B, L, D]: drawn from `seed` if not given; the same for teacher and student of a seed.
-    known: (tokens [B, L, D], mask [L]) of images to complete: only the tokens under the mask are drawn.
-    Same seed, same device: same images. InputError where guidance is asked of one step, or steps are out of range."""
-    if denoise_steps == 1 and guidance != 1:
-        raise InputError("--guidance needs a denoising chain: a one-step student has its guidance baked in")
-    s, L, D, (B,), device = model.settings, model.length, model.channels, labels.shape, labels.device
-    g = rng(seed, "generate", device=device)
-    drawn_order = torch.rand(B, L, generator=g, device=device).argsort(1)
-    drawn_z = torch.randn(B, L, D, generator=g, device=device)
-    order, z = drawn_order if order is None else order, drawn_z if z is None else z
-    tokens, to_draw = torch.zeros(B, L, D, device=device), L
-    if known:
-        tokens, to_draw = known[0].clone(), int(known[1].sum())
-        first_drawn = (~known[1][order]).to(torch.uint8).argsort(dim=1, stable=True)  # ranks 0...to_draw - 1
-        order = order.gather(1, first_drawn)
-    policy = model.schedule if steps is None else None
-    fixed = None if policy else reveal_counts(to_draw, min(to_draw, s.steps) if steps is None else steps)
-    first, last = denoise_steps if isinstance(denoise_steps, tuple) else (denoise_steps, denoise_steps)
-    respaced = cache(Diffusion)  # one chain, or as many as annealing asks for
-    if policy and first != last:
-        raise InputError("annealed denoising steps need a fixed number of iterations: give --steps")
-
-    rank = order.argsort(1)
-    means = torch.zeros_like(tokens)
-    explore = torch.as_tensor(explore, device=device).expand(B)[:, None, None]
-    hidden = torch.full((B,), to_draw, device=device)
-    record = {name: [] for name in ("counts", "predictions", "states", "actions")}
-    bar = tqdm(total=B * to_draw, desc="tokens", disable=not progress, leave=False)
-    while int(hidden.max()):
-        k = len(record["counts"])
-        live = hidden.nonzero().squeeze(1)  # rows whose image is not finished
-        mask = rank < hidden[:, None]
-        c = torch.zeros(B, L, s.width, device=device)
-        c[live] = model.context(tokens[live], mask[live], labels[live])
-        if policy:
-            states = schedule_state(c, mask)
-            actions = torch.multinomial(policy.log_probs(states, hidden).exp(), 1, generator=g).squeeze(1)
-            count = policy.count(actions, hidden)
-        else:
-            count = torch.full_like(hidden, fixed[k])
-        reveal = mask & (rank >= (hidden - count)[:, None])
-
-        fill = mask if trace is True else reveal  # a full trace shows the whole predicted image
-        share = 0 if policy else k / max(1, len(fixed) - 1)
-        chain = None if denoise_steps == 1 else respaced(round(first + (last - first) * share))
-        if chain is None:
-            predicted = one_step(model.head, z[fill], c[fill], s.noise_ratio)
-        elif guidance == 1:
-            predicted = chain.sample(lambda x, t: model.head(x, t, c[fill]), z[fill], g, temperature, s.clip_range)
-        else:
-            null = torch.zeros_like(c)
-            null[live] = model.context(tokens[live], mask[live])
-            scale = guidance_scale(guidance, hidden - count, L)[:, None, None].expand(B, L, 1)[fill]
-            head = guided(model.head, c[fill], null[fill], scale)
-            predicted = chain.sample(head, z[fill], g, temperature, s.clip_range)
-        image = tokens.clone()
-        image[fill] = predicted
-        noise = explore * torch.randn(B, L, D, generator=g, device=device) if explore.any() else 0.0
-        tokens = torch.where(reveal[..., None], image + noise, tokens)
-        means = torch.where(reveal[..., None], image, means)
-        hidden = hidden - count
-        bar.update(int(count.sum()))
-        record["counts"].append(count)
-        if trace is True:
-            record["predictions"].append(image)
-        if trace and policy:
-            record["states"].append(states)
-            record["actions"].append(actions)
-    bar.close()
-    if not trace:
-        return tokens
-    return tokens, Trace(order, z, means, *(torch.stack(values, 1) if values else None for values in record.values()))
-
-
-# 6 GSIM --------------------------------------------------------------------------------------------------
-# MARVAL stage 1. The student's tokens x_0 = g(z, c) should be distributed as the teacher's. Noise both to time t and
-# compare scores: the teacher's guided score s_p, and the student's own s_q, which the auxiliary network learns from the
-# student's samples. d(s_q - s_p) alone is not enough: s_q changes with the student, and the frozen auxiliary network
-# cannot show how. The theorem replaces that missing gradient by L1, all of whose parts are at hand. Scores appear as
-# eps-predictions here, s = -eps / sigma_t.
-
-
-def pseudo_huber(y, r=1e-5):
-    """d(y) = sqrt(|y|^2 + r^2) - r over the D channels [N], and its derivative d'(y) = y / sqrt(|y|^2 + r^2) [N, D]."""
-    root = (y.square().sum(-1, keepdim=True) + r**2).sqrt()
-    return root.squeeze(-1) - r, y / root
-
-
-def squared(y):
-    """d(y) = |y|^2 [N] and d'(y) = 2 y [N, D]."""
-    return y.square().sum(-1), 2 * y
-
-
-def gsim_loss(x_0, t, eps, eps_q, eps_p, distance=pseudo_huber, terms="L1+L2", units="velocity"):
-    """GSIM (MARVAL, gradient equivalence theorem): [N] per token, for the student's tokens x_0 = g(z, c) [N, D].
-
-        L = L1 + L2,   L1 = -d'(y_t)^T (s_q - grad log p(x_t | x_0)),   L2 = d(y_t),   y_t = s_q - s_p
-
-    eps_q, eps_p: functions (x_t, t) -> eps [N, D] of the student's own score and the teacher's guided score; their
-    parameters must be frozen, but gradient must pass to x_t, in y_t and in d'(y_t) too. t [N] on 0...999, eps [N, D].
-    terms: one alone is for ablations, its gradient not the divergence's (with a squared d, L1 is SiD, alpha = 1).
-    units: velocity multiplies y and the residual by sigma_t / alpha_t, which makes them differences of velocities; eps
-    by sigma_t. For each t that is the theorem with another distance, a choice that the paper leaves open (w(t)). At
-    high noise what all tokens share is decided; there eps is nearly x_t whatever x_0 is, and an error in it hardly
-    counts."""
-    x_t = BASE.q_sample(x_0, t, eps)
-    e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
-    per_alpha = 1 / BASE.alpha_sigma(t)[0] if units == "velocity" else 1.0
-    d, d_prime = distance(per_alpha * (e_p - e_q))  # eps_p - eps_q = sigma (s_q - s_p): the sigma is in them
-    L1 = -(d_prime * per_alpha * (eps - e_q)).sum(-1)  # grad log p(x_t | x_0) = -eps / sigma_t
-    return ("L1" in terms) * L1 + ("L2" in terms) * d
-
-
-def descend(loss, optimizer, clip=1.0):
-    """One optimiser step, gradient norm clipped; returns the norm. NonFinite is raised before any weight changes."""
+    NonFinite is raised before any weight changes."""
     if not torch.isfinite(loss):
         raise NonFinite(f"the loss is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     if not torch.isfinite(norm):
         raise NonFinite(f"the gradient norm is {norm.item()}")
     optimizer.step()
     return norm.item()
 
 
-def gsim_times(n, generator, device):
-    """t uniform on 20...984 (our choice): outside, scores say nothing (pure noise) or explode (no noise)."""
-    return torch.randint(20, 985, (n,), generator=generator).to(device)
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, step: int, limit: float):
+    """ema <- d ema + (1 - d) model with d = min(limit, (1 + i) / (10 + i)) at step i.
+
+    A short memory at first, so that the average never lags behind the start."""
+    d = min(limit, (1 + step) / (10 + step))
+    for average, value in zip(ema.state_dict().values(), model.state_dict().values()):
+        if average.is_floating_point():
+            average.lerp_(value, 1 - d)
+        else:
+            average.copy_(value)
 
 
-def gsim_update(teacher, student, aux, x, labels, optimizers, generator):
-    """One GSIM update on data tokens x [B, L, D], labels [B]; {name: float} to log.
+def weight_decay_groups(model: MAR, decay: float = 0.02) -> list[dict]:
+    """Parameter groups by MAR's rule: no weight decay on 1-D tensors, biases and the head."""
+    decayed, spared = [], []
+    for name, p in model.named_parameters():
+        spare = p.ndim == 1 or name.startswith("head.")
+        (spared if spare else decayed).append(p)
+    return [{"params": decayed, "weight_decay": decay}, {"params": spared, "weight_decay": 0.0}]
 
-    Each of the three networks computes its own context from the same visible data tokens. First the auxiliary
-    network learns the score of the student's samples, aux_updates times; then the student takes its step. Contexts
-    are the costly part, so each serves `draws` draws of noise. optimizers: of "student" and "aux"."""
-    s, (B, L, D), device = student.settings, x.shape, x.device
-    mask = random_mask(B, L, s.gsim_masks, generator, device)  # uniform: the student meets every stage at generation
-    N = int(mask.sum()) * s.draws
-    noise = lambda: torch.randn(N, D, generator=generator).to(device)
-    times = lambda: gsim_times(N, generator, device)
-    at_hidden = lambda c: c[mask].repeat(s.draws, 1)  # [B, L, W] -> [N, W]
 
-    c = at_hidden(student.context(x, mask, labels))
-    for _ in range(s.aux_updates):
+class TeacherTraining:
+    """MAR's own training. `model` learns; `ema`, an average of its weights, is what is used.
+
+    AdamW with 50 steps of warm-up, a constant rate, and a linear fall to zero over the last
+    quarter. Differs from MAR: half of each batch hides a uniform share of its tokens, because a
+    small model should meet the late iterations, with few hidden tokens, more often; each context
+    serves several draws of noise; and the variance channels are not trained."""
+
+    def __init__(self, settings: Settings, classes: list[str], device="cpu"):
+        self.model = MAR(settings, classes).to(device)
+        self.ema = deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            weight_decay_groups(self.model), settings.teacher_lr, betas=(0.9, 0.95)
+        )
+
+        def factor(i):
+            return min((i + 1) / 50, 1, 4 * (1 - i / settings.teacher_iters))
+
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.state = {"optimizer": self.optimizer, "rate": self.rate}  # what a checkpoint adds
+
+    def update(self, step: int, x: Tensor, labels: Tensor, generator) -> dict[str, float]:
+        """One update on tokens x [B, L, D] of classes labels [B]; metrics to log."""
+        model, settings = self.model, self.model.settings
+        B, L, _ = x.shape
+        unlabelled = torch.rand(B, generator=generator) < settings.label_dropout
+        labels = torch.where(unlabelled.to(x.device), model.null(labels), labels)
+        u = torch.rand(B, generator=generator)
+        ratio = torch.where(torch.arange(B) % 2 == 0, mar_ratio(u), u)
+        mask = random_mask(ratio, L, generator).to(x.device)
+
+        c = model.context(x, mask, labels)[mask].repeat(settings.draws, 1)  # [N, W]
+        x_0 = x[mask].repeat(settings.draws, 1)  # [N, D]
+        t = torch.randint(1000, (len(x_0),), generator=generator).to(x.device)
+        eps = torch.randn(x_0.shape, generator=generator).to(x.device)
+        loss = denoising_loss(model.head, x_0, c, t, eps)
+        norm = descend(loss, self.optimizer)
+        self.rate.step()
+        update_ema(self.ema, model, step, settings.ema)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+
+# 6 Generation -------------------------------------------------------------------------------------
+# Start with every token hidden. At each of K iterations: contexts from the visible tokens, a token
+# for each place to be revealed (by the teacher's chain or the student's one step), reveal, repeat.
+
+
+def reveal_counts(length: int, steps: int) -> list[int]:
+    """MAR's cosine schedule: how many of L tokens each of K iterations reveals; they sum to L."""
+    if not 1 <= steps <= length:
+        raise InputError(f"--steps {steps} must lie in 1...{length}, the number of tokens to draw")
+    hidden, counts = length, []
+    for k in range(steps - 1):
+        after = math.floor(length * math.cos(math.pi / 2 * (k + 1) / steps))
+        after = max(1, min(hidden - 1, after))
+        counts.append(hidden - after)
+        hidden = after
+    return counts + [hidden]
+
+
+def guidance_scale(s: float, hidden_after: Tensor, length: int) -> Tensor:
+    """MAR's linear guidance schedule, 1 + (s - 1)(L - hidden) / L.
+
+    hidden_after: tokens that remain hidden after the step (0 counts as 1). The scale multiplies as
+    eps = eps_null + scale (eps_class - eps_null), so 1 is no guidance."""
+    return 1 + (s - 1) * (length - hidden_after.clamp(min=1)) / length
+
+
+def guided(head: Callable, c: Tensor, c_null: Tensor, scale: Tensor | float) -> Callable:
+    """guided_head(x, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null).
+
+    The variance channels are those of the class."""
+
+    def guided_head(x, t):
+        both = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, c_null]))  # one batch
+        eps, variance = both.chunk(2, -1)
+        eps_class, eps_null = eps.chunk(2)
+        eps = eps_null + scale * (eps_class - eps_null)
+        return torch.cat([eps, variance[: len(x)]], -1)
+
+    return guided_head
+
+
+@dataclass
+class Sampling:
+    """How to sample; what is None is decided by the model.
+
+    steps: K of the cosine schedule (None: a policy's learned schedule, else settings.steps).
+    guidance: s of a teacher, linear in the share revealed (None: settings.guidance; a student has
+    it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
+    1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
+    DiSA (2505.20297). temperature: factor on the chain's noise. progress: show a bar."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    denoise_steps: int | tuple[int, int] | None = None
+    temperature: float = 1.0
+    progress: bool = False
+
+    def resolve(self, model: MAR) -> "Sampling":
+        """The same with nothing left open; InputError where it does not suit the model's kind."""
+        settings, denoise_steps, guidance = model.settings, self.denoise_steps, self.guidance
+        if denoise_steps is None:
+            denoise_steps = settings.denoise_steps if model.kind == "teacher" else 1
+        if model.kind != "teacher" and denoise_steps != 1:
+            raise InputError(
+                f"--denoise-steps {denoise_steps}: a {model.kind} takes one step; only "
+                "a teacher walks a chain"
+            )
+        if guidance is None:
+            guidance = 1.0 if denoise_steps == 1 else settings.guidance
+        if denoise_steps == 1 and guidance != 1:
+            raise InputError(
+                "--guidance needs a teacher's chain: a one-step student has its guidance baked in"
+            )
+        if denoise_steps == 1 and self.temperature != 1:
+            raise InputError("--temperature: one step has no chain whose noise it could scale")
+        if not (0 <= self.temperature < math.inf and 0 <= guidance < math.inf):
+            raise InputError("--temperature and --guidance must be numbers from 0 up")
+        return replace(self, denoise_steps=denoise_steps, guidance=guidance)
+
+    def chains(self, iterations: int) -> list[Diffusion] | None:
+        """The denoising chain of each of K iterations; None for the one-step generator."""
+        if self.denoise_steps == 1:
+            return None
+        if isinstance(self.denoise_steps, tuple):
+            counts = torch.linspace(*self.denoise_steps, iterations)
+            return [Diffusion(round(n)) for n in counts.tolist()]
+        return [Diffusion(self.denoise_steps)] * iterations
+
+
+@dataclass
+class Noise:
+    """What a generation starts from. Token order[b, j] is revealed before token order[b, j - 1],
+    as in MAR, which reveals from the end of the order."""
+
+    order: Tensor  # [B, L]
+    z: Tensor  # [B, L, D]
+    sigma: Tensor | float = 0.0  # [B] or a number: exploration noise added to a revealed token
+
+
+def draw_noise(model: MAR, n: int, generator) -> Noise:
+    """A random order and z for n images."""
+    shape, device = (n, model.length), generator.device
+    order = torch.rand(shape, generator=generator, device=device).argsort(1)
+    z = torch.randn(*shape, model.channels, generator=generator, device=device)
+    return Noise(order, z)
+
+
+@dataclass
+class Trace:
+    """What `generate` did over T iterations, the most of any image; others have counts of 0 at the
+    end. A revealed token never changes, so the state before any step is the final image under the
+    step's mask."""
+
+    order: Tensor  # [B, L]
+    z: Tensor  # [B, L, D]
+    means: Tensor  # [B, L, D]: each token as predicted when revealed, before exploration noise
+    counts: Tensor  # [B, T]: tokens revealed
+    predictions: Tensor | None  # [B, T, L, D]: the whole image as predicted before each step
+    states: Tensor | None  # [B, T, W + 1]: what the schedule policy saw
+    actions: Tensor | None  # [B, T]: what it chose
+
+    @property
+    def steps(self) -> Tensor:
+        """T of each image [B]."""
+        return (self.counts > 0).sum(1)
+
+    def hidden(self) -> Tensor:
+        """Tokens still hidden before each step [B, T]."""
+        return self.counts.flip(1).cumsum(1).flip(1)  # all that is revealed from this step on
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """mask before each step [B, T, L], and which tokens the step revealed [B, T, L]."""
+        rank, hidden = self.order.argsort(1)[:, None], self.hidden()[..., None]
+        mask = rank < hidden
+        return mask, mask & (rank >= hidden - self.counts[..., None])
+
+
+def class_and_null_context(model, tokens, mask, labels) -> tuple[Tensor, Tensor]:
+    """c for the labels and c for the null class, each [B, L, W], computed in one batch."""
+    both = torch.cat([labels, model.null(labels)])
+    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2)
+
+
+def unfinished_contexts(model, tokens, mask, labels, guidance) -> tuple[Tensor, Tensor | None]:
+    """c and, under guidance, c_null [B, L, W] of images that still hide tokens; else zeros."""
+    live = mask.any(1)
+    c = torch.zeros(*mask.shape, model.settings.width, device=mask.device)
+    if guidance == 1:
+        c[live] = model.context(tokens[live], mask[live], labels[live])
+        return c, None
+    c_null = torch.zeros_like(c)
+    c[live], c_null[live] = class_and_null_context(model, tokens[live], mask[live], labels[live])
+    return c, c_null
+
+
+@torch.no_grad()
+def generate(
+    model: MAR,
+    labels,
+    sampling: Sampling | None = None,
+    noise: Noise | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    seed=0,
+    trace: bool | str = False,
+):
+    """Tokens [B, L, D] of new images of classes `labels` [B] (integers); `to_images` shows them.
+
+    `generate(model, labels)` is right for every kind of model: a teacher walks its chain under its
+    guidance, a student takes one step, a policy also chooses how many iterations to take.
+
+    sampling: how, where that should be another way. noise: order, z and exploration; drawn from
+    `seed` if not given, and then the same for every model. known: (tokens [B, L, D], mask [L]), to
+    complete images: only tokens under the mask are drawn. trace: True also returns the Trace, and
+    "predictions" the Trace with its predictions.
+    Same seed, same device: same images. InputError if the sampling does not suit the model."""
+    sampling = (sampling or Sampling()).resolve(model)
+    labels = torch.as_tensor(labels, device=model.device)
+    if not ((0 <= labels) & (labels <= model.num_classes)).all():
+        raise InputError(
+            f"labels must lie in 0...{model.num_classes - 1} (or be "
+            f"{model.num_classes}, the null class), not {labels.tolist()}"
+        )
+    generator = rng(seed, "generate", device=model.device)
+    drawn = draw_noise(model, len(labels), generator)  # in any case: what follows is then the same
+    tokens, trace_of_it = unmask(
+        model, labels, sampling, noise or drawn, known, generator, trace == "predictions"
+    )
+    return (tokens, trace_of_it) if trace else tokens
+
+
+def unmask(model, labels, sampling, noise, known, generator, predictions) -> tuple[Tensor, Trace]:
+    """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times."""
+    tokens, order, to_draw = starting_point(noise, known)
+    schedule = model.schedule if sampling.steps is None else None
+    fixed = reveal_counts(to_draw, sampling.steps or min(to_draw, model.settings.steps))
+    chains = sampling.chains(len(fixed))
+    limits = token_limits(model.settings)
+
+    rank = order.argsort(1)
+    means = torch.zeros_like(tokens)
+    hidden = torch.full((len(labels),), to_draw, device=model.device)
+    record = {name: [] for name in ("counts", "predictions", "states", "actions")}
+    bar = tqdm(total=int(hidden.sum()), desc="tokens", disable=not sampling.progress, leave=False)
+    while hidden.any():
+        k = len(record["counts"])
+        mask = rank < hidden[:, None]
+        c, c_null = unfinished_contexts(model, tokens, mask, labels, sampling.guidance)
+        if schedule is None:
+            count = torch.full_like(hidden, fixed[k])
+        else:
+            state = schedule_state(c, mask)
+            action = schedule.sample(state, hidden, generator)
+            count = schedule.count(action, hidden)
+            record["states"].append(state)
+            record["actions"].append(action)
+        reveal = mask & (rank >= (hidden - count)[:, None])
+
+        fill = mask if predictions else reveal  # the whole image, or only what is revealed
+        if chains is None:
+            drawn = one_step(model.head, noise.z[fill], c[fill], model.settings.noise_ratio)
+        else:
+            scale = guidance_scale(sampling.guidance, hidden - count, model.length)
+            head = chain_head(model.head, c, c_null, scale, fill)
+            drawn = chains[k].sample(head, noise.z[fill], generator, sampling.temperature, limits)
+        image = tokens.clone()
+        image[fill] = drawn
+        means = torch.where(reveal[..., None], image, means)
+        tokens = torch.where(reveal[..., None], explore(image, noise.sigma, generator), tokens)
+        hidden = hidden - count
+        bar.update(int(count.sum()))
+        record["counts"].append(count)
+        if predictions:
+            record["predictions"].append(image)
+    bar.close()
+    stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
+    return tokens, Trace(order, noise.z, means, **stacked)
+
+
+def starting_point(noise: Noise, known) -> tuple[Tensor, Tensor, int]:
+    """Tokens [B, L, D], order [B, L], and how many tokens are to be drawn, before the first step.
+
+    Known tokens go to the end of the order, where they are never hidden."""
+    if known is None:
+        return torch.zeros_like(noise.z), noise.order, noise.order.shape[1]
+    tokens, mask = known
+    drawn_first = (~mask[noise.order]).to(torch.uint8).argsort(dim=1, stable=True)
+    return tokens.clone(), noise.order.gather(1, drawn_first), int(mask.sum())
+
+
+def chain_head(head, c, c_null, scale, fill) -> Callable:
+    """head(x, t) of the places fill [B, L], guided by scale [B] where there is a c_null."""
+    if c_null is None:
+        return partial(head, c=c[fill])
+    scale = scale[:, None].expand(fill.shape)[fill]
+    return guided(head, c[fill], c_null[fill], scale[:, None])
+
+
+def token_limits(settings: Settings) -> tuple[float, float] | None:
+    """Lowest and highest value that the chain lets its estimate of a token's x_0 take, or None."""
+    if not settings.x_0_limit:
+        return None
+    return (
+        (-settings.x_0_limit - settings.mean) * settings.scale,
+        (settings.x_0_limit - settings.mean) * settings.scale,
+    )
+
+
+def explore(image, sigma, generator) -> Tensor:
+    """image [B, L, D] + exploration noise of standard deviation sigma, a number or [B]."""
+    sigma = torch.as_tensor(sigma, device=image.device)
+    if not sigma.any():
+        return image
+    noise = torch.randn(image.shape, generator=generator, device=image.device)
+    return image + sigma.expand(len(image))[:, None, None] * noise
+
+
+# 7 GSIM -------------------------------------------------------------------------------------------
+# MARVAL, stage 1. The student's tokens x_0 = g(z, c) should be distributed as the teacher's. Noise
+# both to time t and compare scores: the teacher's guided score s_p, and the student's own score
+# s_q, which an auxiliary network learns from the student's samples. Minimising d(s_q - s_p) alone
+# is not enough: s_q changes with the student, and the frozen auxiliary network cannot show how. The
+# theorem replaces that missing gradient by L1, all of whose parts are at hand. Scores appear as
+# eps-predictions here, s = -eps / sigma_t.
+
+
+def pseudo_huber(y: Tensor, r: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """d(y) = sqrt(|y|^2 + r^2) - r [N] and its derivative y / sqrt(|y|^2 + r^2) [N, D]."""
+    root = (y.square().sum(-1, keepdim=True) + r**2).sqrt()
+    return root.squeeze(-1) - r, y / root
+
+
+def velocity_weight(t: Tensor) -> Tensor:
+    """1 / alpha_t [N, 1]: makes differences of eps differences of velocities."""
+    alpha, _ = BASE.alpha_sigma(t)
+    return 1 / alpha
+
+
+def gsim_terms(
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    eps_q: Callable,
+    eps_p: Callable,
+    distance: Callable = pseudo_huber,
+    weight: Callable = velocity_weight,
+):
+    """L1 and L2 [N] of GSIM (MARVAL, gradient equivalence theorem), whose sum is the loss:
+
+        L1 = -d'(y_t)^T (s_q - grad log p(x_t | x_0)),   L2 = d(y_t),   y_t = s_q - s_p
+
+    x_0 = g(z, c) [N, D]: the student's tokens; t [N] on 0...999; eps [N, D]. eps_q, eps_p:
+    functions (x_t, t) -> eps [N, D], the student's own score and the teacher's guided one. Their
+    parameters must be frozen, but gradient must pass through them to x_t, in y_t and in d'(y_t)
+    too. One term alone does not have the divergence's gradient (L1 with a squared d is SiD at alpha
+    = 1). distance: y -> d [N], d' [N, D]. weight: t -> [N, 1], a factor on y_t and on the residual,
+    which for each t is the theorem with another distance and which the paper leaves open. Ours
+    compares velocities: what all tokens share is decided at high noise, where eps is nearly x_t
+    whatever x_0 is, and an error in eps hardly counts."""
+    x_t = BASE.q_sample(x_0, t, eps)
+    e_q, e_p = eps_q(x_t, t), eps_p(x_t, t)
+    d, d_prime = distance(weight(t) * (e_p - e_q))  # eps_p - eps_q = sigma_t (s_q - s_p)
+    residual = weight(t) * (eps - e_q)  # grad log p(x_t | x_0) = -eps / sigma_t
+    L1 = -(d_prime * residual).sum(-1)
+    return L1, d
+
+
+def gsim_loss(*args, **kwargs) -> Tensor:
+    """L_GSIM = L1 + L2 [N] of `gsim_terms`."""
+    L1, L2 = gsim_terms(*args, **kwargs)
+    return L1 + L2
+
+
+def gsim_times(n: int, generator) -> Tensor:
+    """t [n] uniform on 20...984 (our choice): beyond it scores say nothing, or explode."""
+    return torch.randint(20, 985, (n,), generator=generator)
+
+
+def student_of(teacher: MAR, settings: Settings) -> MAR:
+    """A trainable one-step student with the teacher's weights."""
+    student = deepcopy(teacher).requires_grad_(True)
+    student.kind, student.settings = "student", settings
+    return student
+
+
+class Distillation:
+    """GSIM: the student (`model`, and `ema`, the average of its weights) and the auxiliary network
+    both start as the teacher and are updated in turn.
+
+    Adam with beta_1 = 0 and cosine decay. loss: as `gsim_loss`; another one is for ablations.
+    Differs from the paper: guidance follows MAR's linear schedule as if the iteration revealed one
+    token, where the paper's s is constant."""
+
+    def __init__(self, teacher: MAR, settings: Settings, loss: Callable = gsim_loss):
+        self.teacher, self.loss = teacher, loss
+        self.model = student_of(teacher, settings)
+        self.aux = deepcopy(self.model)
+        self.ema = deepcopy(self.model).requires_grad_(False)
+        self.optimizers, self.rates = {}, {}
+        networks = (
+            ("student", self.model, settings.student_lr),
+            ("aux", self.aux, settings.aux_lr),
+        )
+        for name, network, lr in networks:
+            optimizer = torch.optim.Adam(network.parameters(), lr, betas=(0.0, 0.999))
+            rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.gsim_iters)
+            self.optimizers[name], self.rates[name] = optimizer, rate
+        self.state = {"aux": self.aux}
+        for name in self.optimizers:
+            self.state[f"{name}_optimizer"] = self.optimizers[name]
+            self.state[f"{name}_rate"] = self.rates[name]
+
+    def update(self, step: int, x: Tensor, labels: Tensor, generator) -> dict[str, float]:
+        """One update of each network on data tokens x [B, L, D], labels [B]; metrics to log.
+
+        A uniform share of the tokens is hidden, since the student meets every stage of generation.
+        Each network computes its own context from the same visible data tokens; that is the costly
+        part, so each context serves several draws of noise."""
+        student, aux, settings = self.model, self.aux, self.model.settings
+        ratio = torch.rand(len(x), generator=generator)
+        mask = random_mask(ratio, student.length, generator).to(x.device)
+        N = int(mask.sum()) * settings.draws
+
+        def hidden(rows):  # [B, L, W] -> [N, W]
+            return rows[mask].repeat(settings.draws, 1)
+
+        def noise():
+            return torch.randn(N, student.channels, generator=generator).to(x.device)
+
+        def times():
+            return gsim_times(N, generator).to(x.device)
+
+        # the auxiliary network learns the score of the student's samples
+        c = hidden(student.context(x, mask, labels))
         with torch.no_grad():
-            x_0 = one_step(student.head, noise(), c, s.noise_ratio)
-        aux_loss = denoising_loss(aux.head, x_0, at_hidden(aux.context(x, mask, labels)), times(), noise())
-        descend(aux_loss, optimizers["aux"])
+            x_0 = one_step(student.head, noise(), c, settings.noise_ratio)
+        c_q = hidden(aux.context(x, mask, labels))
+        aux_loss = denoising_loss(aux.head, x_0, c_q, times(), noise())
+        descend(aux_loss, self.optimizers["aux"])
 
-    with torch.no_grad():
-        c_q = at_hidden(aux.context(x, mask, labels))
-        both = torch.cat([labels, torch.full_like(labels, teacher.num_classes)])
-        c_p, c_null = map(at_hidden, teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2))
-        # as if this iteration revealed one token; the paper's s is constant instead
-        scale = guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None, None].expand(B, L, 1)
-    head = guided(teacher.head, c_p, c_null, at_hidden(scale))
-    x_0 = one_step(student.head, noise(), c, s.noise_ratio)
-    aux.requires_grad_(False)  # its parameters are frozen here, but gradient passes through it to x_t
-    distance = squared if s.distance == "squared" else lambda y: pseudo_huber(y, s.huber)
-    loss = gsim_loss(x_0, times(), noise(), lambda x_t, t: aux.head.eps(x_t, t, c_q),
-                     lambda x_t, t: head(x_t, t).chunk(2, -1)[0], distance, s.gsim_terms, s.gsim_units).mean()
-    norm = descend(loss, optimizers["student"])
-    aux.requires_grad_(True)
-    return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
+        # the student follows both scores; their parameters are frozen, but not the way to x_t
+        with torch.no_grad():
+            c_q = hidden(aux.context(x, mask, labels))
+            c_p, c_null = class_and_null_context(self.teacher, x, mask, labels)
+        scale = guidance_scale(settings.guidance, mask.sum(1) - 1, student.length)
+        scale = hidden(scale[:, None, None].expand(*mask.shape, 1))
+        teacher_head = guided(self.teacher.head, hidden(c_p), hidden(c_null), scale)
+
+        def eps_p(x_t, t):
+            return teacher_head(x_t, t).chunk(2, -1)[0]
+
+        aux.requires_grad_(False)
+        x_0 = one_step(student.head, noise(), c, settings.noise_ratio)
+        loss = self.loss(x_0, times(), noise(), partial(aux.head.eps, c=c_q), eps_p).mean()
+        norm = descend(loss, self.optimizers["student"])
+        aux.requires_grad_(True)
+        self.rates["student"].step()
+        self.rates["aux"].step()
+        update_ema(self.ema, student, step, settings.student_ema)
+        return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
 
 
-# 7 Critical steps ----------------------------------------------------------------------------------------
-# MaskFocus: most of what an image will be is decided in a few steps. Optimise only those.
+# 8 Critical steps ---------------------------------------------------------------------------------
+# MaskFocus. Most of what an image will be is decided in a few steps; only those are optimised.
 
 
-def information_gain(predictions, final, valid=None, mean=0.0):
-    """V_k = |S_{k+1} - S_k| with S_k = cos(E_k, E_final) -> [B, T]   (MaskFocus, critical step selection).
+def information_gain(
+    predictions: Tensor, final: Tensor, valid: Tensor | None = None, mean: Tensor | float = 0.0
+) -> Tensor:
+    """V_k = |S_{k+1} - S_k| [B, T] with S_k = cos(E_k, E_final)   (MaskFocus, critical steps).
 
-    predictions [B, T, ...]: the full image predicted before step k reveals; final [B, ...]. S after the last step is 1.
-    valid [B, T]: steps that the row has; the others get -inf. The embedding E is what is passed in, minus `mean`
-    (the mean image): without it the cosine saturates. The paper embeds in the tokeniser's space; we take the tokens."""
+    predictions [B, T, ...]: the whole image as predicted before step k reveals; final [B, ...].
+    S after the last step is 1. valid [B, T]: the steps that a row has; the others get -inf. The
+    embedding E is what is passed in, less `mean` (the mean image), without which the cosine
+    saturates. The paper embeds in its tokeniser's space; we take the tokens."""
     E, E_final = (predictions - mean).flatten(2), (final - mean).flatten(1)
     S = F.cosine_similarity(E, E_final[:, None], dim=-1)  # [B, T]
     if valid is not None:
         S = S.masked_fill(~valid, 1.0)
-    gain = (torch.cat([S[:, 1:], torch.ones_like(S[:, :1])], 1) - S).abs()
+    S_next = torch.cat([S[:, 1:], torch.ones_like(S[:, :1])], 1)
+    gain = (S_next - S).abs()
     return gain if valid is None else gain.masked_fill(~valid, -math.inf)
 
 
-def critical_steps(gain, k):
-    """The k steps of largest gain (or another score) of each row, as a mask [B, T]; fewer in rows with fewer steps."""
-    top = gain.topk(min(k, gain.shape[1]), dim=1).indices
-    return torch.zeros_like(gain, dtype=torch.bool).scatter(1, top, True) & gain.isfinite()
+def critical_steps(score: Tensor, k: int) -> Tensor:
+    """The k steps of largest score in each row, as a mask [B, T]; those of score -inf never."""
+    top = score.topk(min(k, score.shape[1]), dim=1).indices
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True) & score.isfinite()
 
 
-# 8 Schedule policy ---------------------------------------------------------------------------------------
-# Speed-RL rewards images that need fewer steps, and a reward can only change what is an action. So, as in learned
-# unmasking policies (2512.09106), at every step a small head, ours, looks at the contexts of the hidden tokens and
-# chooses how many to reveal. K_max is K, the most steps that an image may take.
+# 9 Schedule policy --------------------------------------------------------------------------------
+# Speed-RL rewards images that need fewer steps, and a reward can only change what is an action. So,
+# as in learned unmasking policies (2512.09106), at every step a small network, ours, looks at the
+# contexts of the hidden tokens and chooses how many to reveal.
 
 
-def schedule_state(c, mask):
-    """What the schedule policy sees [B, W + 1]: the mean context of the hidden tokens, and the share still hidden."""
+def schedule_state(c: Tensor, mask: Tensor) -> Tensor:
+    """What the policy sees [B, W + 1]: the hidden tokens' mean context, and the share hidden."""
     hidden = mask.sum(1, keepdim=True)
-    return torch.cat([(c * mask[..., None]).sum(1) / hidden.clamp(min=1), hidden / mask.shape[1]], 1)
+    mean_context = (c * mask[..., None]).sum(1) / hidden.clamp(min=1)
+    return torch.cat([mean_context, hidden / mask.shape[1]], 1)
 
 
 class SchedulePolicy(nn.Module):
-    """Chooses to reveal `unit` x 1, 2, 3, 4, 6, 8, 12, ... tokens, or all that remain; unit = ceil(L / K_max), so that
-    K_max steps are the most.
+    """Chooses to reveal unit x 1, 2, 3, 4, 6, 8, 12, ... tokens or all that remain, with unit =
+    ceil(L / K), so that an image takes at most K steps.
 
-    Starts independent of the state, preferring small counts: the probability is proportional to 1 / count."""
+    It starts independent of the state and in favour of small counts: probability ~ 1 / count."""
 
-    def __init__(self, width, length, max_steps, inner=64):
+    def __init__(self, width: int, length: int, max_steps: int, inner: int = 64):
         super().__init__()
         unit = math.ceil(length / max_steps)
-        sizes = [1] + sorted(m * 2**i for m in (2, 3) for i in range(length.bit_length()))
+        sizes = [1, *sorted(m * 2**i for m in (2, 3) for i in range(length.bit_length()))]
         counts = [unit * n for n in sizes if unit * n < length] + [length]
         self.register_buffer("counts", torch.tensor(counts))
         self.norm = nn.LayerNorm(width)
@@ -844,306 +1187,1715 @@ class SchedulePolicy(nn.Module):
         with torch.no_grad():
             self.net[-1].bias.copy_(-self.counts.log())
 
-    def log_probs(self, states, hidden):
-        """log pi [N, choices] for states [N, W + 1] with `hidden` [N] tokens left; impossible: -inf.
+    def log_probs(self, states: Tensor, hidden: Tensor) -> Tensor:
+        """log pi [N, choices] for states [N, W + 1] with hidden [N] tokens left.
 
-        A count that is not below what remains is impossible: the last choice, `all`, stands for it."""
-        logits = self.net(torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1))
+        A count that is not below what remains has probability 0; `all` stands for it."""
+        features = torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1)
         possible = self.counts < hidden[:, None]
         possible[:, -1] = True
-        return logits.masked_fill(~possible, -math.inf).log_softmax(-1)
+        return self.net(features).masked_fill(~possible, -math.inf).log_softmax(-1)
 
-    def count(self, actions, hidden):
-        """Tokens that the actions [N] reveal where `hidden` [N] remain."""
+    def sample(self, states: Tensor, hidden: Tensor, generator) -> Tensor:
+        """Actions [N] drawn from pi."""
+        probabilities = self.log_probs(states, hidden).exp()
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+    def count(self, actions: Tensor, hidden: Tensor) -> Tensor:
+        """Tokens that the actions [N] reveal where hidden [N] remain."""
         return torch.minimum(self.counts[actions], hidden)
 
 
-def speed(steps, max_steps):
-    """(K_max - T + 1) / K_max in (0, 1]: 1 for one step. As in 2512.09106, with K in place of L;
-    Speed-RL's own formula is not public in what we have, so quality x speed^alpha is our choice."""
+def speed(steps: Tensor, max_steps: int) -> Tensor:
+    """(K - T + 1) / K in (0, 1]; 1 for one step. As in 2512.09106, with K in place of L."""
     return (max_steps - steps + 1) / max_steps
 
 
-def total_reward(quality, steps, s):
-    """R [B] = quality x speed^alpha of images that took `steps` [B]; --additive: quality + alpha x speed."""
-    fast = speed(steps, s.steps)
-    return quality + s.alpha * fast if s.additive else quality * fast**s.alpha
+def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
+    """R [B] = quality x speed^alpha of images that took `steps` [B].
+
+    Our choice: Speed-RL's formula is not public in what we have. A sum instead of the product would
+    pay for images that are fast and wrong."""
+    return quality * speed(steps, settings.steps) ** settings.alpha
 
 
-# 9 Policy gradient ---------------------------------------------------------------------------------------
-# GRPO (group relative policy optimisation), and at the end MARVAL's back-propagation. A rollout draws every token from
-# N(g(z, c), sigma^2) around the one-step student, z stored, so log pi is Gaussian in closed form. A group shares class,
-# order and z (but see routing), so that only the actions differ. The functions below take quality(images [B, C, H, W],
-# labels [B]) -> [B] in [0, 1]; reference, the frozen student; labels [P], a class a prompt; mean_image, tokens that the
-# information gain subtracts; and optimizers of "generator" and "schedule".
+# 10 Policy gradient -------------------------------------------------------------------------------
+# GRPO, group relative policy optimisation, and then MARVAL's back-propagation of a reward. A
+# rollout draws every token from N(g(z, c), sigma^2) around the one-step student, with z given, so
+# that log pi is a Gaussian's in closed form. The rollouts of a group share class, order and z: they
+# differ in their actions alone. quality(images [B, 3, H, W] in [-1, 1], labels [B]) -> [B] in [0,
+# 1] is the reward for an image.
 
 
-def group_advantages(rewards, group, keep=None, baseline="mean", normalise=True):
-    """A = (R - baseline) / std within each group of G consecutive rollouts [P G]; zero where all rewards are equal.
+def group_advantages(rewards: Tensor, group: int) -> Tensor:
+    """A = (R - mean) / std within each group of G consecutive rollouts [P G]   (GRPO).
 
-    keep [P G]: rollouts that count; the others get zero. baseline: the group's `mean` (GRPO), or that of the `others`,
-    which multiplies A by G / (G - 1) and, without the std, makes its expected gradient exact. normalise: divide by the
-    std (GRPO; over G - 1), which weighs prompts alike; without it those on which little can be won count little."""
+    The std is over G - 1; a group whose rewards are all equal gets zeros."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
-    w = torch.ones_like(R) if keep is None else rearrange(keep.to(R), "(p g) -> p g", g=group)
-    n = w.sum(1, keepdim=True).clamp(min=2)
-    A = w * (R - (w * R).sum(1, keepdim=True) / n)
-    std = (A.square().sum(1, keepdim=True) / (n - 1)).sqrt()
-    A = A * n / (n - 1) if baseline == "others" else A
-    return torch.where((std > 1e-5) & (w.sum(1, keepdim=True) > 1), A / std if normalise else A, 0.0).flatten()
+    A = R - R.mean(1, keepdim=True)
+    std = R.std(1, keepdim=True)
+    return torch.where(std > 1e-5, A / std, 0.0).flatten()
 
 
-def token_log_prob(x, mean, sigma):
-    """Mean over the D channels of log N(x; mean, sigma^2) [N], sigma [N] or a number: log pi, divided by D.
+def token_log_prob(x: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
+    """log pi [N]: the mean over D channels of log N(x; mean, sigma^2), sigma [N] or a number.
 
-    The division keeps ratios tame: they are the exact ratio to the power 1/D."""
+    A mean, not a sum: ratios are then the exact ones to the power 1 / D, and tame."""
     sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
-    return (-((x - mean) / sigma).square() / 2 - (sigma * math.sqrt(2 * math.pi)).log()).mean(-1)
+    log_density = -((x - mean) / sigma).square() / 2 - (sigma * math.sqrt(2 * math.pi)).log()
+    return log_density.mean(-1)
 
 
-def token_kl(mean, mean_ref, sigma):
-    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) given z [N] in closed form, divided by D as log pi is."""
-    return ((mean - mean_ref) / torch.as_tensor(sigma, device=mean.device)[..., None]).square().mean(-1) / 2
+def token_kl(mean: Tensor, mean_ref: Tensor, sigma: Tensor | float) -> Tensor:
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) [N] in closed form, over D as log pi is."""
+    sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
+    return ((mean - mean_ref) / sigma).square().mean(-1) / 2
 
 
-def policy_loss(log_prob, log_prob_old, advantage, kl=torch.zeros(()), clip_ratio=0.2, beta=0.0):
-    """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old   (GRPO; MaskFocus).
+def policy_loss(
+    log_prob: Tensor,
+    log_prob_old: Tensor,
+    advantage: Tensor,
+    kl: Tensor | float = 0.0,
+    clip_ratio: float = 0.2,
+    beta: float = 0.0,
+):
+    """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old.
 
-    Returns the loss and, to log, `ratio` and `kl`, their means; `clip_fraction`; `log_ratio`, the largest |log r|."""
+    The objective of GRPO and MaskFocus. Returns the loss and, to log, `ratio` and `kl`, their
+    means; `clip_fraction`; and `log_ratio`, the largest |log r|."""
+    kl = torch.as_tensor(kl)
     log_ratio = log_prob - log_prob_old.detach()
     ratio = log_ratio.exp()
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
-    stats = {"ratio": ratio.mean().item(), "clip_fraction": ((ratio - 1).abs() > clip_ratio).float().mean().item(),
-             "kl": kl.mean().item(), "log_ratio": log_ratio.abs().max().item()}
-    return -(gain - beta * kl).mean(), stats
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    objective = torch.minimum(ratio * advantage, clipped * advantage) - beta * kl
+    outside = (ratio - 1).abs() > clip_ratio
+    metrics = {
+        "ratio": ratio.mean().item(),
+        "clip_fraction": outside.float().mean().item(),
+        "kl": kl.mean().item(),
+        "log_ratio": log_ratio.abs().max().item(),
+    }
+    return -objective.mean(), metrics
+
+
+@dataclass
+class Rollouts:
+    """Finished images of a batch of prompts, the G rows of a group one after the other; B = P G."""
+
+    tokens: Tensor  # [B, L, D]
+    trace: Trace
+    labels: Tensor  # [B]
+    quality: Tensor  # [B]
+    sigma: Tensor  # [B]: the exploration noise of each
 
 
 @torch.no_grad()
-def routing(model, labels, generator, draws=8):
-    """The factor on each prompt's exploration sigma [P], >= 1: for the half with the lower entropy H, 1 + route exp(-H)
-    (MaskFocus, dynamic routing).
+def routing(model: MAR, labels: Tensor, generator, draws: int = 8) -> Tensor:
+    """The factor on each prompt's exploration sigma [P], 1 or more (MaskFocus, dynamic routing).
 
-    H = max(0, mean over tokens and channels of log(std / sigma)), the std being that of one-step predictions of a
-    wholly hidden image over `draws` of z. Differs from the paper, which gives each token the temperature
-    T exp(-H / alpha) + T_min and routes the samples of a group step by step; ours are alike at first, having class,
-    order and z in common, and prompts are routed."""
-    s, (P,), L, D = model.settings, labels.shape, model.length, model.channels
+    The half of the prompts with the lower entropy H explores 1 + route exp(-H) times as much. H =
+    max(0, mean over tokens and channels of log(std / sigma)), the std being that of one-step
+    predictions of a wholly hidden image over `draws` of z.
+    Differs from the paper, which routes the samples of a group step by step and gives each token
+    the temperature T exp(-H / alpha) + T_min: our samples share class, order and z, so that they
+    are alike at first, and prompts are routed instead."""
+    settings, P, L, D = model.settings, len(labels), model.length, model.channels
     mask = torch.ones(P, L, dtype=torch.bool, device=labels.device)
     c = model.context(torch.zeros(P, L, D, device=labels.device), mask, labels)
     z = torch.randn(draws * P * L, D, generator=generator, device=labels.device)
-    g = one_step(model.head, z, repeat(c, "p l w -> (n p l) w", n=draws), s.noise_ratio).view(draws, P, L, D)
-    H = (g.var(0).clamp(min=1e-12).log() / 2 - math.log(s.explore)).mean((1, 2)).clamp(min=0)
-    return torch.where(H.argsort().argsort() < P // 2, 1 + s.route * torch.exp(-H), 1.0)
+    g = one_step(model.head, z, repeat(c, "p l w -> (n p l) w", n=draws), settings.noise_ratio)
+    variance = g.view(draws, P, L, D).var(0).clamp(min=1e-12)
+    H = (variance.log() / 2 - math.log(settings.explore)).mean((1, 2)).clamp(min=0)
+    certain = H.argsort().argsort() < P // 2
+    return torch.where(certain, 1 + settings.route * torch.exp(-H), 1.0)
 
 
-def rollout(model, quality, labels, seed, full=True):
-    """G rollouts of each class of `labels` [P], G consecutive rows a group: tokens, Trace, and of every row [P G] its
-    label, quality and sigma.
+def rollout(model: MAR, quality: Callable, labels: Tensor, seed, predictions=True) -> Rollouts:
+    """G rollouts of each class of `labels` [P]; predictions: whether their Trace has them.
 
-    A group shares class, order and z, which leaves the gradient unbiased and quiets it; where routing heats a prompt,
-    its rows explore with a larger sigma, and each shuffles the order a little. full: the Trace has predictions."""
-    s, device, (P,) = model.settings, labels.device, labels.shape
-    g = rng(seed, "shared", device=device)
-    sort_key = torch.rand(P, 1, model.length, generator=g, device=device)
-    z = torch.randn(P, model.length, model.channels, generator=g, device=device).repeat_interleave(s.group, 0)
-    sort_key, sigma = sort_key.expand(-1, s.group, -1), torch.full((P,), s.explore, device=device)
-    if s.route:
-        heat = routing(model, labels, g)
+    Sharing class, order and z within a group leaves the gradient unbiased and quiets it. Where
+    routing heats a prompt, its rows explore with a larger sigma, and each shuffles the order a
+    little, because exploration in MaskFocus also changes which positions are revealed."""
+    settings, P = model.settings, len(labels)
+    generator = rng(seed, "shared", device=labels.device)
+    key = torch.rand(P, 1, model.length, generator=generator, device=labels.device)
+    z = torch.randn(P, model.length, model.channels, generator=generator, device=labels.device)
+    key = key.expand(-1, settings.group, -1)
+    sigma = torch.full((P,), settings.explore, device=labels.device)
+    if settings.route:
+        heat = routing(model, labels, generator)
         sigma = sigma * heat
-        jitter = torch.randn(sort_key.shape, generator=g, device=device)
-        sort_key = sort_key + 0.2 * (heat[:, None, None] - 1) * jitter  # 0.2: our choice
-    order = sort_key.flatten(0, 1).argsort(1)
-    labels, sigma = labels.repeat_interleave(s.group), sigma.repeat_interleave(s.group)
-    tokens, trace = generate(model, labels, denoise_steps=1, explore=sigma, order=order, z=z, seed=seed,
-                             trace=full or "steps")
-    return tokens, trace, labels, quality(to_images(tokens, s), labels), sigma
+        jitter = torch.randn(key.shape, generator=generator, device=labels.device)
+        key = key + 0.2 * (heat[:, None, None] - 1) * jitter  # 0.2: our choice
+    order = key.flatten(0, 1).argsort(1)  # [B, L]
+    z, labels, sigma = (v.repeat_interleave(settings.group, 0) for v in (z, labels, sigma))
+    tokens, trace = generate(
+        model,
+        labels,
+        noise=Noise(order, z, sigma),
+        seed=seed,
+        trace="predictions" if predictions else True,
+    )
+    return Rollouts(tokens, trace, labels, quality(to_images(tokens, settings), labels), sigma)
 
 
-def optimised_steps(trace, tokens, s, mean_image, generator):
-    """Which steps of each rollout are optimised [B, T]: K_c (critical_steps) of its own by --rl-steps, or all."""
+def optimised_steps(
+    trace: Trace, tokens: Tensor, settings: Settings, mean_image: Tensor, generator
+) -> Tensor:
+    """Which steps of each rollout are optimised [B, T]: all of its own, or K_c by --rl-steps.
+
+    mean_image [1, L, D]: tokens that the information gain subtracts."""
     valid = trace.counts > 0
-    if s.rl_steps == "all":
+    if settings.rl_steps == "all":
         return valid
-    if s.rl_steps == "critical":
+    if settings.rl_steps == "critical":
         score = information_gain(trace.predictions, tokens, valid, mean_image)
-    elif s.rl_steps == "random":
-        score = torch.rand(valid.shape, generator=generator).to(tokens).masked_fill(~valid, -math.inf)
-    else:
-        score = -torch.arange(valid.shape[1]).to(tokens).expand(valid.shape).masked_fill(~valid, math.inf)
-    return critical_steps(score, s.critical_steps)
+    elif settings.rl_steps == "random":
+        score = torch.rand(valid.shape, generator=generator).to(tokens)
+    else:  # the first
+        score = -torch.arange(valid.shape[1]).to(tokens).expand(valid.shape)
+    return critical_steps(score.masked_fill(~valid, -math.inf), settings.critical_steps)
 
 
-def schedule_update(schedule, trace, advantage, s, optimizer):
-    """`schedule_epochs` updates of the schedule policy on all its choices in a Trace, advantage [B]; the clip fraction.
-
-    It starts from nothing, so there is no base model to hold it to by a KL."""
-    row, step = ((trace.counts > 0) & (advantage != 0)[:, None]).nonzero(as_tuple=True)
-    states, hidden, actions = trace.states[row, step], trace.hidden()[row, step], trace.actions[row, step, None]
-    log_prob = lambda: schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
-    log_old = log_prob().detach()
-    for epoch in range(s.schedule_epochs):
-        loss, terms = policy_loss(log_prob(), log_old, advantage[row], clip_ratio=s.clip_ratio)
-        descend(loss, optimizer)
-    return terms["clip_fraction"]
+def policy_of(student: MAR, settings: Settings) -> MAR:
+    """A trainable copy of the student, with a schedule policy if the number of steps is learned."""
+    policy = deepcopy(student).requires_grad_(True)
+    policy.kind, policy.settings = "policy", settings
+    if settings.learn_steps and settings.method == "grpo":
+        add_schedule(policy)
+    return policy
 
 
-def rl_update(model, reference, quality, labels, mean_image, optimizers, seed):
-    """G rollouts of each class in `labels` [P], then `rl_epochs` updates on them; {name: float} to log.
-
-    Generator: the tokens of the optimised steps. This is the exact policy gradient (up to 1/D, (G - 1)/G and each
-    group's 1/std) with --rl-tokens revealed, --rl-steps all, one update per rollout and no quality floor. Fewer steps
-    are MaskFocus' choice, made on the finished image, and biased; `fresh` is its re-masking, and like `hidden` a
-    surrogate, counting tokens that were not drawn from this context. Schedule: all its choices, by its own optimiser,
-    so that the losses need no weighing. Both carry the advantage of reward = quality x speed^alpha. Whoever has A = 0
-    takes no part: groups without spread and, as a filter (our choice), rollouts below the quality floor."""
-    s, g = model.settings, rng(seed, "update")
-    full = s.rl_steps == "critical" or s.rl_tokens == "hidden"
-    tokens, trace, labels, q, sigma = rollout(model, quality, labels, seed, full)
-    reward = total_reward(q, trace.steps, s)
-    A = group_advantages(reward, s.group, q >= s.quality_floor, s.baseline, s.normalise)
-    live = A != 0
-    steps = optimised_steps(trace, tokens, s, mean_image, g)
-    first = steps.float().cumprod(1).sum(1) == steps.sum(1)  # the optimised steps are simply the first ones
-    stats = {"reward": float(reward.mean()), "quality": float(q.mean()), "steps": float(trace.steps.float().mean()),
-             "spread": float(rearrange(reward, "(p g) -> p g", g=s.group).std(1).mean()),
-             "filtered": 1 - float(live.float().mean()), "not_first": 1 - float(first.float().mean())}
-    if not live.any():
-        return stats
-
-    row, step = (steps & live[:, None]).nonzero(as_tuple=True)
-    mask, counted = (m[row, step] for m in trace.masks())  # [M, L]
-    if s.rl_tokens == "hidden":
-        counted = mask
-    elif s.rl_tokens == "fresh":
-        rank = torch.rand(mask.shape, generator=g).argsort(1).to(mask.device)
-        mask = counted = rank < mask.sum(1, keepdim=True)
-    # A revealed token never changes, so the state at any step is the final image under that step's mask.
-    z, context = trace.z[row][counted], lambda net: net.context(tokens[row], mask, labels[row])[counted]
-    means = lambda net: one_step(net.head, z, context(net), s.noise_ratio)
-    spread_out = lambda rows: rows[row][:, None].expand(mask.shape)[counted]  # [B] -> one for each counted token
-    x, A_token, sigma = tokens[row][counted], spread_out(A), spread_out(sigma)
-    with torch.no_grad():
-        g_ref = means(reference)
-        if s.rl_tokens == "fresh":
-            g_old = means(model)  # nobody has seen these masks before
-        else:  # what the sampler predicted, so that the first ratio compares it with the learner
-            g_old = (trace.means[row] if s.rl_tokens == "revealed" else trace.predictions[row, step])[counted]
-        log_old = token_log_prob(x, g_old, sigma)
-    for epoch in range(s.rl_epochs):
-        g_mean = means(model)
-        loss, terms = policy_loss(token_log_prob(x, g_mean, sigma), log_old, A_token,
-                                  token_kl(g_mean, g_ref, sigma), s.clip_ratio, s.beta)
-        terms["log_ratio"] = stats.get("log_ratio", terms["log_ratio"])  # the first: 0 if sampler and learner agree
-        stats |= terms | {"loss": loss.item(), "grad_norm": descend(loss, optimizers["generator"])}
-    if model.schedule is not None:
-        stats["schedule_clipped"] = schedule_update(model.schedule, trace, A, s, optimizers["schedule"])
-    return stats
+def add_schedule(model: MAR):
+    settings = model.settings
+    schedule = SchedulePolicy(settings.width, settings.length, settings.steps)
+    model.schedule = schedule.to(model.device)
 
 
-def replay(model, reference, labels, trace, keep):
-    """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep [B, T], and a KL.
+class PolicyGradient:
+    """RL on the critical steps and on the schedule; `model` is the policy, `reference` the student.
 
-    At the other steps nothing is recorded: their tokens are constants to later contexts. The KL, an anchor, is of
-    N(g, sigma^2) to the reference's at the kept steps, as in the policy gradient, mean over tokens."""
-    s, tokens, kls = model.settings, torch.zeros_like(trace.z), []
-    for k, (mask, reveal) in enumerate(zip(*(m.unbind(1) for m in trace.masks()))):
+    The generator learns from the tokens of the optimised steps. That is the exact policy gradient,
+    up to 1 / D, (G - 1) / G and each group's 1 / std, with --rl-tokens revealed, --rl-steps all,
+    --no-learn-steps and one update per rollout. Fewer steps are MaskFocus' choice, made on the
+    finished image, and biased; `hidden` and `fresh` (its re-masking) are surrogates, which count
+    tokens that were not drawn from this context. The schedule learns from all its choices, with an
+    optimiser of its own, so that the two losses need no weights."""
+
+    schedule_epochs = 4  # updates per batch of rollouts; they cost next to nothing
+
+    def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
+        self.quality, self.mean_image = quality, mean_image
+        self.model = self.ema = policy_of(student, settings)
+        self.reference = deepcopy(self.model).requires_grad_(False)
+        schedule = self.model.schedule
+        parameters = [p for name, p in self.model.named_parameters() if "schedule." not in name]
+        self.optimizers = {"generator": self.adamw(parameters, settings.rl_lr)}
+        if schedule is not None:
+            self.optimizers["schedule"] = self.adamw(schedule.parameters(), settings.schedule_lr)
+        self.state = self.optimizers
+
+    @staticmethod
+    def adamw(parameters, lr):
+        return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def update(self, labels: Tensor, seed) -> dict[str, float]:
+        """G rollouts of each class of `labels` [P], then updates on them; metrics to log.
+
+        Groups whose rewards do not differ have A = 0 and take no part."""
+        settings, generator = self.model.settings, rng(seed, "update")
+        predictions = settings.rl_steps == "critical" or settings.rl_tokens == "hidden"
+        rollouts = rollout(self.model, self.quality, labels, seed, predictions)
+        trace = rollouts.trace
+        R = total_reward(rollouts.quality, trace.steps, settings)
+        A = group_advantages(R, settings.group)
+        steps = optimised_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
+        not_first = steps.float().cumprod(1).sum(1) < steps.sum(1)
+        metrics = {
+            "reward": R.mean().item(),
+            "quality": rollouts.quality.mean().item(),
+            "steps": trace.steps.float().mean().item(),
+            "spread": R.view(-1, settings.group).std(1).mean().item(),
+            "no_spread": (A == 0).float().mean().item(),
+            "not_first": not_first.float().mean().item(),
+        }
+        if A.any():
+            metrics |= self.generator_update(rollouts, A, steps, generator)
+            if self.model.schedule is not None:
+                metrics["schedule_clipped"] = self.schedule_update(trace, A)
+        return metrics
+
+    def generator_update(self, rollouts, A, steps, generator) -> dict[str, float]:
+        """`rl_epochs` updates on the tokens of the steps [B, T], with advantages A [B]."""
+        model, settings, trace = self.model, self.model.settings, rollouts.trace
+        # M pairs of rollout and step, each the final image under the step's mask
+        row, step = (steps & (A != 0)[:, None]).nonzero(as_tuple=True)
+        x, z, labels = rollouts.tokens[row], trace.z[row], rollouts.labels[row]
+        mask, counted = (masks[row, step] for masks in trace.masks())  # [M, L]
+        old = trace.means[row]  # as sampled, so that the first ratio compares sampler and learner
+        if settings.rl_tokens == "hidden":
+            counted, old = mask, trace.predictions[row, step]
+        elif settings.rl_tokens == "fresh":
+            rank = torch.rand(mask.shape, generator=generator).argsort(1).to(mask.device)
+            mask = counted = rank < mask.sum(1, keepdim=True)
+
+        def means(network):  # g(z, c) of the counted tokens [N, D]
+            c = network.context(x, mask, labels)[counted]
+            return one_step(network.head, z[counted], c, settings.noise_ratio)
+
+        pair = counted.nonzero()[:, 0]  # [N]: the pair that each counted token belongs to
+        A, sigma = A[row][pair], rollouts.sigma[row][pair]
+        with torch.no_grad():
+            g_ref = means(self.reference)
+            g_old = means(model) if settings.rl_tokens == "fresh" else old[counted]
+            log_old = token_log_prob(x[counted], g_old, sigma)
+        for epoch in range(settings.rl_epochs):
+            g = means(model)
+            loss, metrics = policy_loss(
+                token_log_prob(x[counted], g, sigma),
+                log_old,
+                A,
+                token_kl(g, g_ref, sigma),
+                settings.clip_ratio,
+                settings.beta,
+            )
+            norm = descend(loss, self.optimizers["generator"])
+            if epoch == 0:
+                first_log_ratio = metrics["log_ratio"]  # 0 if sampler and learner agree
+        return metrics | {"log_ratio": first_log_ratio, "loss": loss.item(), "grad_norm": norm}
+
+    def schedule_update(self, trace: Trace, A: Tensor) -> float:
+        """Updates of the schedule policy on all its choices in a Trace; the clip fraction.
+
+        It starts from nothing, so there is no base model that a KL could hold it to."""
+        schedule, settings = self.model.schedule, self.model.settings
+        row, step = ((trace.counts > 0) & (A != 0)[:, None]).nonzero(as_tuple=True)
+        states, hidden = trace.states[row, step], trace.hidden()[row, step]
+        actions = trace.actions[row, step, None]
+
+        def log_prob():
+            return schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
+
+        log_old = log_prob().detach()
+        for _ in range(self.schedule_epochs):
+            loss, metrics = policy_loss(log_prob(), log_old, A[row], clip_ratio=settings.clip_ratio)
+            descend(loss, self.optimizers["schedule"])
+        return metrics["clip_fraction"]
+
+
+class RewardBackpropagation(PolicyGradient):
+    """MARVAL-RL: L = -E[R(G(z, class, K))], by the reward's own gradient through the generation.
+
+    For rewards that are differentiable in the pixels, and a fixed number of steps. With --rl-steps
+    all the gradient passes through the whole generation, as in the paper; else through the
+    optimised steps alone, which needs less memory. beta KL holds the policy to the student."""
+
+    def update(self, labels: Tensor, seed) -> dict[str, float]:
+        """One update on P x G images of the classes `labels` [P]; metrics to log."""
+        model, settings = self.model, self.model.settings
+        labels = labels.repeat_interleave(settings.group)
+        predictions = "predictions" if settings.rl_steps == "critical" else True
+        tokens, trace = generate(model, labels, seed=seed, trace=predictions)
+        keep = optimised_steps(trace, tokens, settings, self.mean_image, rng(seed, "update"))
+        tokens, kl = replay(model, self.reference, labels, trace, keep)
+        quality = self.quality(to_images(tokens, settings), labels)
+        norm = descend(settings.beta * kl - quality.mean(), self.optimizers["generator"])
+        return {
+            "quality": quality.mean().item(),
+            "steps": trace.steps.float().mean().item(),
+            "kl": kl.item(),
+            "grad_norm": norm,
+        }
+
+
+def replay(model: MAR, reference: MAR, labels: Tensor, trace: Trace, keep: Tensor):
+    """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep
+    [B, T], and the mean KL of N(g, sigma^2) to the reference's at those steps.
+
+    At the other steps nothing is recorded: their tokens are constants to later contexts."""
+    settings, tokens, kls = model.settings, torch.zeros_like(trace.z), []
+    masks, reveals = trace.masks()
+
+    def revealed(network, rows, k):  # g(z, c) of the tokens that step k reveals in these rows
+        c = network.context(tokens[rows], masks[rows, k], labels[rows])
+        shown = reveals[rows, k]
+        return one_step(network.head, trace.z[rows][shown], c[shown], settings.noise_ratio)
+
+    for k in range(keep.shape[1]):
+        unfinished = reveals[:, k].any(1)
         for kept in (True, False):
-            rows = (reveal.any(1) & (keep[:, k] == kept)).nonzero().squeeze(1)
-            if not len(rows):
+            rows = unfinished & (keep[:, k] == kept)
+            if not rows.any():
                 continue
-            shown, z = reveal[rows], trace.z[rows][reveal[rows]]
-            context = lambda net: net.context(tokens[rows], mask[rows], labels[rows])[shown]
-            mean = lambda net: one_step(net.head, z, context(net), s.noise_ratio)
             with torch.set_grad_enabled(kept):
-                g = mean(model)
-            if kept and s.beta:
+                g = revealed(model, rows, k)
+            if kept and settings.beta:
                 with torch.no_grad():
-                    g_ref = mean(reference)
-                kls.append(token_kl(g, g_ref, s.explore))
-            row, place = shown.nonzero(as_tuple=True)
-            tokens = tokens.index_put((rows[row], place), g)
-    return tokens, torch.cat(kls).mean() if kls else torch.zeros((), device=tokens.device)
+                    g_ref = revealed(reference, rows, k)
+                kls.append(token_kl(g, g_ref, settings.explore))
+            tokens = tokens.masked_scatter((rows[:, None] & reveals[:, k])[..., None], g)
+    kl = torch.cat(kls).mean() if kls else torch.zeros((), device=tokens.device)
+    return tokens, kl
 
 
-def backprop_update(model, reference, quality, labels, mean_image, optimizers, seed):
-    """One update by the reward's gradient (MARVAL-RL, L = -E R(G(z, class, K))) on P x G images; {name: float} to log.
-
-    With --rl-steps all the gradient passes through the whole generation, as in the paper; else, by default, through the
-    optimised steps alone, which takes less memory. beta x KL anchors it. The number of steps is fixed."""
-    s, labels = model.settings, labels.repeat_interleave(model.settings.group)
-    full = s.rl_steps == "critical"
-    tokens, trace = generate(model, labels, denoise_steps=1, seed=seed, trace=full or "steps")
-    keep = optimised_steps(trace, tokens, s, mean_image, rng(seed, "update"))
-    images, kl = replay(model, reference, labels, trace, keep)
-    q = quality(to_images(images, s), labels)
-    norm = descend(s.beta * kl - q.mean(), optimizers["generator"])
-    return {"quality": q.mean().item(), "steps": trace.steps.float().mean().item(), "kl": kl.item(), "grad_norm": norm}
-
-
-# 10 Checkpoints and scripts -----------------------------------------------------------------------------------------
-# A checkpoint is MAR's own format, {"model": ..., "model_ema": ...}, and what it takes to use it: kind, settings,
-# class names, step; while training, also what it takes to go on as if never interrupted.
+# 11 Checkpoints -----------------------------------------------------------------------------------
+# MAR's own format, {"model": ..., "model_ema": ...}, and what it takes to use it: kind, settings,
+# class names; during training also what it takes to go on as if there had been no interruption.
 
 KINDS = ("teacher", "student", "policy")
 
 
-def save_checkpoint(path, kind, model, ema=None, step=0, training=None):
-    """Write atomically: a crash leaves the old file or the new one, never half. `training`: state to resume from."""
-    content = {"kind": kind, "settings": asdict(model.settings), "classes": model.classes, "step": step,
-               "model": model.state_dict(), "model_ema": (ema or model).state_dict(), "training": training}
+def save_checkpoint(path, model: MAR, ema: MAR | None = None, step: int = 0, training=None):
+    """Write atomically: an interruption leaves the old file or the new one, never half of one.
+
+    training: the state to resume from, where training is not finished."""
     path = Path(path)
+    content = {
+        "kind": model.kind,
+        "settings": asdict(model.settings),
+        "classes": model.classes,
+        "step": step,
+        "model": model.state_dict(),
+        "model_ema": (ema or model).state_dict(),
+        "training": training,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the old one's name
+    os.replace(unfinished, path)
 
 
-def read_checkpoint(path, kind=None, device="cpu"):
-    """The content of a maskrl checkpoint, a dict; InputError if it is none, or of another kind."""
+def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
+    """The content of a checkpoint, its "settings" as Settings. No code in the file is ever run.
+
+    InputError if it is none, if it is of another kind, or if its settings are out of range."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:
-        raise InputError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}); expected "
-                         "teacher.pt, student.pt or policy.pt") from None
-    if not isinstance(content, dict) or content.get("kind") not in KINDS:
+        raise InputError(
+            f"{path} is not a checkpoint that can be read safely "
+            f"({type(error).__name__}); expected teacher.pt, student.pt or "
+            "policy.pt"
+        ) from None
+    parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
+    if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
-    if unknown := set(content["settings"]) - {f.name for f in fields(Settings)}:
-        raise InputError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     if kind and content["kind"] != kind:
         raise InputError(f"{path} is a {content['kind']}; a {kind} is needed here")
+    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    if unknown:
+        raise InputError(
+            f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}"
+        )
+    try:
+        content["settings"] = Settings(**content["settings"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return content
 
 
-def add_schedule(model):
-    model.schedule = SchedulePolicy(model.settings.width, model.length, model.settings.steps)
-    return model
-
-
-def load_checkpoint(path, kind=None, device="cpu"):
-    """The EMA model of a checkpoint, ready to generate; its `settings`, `classes` and `kind` are attributes."""
+def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
+    """The EMA model of a checkpoint, ready for `generate`; InputError if the file is not sound."""
     content = read_checkpoint(path, kind, device)
-    model = MAR(Settings(**content["settings"]), content["classes"])
-    if content["kind"] == "policy" and model.settings.has_schedule:
-        add_schedule(model)
-    model.load_state_dict(content["model_ema"])
-    model.kind = content["kind"]
+    settings, weights = content["settings"], content["model_ema"]
+    try:
+        image_channels = weights["z_proj.weight"].shape[1] // settings.patch**2
+        model = MAR(settings, content["classes"], content["kind"], image_channels)
+        if any(name.startswith("schedule.") for name in weights):
+            add_schedule(model)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: its weights do not fit its settings: {reason}") from None
     return model.to(device).eval().requires_grad_(False)
 
 
-def find_device(name="auto"):
-    """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+# ==================================================================================================
+# Part II: the workbench. A reader of the papers may stop here.
+# ==================================================================================================
+
+# 12 Data ------------------------------------------------------------------------------------------
+# Either shapes that anybody can draw, or a folder with one sub-folder of images per class. Both end
+# as bytes in memory, in three parts: `train` (generator and reward), `judge` (the judge alone) and
+# `test` (what the judge compares with).
+
+COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230)}
+FORMS = ("circle", "square", "triangle")
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes -> floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+@dataclass
+class Split:
+    """Some of the images of a data set, and their labels."""
+
+    images: Tensor  # uint8 [N, 3, S, S]
+    labels: Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, index) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
+        """n random images in [-1, 1] [n, 3, S, S] and their labels [n]."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        x = to_unit(self.images[index].to(device))
+        if flip:
+            mirrored = torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
+        return x, self.labels[index].to(device)
+
+    def balanced_halves(self, most: int, generator) -> tuple["Split", "Split"]:
+        """Two disjoint halves with equally many images of every class: at most `most` images each,
+        but at least two of each class."""
+        rows = [(self.labels == y).nonzero().squeeze(1) for y in self.labels.unique()]
+        m = min(len(r) for r in rows) // 2
+        m = max(2, min(m, most // len(rows)))
+        rows = [r[torch.randperm(len(r), generator=generator)] for r in rows]
+        first, second = [r[:m] for r in rows], [r[m : 2 * m] for r in rows]
+        return self.take(torch.cat(first)), self.take(torch.cat(second))
+
+
+@dataclass
+class Data:
+    name: str  # "shapes", or the folder
+    classes: list[str]
+    train: Split
+    judge: Split
+    test: Split
+
+    def training_images(self) -> Tensor:
+        """Training images in [-1, 1] [N, 3, S, S], every class in its share: all of them, or evenly
+        spaced 10,000 to 20,000."""
+        return to_unit(self.train.images[:: max(1, len(self.train) // 10_000)])
+
+    def measure(self, settings: Settings) -> Settings:
+        """The Settings with mean and scale measured on the training images, unless scale is given.
+
+        Tokens that are not centred hide what varies behind a constant, and attention then hardly
+        learns to look at them."""
+        if settings.scale:
+            return settings
+        x = self.training_images()
+        mean = round(float(x.mean()), 4)
+        scale = round(float(1 / x.std().clamp(min=1e-3)), 4)
+        return replace(settings, mean=mean, scale=scale)
+
+
+def shape_masks(x: Tensor, y: Tensor, r: Tensor, size: int) -> Tensor:
+    """Share of every pixel inside each of the FORMS [N, 3, size, size].
+
+    x, y, r [N]: centres and radii, as shares of the image's side."""
+    grid = (torch.arange(size, device=x.device) + 0.5) / size
+    dx, dy, r = grid - x[:, None, None], grid[:, None] - y[:, None, None], r[:, None, None]
+    # signed distances to the edge, negative inside
+    circle = (dx**2 + dy**2).sqrt() - r
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
+    triangle = torch.maximum(dy + 0 * dx, 0.866 * dx.abs() - 0.5 * dy) - 0.6 * r
+    return (0.5 - torch.stack([circle, square, triangle], 1) * size).clamp(0, 1)
+
+
+def draw_shapes(labels: Tensor, size: int, generator=None) -> Tensor:
+    """Antialiased shapes of the classes `labels` [N], as uint8 [N, 3, size, size].
+
+    The class is 3 x colour + form; centres lie within +-0.1 of the middle, radii in 0.22...0.32,
+    and backgrounds are dark greys."""
+    u = torch.rand(len(labels), 4, generator=generator)
+    x, y = 0.5 + 0.1 * (2 * u[:, :2] - 1).T
+    masks = shape_masks(x, y, 0.22 + 0.10 * u[:, 2], size)
+    inside = masks[torch.arange(len(labels)), labels % 3][:, None]
+    paint = torch.tensor(list(COLOURS.values())).float()[labels // 3][:, :, None, None]
+    background = 51 * u[:, 3, None, None, None]
+    return (inside * paint + (1 - inside) * background).round().to(torch.uint8)
+
+
+def load_data(settings: Settings, name: str = "shapes") -> Data:
+    """Data called `shapes`, or of a folder; 60 / 20 / 20 % of every class to train, judge and test.
+
+    A folder's parts are the same for every seed. A broken image is named, skipped and counted.
+    InputError if the folder is missing, or a class has fewer than 20 images."""
+    if name == "shapes":
+        classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+        labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
+        generator = rng(settings.seed, "shapes")
+        parts = [draw_shapes(y, settings.image_size, generator) for y in labels.split(4096)]
+        images = torch.cat(parts)
+    else:
+        classes, images, labels = load_folder(name, settings.image_size)
+    train, judge, test = [], [], []
+    generator = rng("split")  # without the seed: no stage meets what another one held out
+    for y, class_name in enumerate(classes):
+        rows = (labels == y).nonzero().squeeze(1)
+        n = len(rows)
+        if n < 20:
+            raise InputError(
+                f"class {class_name!r} in --data {name} has {n} readable images; at "
+                "least 20 are needed"
+            )
+        rows = rows[torch.randperm(n, generator=generator)]
+        train.append(rows[: int(0.6 * n)])
+        judge.append(rows[int(0.6 * n) : int(0.8 * n)])
+        test.append(rows[int(0.8 * n) :])
+    splits = [Split(images[rows], labels[rows]) for rows in map(torch.cat, (train, judge, test))]
+    return Data(name, classes, *splits)
+
+
+def read_image(path, size: int) -> Tensor:
+    """An image file, resized and centre-cropped to uint8 [3, size, size]."""
+    with Image.open(path) as image:
+        image = TF.resize(image.convert("RGB"), size, antialias=True)
+        return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
+
+
+def load_folder(folder: str, size: int) -> tuple[list[str], Tensor, Tensor]:
+    """Class names, images uint8 [N, 3, size, size] and labels [N] of a folder of folders."""
+    try:
+        found = datasets.ImageFolder(folder)
+    except OSError as error:
+        raise InputError(
+            f"--data {folder}: {error}. Expected one sub-folder of images per class"
+        ) from None
+
+    def read(sample):
+        path, label = sample
+        try:
+            return read_image(path, size), label
+        except (OSError, SyntaxError, ValueError) as error:
+            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool:
+        work = pool.map(read, found.samples)
+        pairs = [pair for pair in tqdm(work, "images", len(found.samples), leave=False) if pair]
+    skipped = len(found.samples) - len(pairs)
+    if skipped:
+        print(f"skipped {skipped} of {len(found.samples)} images in {folder}", file=sys.stderr)
+    if not pairs:
+        raise InputError(f"--data {folder}: none of its images could be read")
+    images, labels = zip(*pairs)
+    return found.classes, torch.stack(images), torch.tensor(labels)
+
+
+# 13 Training loop ---------------------------------------------------------------------------------
+# One loop for teacher, student and policy: progress bar, log, checkpoints, and going on where an
+# interrupted run stopped.
+
+
+def train(training, update: Callable, path, iters: int, resume=False, measure=None, every=250):
+    """Call update(step) -> {name: float} `iters` times; returns the EMA model.
+
+    training: a TeacherTraining, Distillation or PolicyGradient. path: of the checkpoint, written
+    every `every` steps; log.jsonl lies beside it. measure: function ema -> {name: float}, logged
+    ten times; where it gives `progress`, the EMA weights with the lowest are kept at the end.
+    NonFinite names the stage and the step, and leaves a checkpoint of the last finite weights."""
+    path, model, ema = Path(path), training.model, training.ema
+    path.parent.mkdir(parents=True, exist_ok=True)
+    best = {"value": math.inf, "weights": {}, "seconds": 0.0}  # seconds: of all updates so far
+    start = restore(training, path, best) if resume and path.exists() else 0
+
+    def log(step, metrics):
+        values = {k: round(v, 6) for k, v in ({"seconds": best["seconds"]} | metrics).items()}
+        with open(path.with_name("log.jsonl"), "a") as file:
+            file.write(json.dumps({"stage": model.kind, "step": step, **values}) + "\n")
+
+    def save(step):
+        state = {name: value.state_dict() for name, value in training.state.items()}
+        save_checkpoint(path, model, ema, step, None if step == iters else state | {"best": best})
+
+    bar = tqdm(range(start, iters), model.kind, iters, initial=start, mininterval=1)
+    for step in bar:
+        began = time.perf_counter()
+        try:
+            metrics = update(step)
+        except NonFinite as error:
+            save(step)
+            raise NonFinite(
+                f"{model.kind}, step {step}: {error}. The last finite weights are in "
+                f"{path}. If training diverged, start afresh in another --out with a "
+                "lower learning rate"
+            ) from None
+        best["seconds"] += time.perf_counter() - began
+        if step % max(1, iters // 200) == 0 or step == iters - 1:
+            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+            log(step, metrics)
+        if measure and (step + 1) * 10 // iters > step * 10 // iters:
+            values = measure(ema)
+            log(step, values)
+            if values.get("progress", math.inf) < best["value"]:
+                best |= {"value": values["progress"], "weights": deepcopy(ema.state_dict())}
+        if step + 1 == iters and best["weights"]:
+            ema.load_state_dict(best["weights"])
+        if (step + 1) % every == 0 or step + 1 == iters:
+            save(step + 1)
+    return ema
+
+
+def restore(training, path, best: dict) -> int:
+    """Put the checkpoint at `path` into `training` and `best`; returns the step to go on with."""
+    content = read_checkpoint(path, training.model.kind)
+    training.model.load_state_dict(content["model"])
+    training.ema.load_state_dict(content["model_ema"])
+    for name, value in (content["training"] or {}).items():
+        if name == "best":
+            best.update(value)
+        else:
+            training.state[name].load_state_dict(value)
+    return content["step"]
+
+
+def train_teacher(settings: Settings, data: Data, out, device, resume=False) -> MAR:
+    """A teacher from random weights, written to out/teacher.pt."""
+    torch.manual_seed(settings.seed)
+    training = TeacherTraining(settings, data.classes, device)
+
+    def update(step):
+        generator = rng(settings.seed, "teacher", step)
+        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        return training.update(step, to_tokens(images, settings), labels, generator)
+
+    return train(training, update, Path(out) / "teacher.pt", settings.teacher_iters, resume)
+
+
+def train_student(training: Distillation, data: Data, out, resume=False, measure=None) -> MAR:
+    """A student by `training`, written to out/student.pt; the best by measure's `progress`."""
+    settings, device = training.model.settings, training.model.device
+
+    def update(step):
+        generator = rng(settings.seed, "gsim", step)
+        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        return training.update(step, to_tokens(images, settings), labels, generator)
+
+    path = Path(out) / "student.pt"
+    return train(training, update, path, settings.gsim_iters, resume, measure)
+
+
+def train_policy(
+    student: MAR, settings: Settings, quality, data: Data, out, resume=False, measure=None
+) -> PolicyGradient:
+    """RL on the student, written to out/policy.pt; returns the training, whose `model` is the
+    policy and whose `reference` is the policy at its start."""
+    torch.manual_seed(settings.seed)
+    method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
+    training = method(student, settings, quality, mean_image(data, settings).to(student.device))
+
+    def update(step):
+        generator = rng(settings.seed, "rl", step)
+        labels = torch.randint(len(data.classes), (settings.prompts,), generator=generator)
+        return training.update(labels.to(student.device), (settings.seed, "rollout", step))
+
+    train(training, update, Path(out) / "policy.pt", settings.rl_iters, resume, measure, every=25)
+    training.model.eval()
+    return training
+
+
+def mean_image(data: Data, settings: Settings) -> Tensor:
+    """Tokens of the mean training image [1, L, D], which the information gain subtracts."""
+    return to_tokens(data.training_images().mean(0, keepdim=True), settings)
+
+
+# 14 Reward network --------------------------------------------------------------------------------
+# Two networks of different architecture, seed and data. The reward network is what RL climbs unless
+# --reward says otherwise; the judge writes the reports, and nothing trains on it. Both learn from
+# real images alone: the judge to tell the classes, the reward network also to tell real images from
+# damaged ones, so that it sees blur, seams and noise.
+
+
+def blur(x: Tensor) -> Tensor:
+    """Binomial blur by one pixel [B, C, H, W]."""
+    kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype) / 4
+    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
+
+
+def damage(x: Tensor, labels: Tensor, patch: int, generator) -> tuple[Tensor, Tensor]:
+    """x [B, 3, H, W] in [-1, 1] with about half of the images damaged by a random amount, and what
+    was done [B]: 0 nothing, 1 blur, 2 patches of another image of the class, 3 noise."""
+    B, device = len(x), x.device
+    kind = (torch.randint(6, (B,), generator=generator) - 2).clamp(min=0).to(device)
+    amount = torch.rand(B, generator=generator).to(device)[:, None, None, None]
+    shuffled = torch.randperm(B, generator=generator).to(device)
+    own = labels.argsort(stable=True)
+    other = shuffled[labels[shuffled].argsort(stable=True)]  # sorted by class like `own`
+    partner = torch.empty_like(own).scatter(0, own, other)
+    tokens = patchify(x, patch)
+    swap = torch.rand(tokens.shape[:2], generator=generator).to(device)
+    swap = swap < 0.1 + 0.4 * amount.flatten()[:, None]
+    swapped = unpatchify(torch.where(swap[..., None], tokens[partner], tokens), patch)
+    noisy = x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(device)
+    blurred = x + (0.2 + 0.8 * amount) * (blur(x) - x)
+    damaged = torch.stack([x, blurred, swapped, noisy])[kind, torch.arange(B, device=device)]
+    damaged = damaged.clamp(-1, 1)
+    changed = (damaged != x).flatten(1).any(1)  # swapped with itself is not damaged
+    return damaged, kind * changed
+
+
+class Critic(nn.Module):
+    """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits; `reward` or `judge`.
+
+    Convolutions halve the image until it is 4 pixels wide, then comes a dense layer. No layer of
+    the two networks is alike, and the reward network has one more class: `damaged`."""
+
+    def __init__(self, name: str, size: int, outputs: int):
+        super().__init__()
+        stem, width, stem_kernel, kernel, activation = {
+            "reward": (32, 64, 3, 3, nn.ReLU),
+            "judge": (48, 48, 5, 4, nn.GELU),
+        }[name]
+        layers = [nn.Conv2d(3, stem, stem_kernel, padding=stem_kernel // 2), activation()]
+        channels = stem
+        while size > 4:
+            layers.append(nn.Conv2d(channels, width, kernel, stride=2, padding=1))
+            layers += [nn.GroupNorm(8, width), activation()]
+            channels, size = width, size // 2
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64)]
+        self.body = nn.Sequential(*layers, activation())
+        self.classify = nn.Linear(64, outputs)
+
+    def forward(self, images):
+        features = self.body(images.clamp(-1, 1))  # colours that no image has must not pay
+        return features, self.classify(features)
+
+    def quality(self, images: Tensor, labels: Tensor) -> Tensor:
+        """p(an undamaged image of its class) in (0, 1] [B], differentiable in the pixels."""
+        _, logits = self(images)
+        return logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+
+
+def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
+    """The network `name` (reward or judge) trained on the images of `split`, frozen."""
+    torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
+    classes = int(split.labels.max()) + 1
+    learns_damage = name == "reward" or classes == 1  # one class alone would teach nothing
+    critic = Critic(name, settings.image_size, classes + learns_damage).to(device)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
+    for step in tqdm(range(settings.judge_iters), name, leave=False):
+        generator = rng(settings.seed, name, step)
+        x, labels = split.batch(128, generator, device, settings.flip)
+        if learns_damage:
+            x, kind = damage(x, labels, settings.patch, generator)
+            labels = torch.where(kind > 0, classes, labels)
+        _, logits = critic(x)
+        descend(F.cross_entropy(logits, labels), optimizer)
+        rate.step()
+    return critic.eval().requires_grad_(False)
+
+
+# 15 Judge -----------------------------------------------------------------------------------------
+# What reports are written by. FID's formula and the k-nearest-neighbour precision and recall, on
+# the features of a network that nothing trains on.
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features a [N, F], b [M, F].
+
+    FID's formula, in float64."""
+    a, b = a.cpu().double(), b.cpu().double()
+    S_a, S_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(S_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + S_a.trace() + S_b.trace() - 2 * cross)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of `fake` features [M, F] inside the manifold of `real` [N, F], and of real inside
+    fake's (1904.06991). A manifold is a union of balls, each reaching to its centre's k-th nearest
+    neighbour."""
+
+    def reach(points):
+        nearest_first = torch.cdist(points, points).sort(1).values  # the nearest one is itself
+        return nearest_first[:, min(k, len(points) - 1)]
+
+    def share_inside(points, manifold):
+        return float((torch.cdist(points, manifold) <= reach(manifold)).any(1).float().mean())
+
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+def diversity(features: Tensor, labels: Tensor) -> float:
+    """Mean distance between two images of a class in feature space, averaged over the classes."""
+    within = [F.pdist(features[labels == y].cpu()).mean() for y in labels.unique()]
+    return float(torch.stack(within).nanmean())
+
+
+class Judge:
+    """Judges n class-balanced images of the classes `labels` [n].
+
+    Every set of images is compared with several draws of n real held-out images, and the row `real`
+    compares each of these draws with as many other real images."""
+
+    def __init__(self, data: Data, settings: Settings, device, draws: int = 5):
+        self.critic = train_critic("judge", data.judge, settings, device)
+        self.device = device
+        self.halves = [
+            data.test.balanced_halves(settings.judge_n, rng(settings.seed, "halves", i))
+            for i in range(draws)
+        ]
+        self.labels = self.halves[0][0].labels.to(device)
+        self.references = [self.features(half.images)[0] for half, _ in self.halves]
+
+    @property
+    def real(self) -> Tensor:
+        """The first draw of real images [n, 3, S, S] in [-1, 1], of the classes `labels`."""
+        return to_unit(self.halves[0][0].images)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [n, 64] and class logits of images in [-1, 1], or of bytes."""
+        if images.dtype == torch.uint8:
+            images = to_unit(images)
+        parts = [self.critic(part.to(self.device)) for part in images.split(512)]
+        features, logits = zip(*parts)
+        return torch.cat(features), torch.cat(logits)
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        """The row of images [n, 3, S, S]: class accuracy; frechet and its std over the draws;
+        precision, recall and within-class diversity (1: as diverse as real images)."""
+        return self.row([self.features(images)] * len(self.references))
+
+    def real_row(self) -> dict[str, float]:
+        """The row of real against real: what a perfect generator would get."""
+        return self.row([self.features(other.images) for _, other in self.halves])
+
+    def row(self, views) -> dict[str, float]:
+        """The row of [(features, logits), ...], one for each reference draw."""
+        pairs = zip(views, self.references)
+        distances = torch.tensor([frechet_distance(f, reference) for (f, _), reference in pairs])
+        hits = torch.stack([(logits.argmax(1) == self.labels).float() for _, logits in views])
+        features, real = views[0][0], self.references[0]
+        precision, recall = precision_recall(real, features)
+        real_diversity = max(diversity(real, self.labels), 1e-12)
+        return {
+            "accuracy": float(hits.mean()),
+            "frechet": float(distances.mean()),
+            "frechet_std": float(distances.std()),
+            "precision": precision,
+            "recall": recall,
+            "diversity": diversity(features, self.labels) / real_diversity,
+        }
+
+
+class Progress:
+    """A yardstick for training that is not the judge: Fréchet distances of n images of fixed
+    labels, order and noise to training images.
+
+    `reward_features` is taken on the reward network's features, `progress` on the pixels of a grid
+    of about 8x8. Weights are kept by the latter: the former prefers clean images that are all alike
+    to diverse ones."""
+
+    def __init__(self, critic: Critic, data: Data, settings: Settings, device, n: int = 1024):
+        self.critic, self.settings = critic, settings
+        evenly = torch.linspace(0, len(data.train) - 1, n).long()
+        self.labels = data.train.labels[evenly].to(device)  # every class in its share
+        views = [self.views(x.to(device)) for x in data.training_images().split(512)]
+        self.reference = [torch.cat(parts) for parts in zip(*views)]
+
+    @torch.no_grad()
+    def views(self, images):
+        stride = max(2, images.shape[-1] // 8)
+        features, _ = self.critic(images)
+        return images[..., ::stride, ::stride].flatten(1), features
+
+    def __call__(self, model: MAR, sampling: Sampling | None = None) -> dict[str, float]:
+        parts = [
+            generate(model, y, sampling, seed=(self.settings.seed, "progress", i))
+            for i, y in enumerate(self.labels.split(256))
+        ]
+        views = self.views(to_images(torch.cat(parts), self.settings))
+        distances = [frechet_distance(a, b) for a, b in zip(views, self.reference)]
+        return {"progress": distances[0], "reward_features": distances[1]}
+
+
+class Watch:
+    """What RL logs of a model, on fixed noise without exploration: `quality_mean`, the trained
+    reward; and, to expose reward hacking, `held_out`, a reward that is not trained on (if there is
+    one), and `judge`, the judge's Fréchet distance. n is small: compare within a run."""
+
+    def __init__(self, settings: Settings, quality, held_out, judge: Judge, n: int = 512):
+        evenly = torch.linspace(0, len(judge.labels) - 1, min(n, len(judge.labels))).long()
+        self.labels = judge.labels[evenly]
+        self.settings, self.quality, self.held_out, self.judge = settings, quality, held_out, judge
+
+    @torch.no_grad()
+    def __call__(self, model: MAR) -> dict[str, float]:
+        tokens = generate(model, self.labels, seed=(self.settings.seed, "watch"))
+        images = to_images(tokens, self.settings)
+        features, _ = self.judge.features(images)
+        values = {
+            "quality_mean": float(self.quality(images, self.labels).mean()),
+            "judge": frechet_distance(features, self.judge.references[0]),
+        }
+        if self.held_out:
+            values["held_out"] = float(self.held_out(images, self.labels).mean())
+        return values
+
+
+# 16 Rewards ---------------------------------------------------------------------------------------
+# What --reward may name: a function quality(images [B, 3, S, S] in [-1, 1], labels [B]) -> [B] in
+# [0, 1]. Of the ready-made ones all are differentiable in the pixels.
+
+
+class ShapeFit:
+    """--reward fit: how well an image is *some* shape of its class, exp(-e / 0.04) in (0, 1].
+
+    e is the root mean square difference, in units of the pixels' 0...1, to the nearest of 4,851
+    shapes of the right form and colour (21 x 21 centres, 11 radii), each on the flat dark grey that
+    suits the image best, found in closed form. Nothing is learned."""
+
+    def __init__(self, size: int, device="cpu"):
+        centre = 0.5 + 0.1 * torch.linspace(-1, 1, 21, device=device)
+        radius = torch.linspace(0.22, 0.32, 11, device=device)
+        x, y, r = torch.cartesian_prod(centre, centre, radius).T
+        self.masks = shape_masks(x, y, r, size).flatten(2).permute(1, 2, 0)  # [3, pixels, 4851]
+        self.paint = torch.tensor(list(COLOURS.values()), device=device) / 255
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        pixels = (images.clamp(-1, 1) + 1).flatten(2) / 2  # [B, 3, pixels]
+        e = torch.zeros(len(images), device=images.device)
+        for form, masks in enumerate(self.masks):
+            rows = (labels % 3 == form).nonzero().squeeze(1)
+            paint = self.paint[labels[rows] // 3][:, :, None]  # [b, 3, 1]
+            error = self.squared_error(pixels[rows], masks, paint)  # [b, 4851]
+            e = e.index_put((rows,), error.min(1).values.clamp(min=1e-8).sqrt())
+        return torch.exp(-e / 0.04)
+
+    @staticmethod
+    def squared_error(x, m, paint):
+        """Mean of |x - (m paint + (1 - m) background)|^2 [b, n] for pixels x [b, 3, p], masks m
+        [p, n] and paint [b, 3, 1], at the background in 0...0.2 that makes it least."""
+        ones = torch.ones_like(m[:, :1])
+        outside = x @ (ones - m)  # sum of (1 - m) x, [b, 3, n]
+        mixed = (m * (1 - m)).sum(0)  # [n]
+        outside_area = (1 - m).square().sum(0)
+        background = ((outside - paint * mixed) / outside_area).clamp(0, 0.2)
+        error = (
+            x.square().sum(2, keepdim=True)
+            - 2 * paint * (x @ m)
+            + paint**2 * m.square().sum(0)
+            - 2 * background * (outside - paint * mixed)
+            + background**2 * outside_area
+        )
+        return error.sum(1) / (3 * len(m))
+
+
+def function_reward(name: str) -> Callable:
+    """--reward module:function, of a module that is installed or in the folder one is in."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, function = name.split(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise InputError(f"--reward {name}: {type(error).__name__}: {error}") from None
+    if not callable(found):
+        raise InputError(f"--reward {name}: {function} is a {type(found).__name__}, not a function")
+    return found
+
+
+def clip_pixels(images: Tensor, size, mean, std, interpolation="bicubic", **_) -> Tensor:
+    """Square images [B, 3, S, S] in [-1, 1] as CLIP takes them [B, 3, side, side].
+
+    open_clip's own transform, in tensors; the keywords are those of its preprocess_cfg."""
+    side = size if isinstance(size, int) else min(size)
+    x = (images + 1) / 2
+    # first the width, then the height: bicubic overshoots, and PIL clips after each
+    for shape in ((x.shape[-2], side), (side, side)):
+        x = TF.resize(x, shape, TF.InterpolationMode(interpolation), antialias=True).clamp(0, 1)
+    return TF.normalize(x, mean, std)
+
+
+@dataclass
+class ClipOptions:
+    """Which CLIP --reward clip asks, and what; from the command line alone."""
+
+    model: str = "ViT-B-32"
+    weights: str = "laion2b_s34b_b79k"
+    prompt: str = "a high-quality and harmonious picture of {class}"
+
+
+def load_clip(options: ClipOptions, classes: list[str], device):
+    """open_clip's model and its tokenised prompts, one per class; InputError says what is wrong."""
+    try:
+        import open_clip
+    except ImportError:
+        raise InputError("--reward clip needs open_clip: pip install open_clip_torch") from None
+    name, weights = options.model, options.weights
+    if name not in open_clip.list_models():
+        raise InputError(
+            f"--clip-model {name}: open_clip has no such model; "
+            "open_clip.list_models() has their names"
+        )
+    is_file = os.path.isfile(weights)
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if not is_file and weights not in known:
+        raise InputError(
+            f"--clip-weights {weights}: neither a file nor weights that open_clip has "
+            f"for {name}: {', '.join(known[:6]) or 'none'}"
+        )
+    logging.disable()  # downloads complain at length; here is one line for all of it
+    try:
+        source = os.path.abspath(weights) if is_file else weights
+        model = open_clip.create_model(name, source, device=device).eval().requires_grad_(False)
+        texts = [options.prompt.replace("{class}", c.replace("_", " ")) for c in classes]
+        return model, open_clip.get_tokenizer(name)(texts)
+    except Exception as error:
+        failure = (
+            f"loaded safely as weights of --clip-model {name}"
+            if is_file
+            else "downloaded; without a network, give a file of weights"
+        )
+        raise InputError(
+            f"--clip-weights {weights} could not be {failure} ({type(error).__name__})"
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def clip_reward(options: ClipOptions, classes: list[str], device) -> Callable:
+    """--reward clip: (1 + c) / 2, c the cosine of CLIP's embeddings of the image and of the prompt
+    with its class's name."""
+    clip, prompts = load_clip(options, classes, device)
+    parts = [clip.encode_text(part, normalize=True) for part in prompts.to(device).split(256)]
+    text = torch.cat(parts)  # [classes, E]
+
+    def quality(images, labels):
+        embedded = [
+            clip.encode_image(clip_pixels(part, **clip.visual.preprocess_cfg), normalize=True)
+            for part in images.split(64)
+        ]
+        return (1 + (torch.cat(embedded) * text[labels]).sum(-1)) / 2
+
+    return quality
+
+
+def checked_reward(name: str, quality: Callable, images: Tensor, labels: Tensor) -> Callable:
+    """`quality` on images clamped to [-1, 1], its answers checked: [B], finite, in [0, 1].
+
+    NonFinite stops training if a check fails. InputError if one already fails on these images
+    [B, 3, S, S], labels [B], or if all of them get the same."""
+
+    def check(q, labels, error):
+        if not torch.is_tensor(q) or q.shape != labels.shape:
+            got = list(q.shape) if torch.is_tensor(q) else type(q).__name__
+            raise error(f"--reward {name} gave {got}, not a tensor [{len(labels)}]")
+        if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too; a little above 1 is rounding
+            raise error(
+                f"--reward {name} gave values from {q.min():.4g} to {q.max():.4g}; they "
+                "must lie in [0, 1]"
+            )
+
+    def checked(images, labels, error=NonFinite):
+        # no graph for weights that somebody forgot to freeze
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            q = quality(images.clamp(-1, 1), labels)
+        check(q, labels, error)
+        return q.to(images)
+
+    first = checked(images, labels, InputError)
+    if first.min() == first.max():
+        raise InputError(
+            f"--reward {name} gave {first[0]:.4g} for all of {len(first)} images, half "
+            "of them damaged: nothing to learn"
+        )
+    return checked
+
+
+def check_reward_name(name: str):
+    """InputError unless --reward is one that there can be."""
+    module, _, function = name.partition(":")
+    names_function = function.isidentifier() and all(p.isidentifier() for p in module.split("."))
+    if name not in ("embedded", "fit", "clip") and not names_function:
+        raise InputError(f"--reward {name}: expected embedded, fit, clip or module:function")
+
+
+def make_reward(
+    name: str,
+    settings: Settings,
+    data: Data,
+    device,
+    critic: Critic,
+    clip: ClipOptions | None = None,
+) -> Callable:
+    """The reward `name` as a checked function; critic: the reward network, for `embedded`."""
+    check_reward_name(name)
+    if name == "fit" and data.name != "shapes":
+        raise InputError(
+            "--reward fit knows what a perfect image is, which only --data shapes can "
+            f"say, not {data.name}"
+        )
+    if name == "embedded":
+        quality = critic.quality
+    elif name == "fit":
+        quality = ShapeFit(settings.image_size, device)
+    elif name == "clip":
+        quality = clip_reward(clip or ClipOptions(), data.classes, device)
+    else:
+        quality = function_reward(name)
+    generator = rng(settings.seed, "reward check")
+    x, labels = data.train.batch(32, generator, device)
+    x, _ = damage(x, labels, settings.patch, generator)  # images that a reward should tell apart
+    quality = checked_reward(name, quality, x, labels)
+    if settings.method == "backprop":
+        if not quality(x.clone().requires_grad_(), labels).requires_grad:
+            raise InputError(
+                f"--method backprop: the reward {name} gives no gradient in the pixels"
+            )
+    return quality
+
+
+# 17 Report and pictures ---------------------------------------------------------------------------
+# One table by the judge, metrics.json, and the pictures.
+
+
+def picture(images: Tensor, columns: int, pixels: int = 64, padding: int = 4) -> Image.Image:
+    """A grid of images [N, 3, S, S] in [-1, 1], small ones enlarged to about `pixels`."""
+    scale = max(1, round(pixels / images.shape[-1]))
+    images = images.clamp(-1, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid((images + 1) / 2, columns, padding=padding, pad_value=1.0)
+    return TF.to_pil_image((grid * 255).round().to(torch.uint8))
+
+
+def save_picture(path, image: Image.Image, **options):
+    """InputError if the picture cannot be written."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from None
+
+
+def labelled_rows(path, rows: dict[str, Tensor], columns: int):
+    """Save a picture of {label: images}, each block of images under its label."""
+    font, space = ImageFont.load_default(size=15), 26
+    blocks = {label: picture(images, columns) for label, images in rows.items()}
+    width = max(max(b.width, 12 + math.ceil(font.getlength(label))) for label, b in blocks.items())
+    height = sum(block.height + space for block in blocks.values())
+    sheet = Image.new("RGB", (width, height), "white")
+    y = 0
+    for label, block in blocks.items():
+        ImageDraw.Draw(sheet).text((6, y + 4), label, fill="black", font=font)
+        sheet.paste(block, (0, y + space))
+        y += block.height + space
+    save_picture(path, sheet)
+
+
+def pixel_mask(mask: Tensor, settings: Settings) -> Tensor:
+    """mask [..., L] of tokens -> of pixels [..., 1, S, S]."""
+    side = settings.image_size // settings.patch
+    mask = mask.cpu().unflatten(-1, (side, side))[..., None, :, :]
+    return mask.repeat_interleave(settings.patch, -1).repeat_interleave(settings.patch, -2)
+
+
+def film(path, tokens: Tensor, trace: Trace, settings: Settings):
+    """The unmasking of up to 8 images, hidden tokens grey: a .gif moves, else one row an image."""
+    hidden = trace.masks()[0][:8]  # [8, T, L]
+    hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)  # and at the end none
+    images = to_images(tokens[:8], settings).cpu()[:, None]  # a revealed token never changes
+    frames = torch.where(pixel_mask(hidden, settings), 0.0, images)  # [8, T + 1, 3, S, S]
+    if Path(path).suffix.lower() != ".gif":
+        return save_picture(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
+    pictures = [picture(frame, 4) for frame in frames.transpose(0, 1)]
+    rest = pictures[1:] + [pictures[-1]] * 6
+    save_picture(path, pictures[0], save_all=True, append_images=rest, duration=250, loop=0)
+
+
+def generate_many(model: MAR, labels: Tensor, sampling: Sampling, seed, name: str):
+    """Images [N, 3, S, S], on the CPU, and unmasking iterations [N] of many labels."""
+    images, steps = [], []
+    for i, part in enumerate(tqdm(labels.split(256), f"judging {name}", leave=False)):
+        tokens, trace = generate(model, part, sampling, seed=(seed, i), trace=True)
+        images.append(to_images(tokens, model.settings).cpu())
+        steps.append(trace.steps)
+    return torch.cat(images), torch.cat(steps)
+
+
+def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, float]:
+    """Seconds per image of every arm {name: (model, Sampling)}: the median of all rounds but the
+    first, the arms in turns, so that a busy moment of the machine hits all alike."""
+    times = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, (model, sampling) in arms.items():
+            start = time.perf_counter()
+            generate(model, labels, sampling)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / len(labels))
+    return {name: sorted(seconds[1:])[(rounds - 1) // 2] for name, seconds in times.items()}
+
+
+def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    """The training image next to each of `images` [N, 3, S, S] in [-1, 1], and its distance [N]
+    (root mean square, in pixels)."""
+    train = data.training_images()
+    distance, index = torch.cdist(images.clamp(-1, 1).flatten(1), train.flatten(1)).min(1)
+    return train[index], distance / images[0].numel() ** 0.5
+
+
+def arms_of_report(models: dict[str, MAR], settings: Settings, data: Data) -> dict:
+    """{name: (model, Sampling)}: besides `models` an untrained one, and the one-step start, which
+    is the teacher's weights asked for one step, before GSIM."""
+    torch.manual_seed(settings.seed + 1)
+    device = models["student"].device
+    untrained = MAR(settings, data.classes, kind="student").to(device)
+    arms = {"untrained": (untrained, Sampling())}
+    if "teacher" in models:
+        arms["teacher"] = (models["teacher"], Sampling())
+        arms["one-step start"] = (models["teacher"], Sampling(denoise_steps=1))
+    for name in ("student", "policy"):
+        if name in models:
+            arms[name] = (models[name], Sampling())
+    return arms
+
+
+def report(
+    out, settings: Settings, data: Data, judge: Judge, models: dict, extra: dict | None = None
+):
+    """Judge every generator on the same classes and noise, time them side by side, print the table,
+    and write metrics.json and the pictures into the folder `out`. Returns the metrics.
+
+    models: {"student": ..., and perhaps "teacher" and "policy"}; extra: more entries of metrics."""
+    arms = arms_of_report(models, settings, data)
+    images, rows = {"real": judge.real}, {"real": judge.real_row()}
+    for name, (model, sampling) in arms.items():
+        images[name], steps = generate_many(model, judge.labels, sampling, settings.seed, name)
+        rows[name] = judge(images[name]) | {
+            "steps": float(steps.float().mean()),
+            "steps_std": float(steps.float().std()),
+            "denoise_steps": sampling.resolve(model).denoise_steps,
+        }
+    evenly = torch.linspace(0, len(judge.labels) - 1, 32).long()
+    for name, seconds in time_in_turns(arms, judge.labels[evenly]).items():
+        rows[name]["seconds_per_image"] = seconds
+    sample = slice(None, None, max(1, len(judge.labels) // 500))  # of every class
+    distances = {name: nearest(x[sample], data)[1].median() for name, x in images.items()}
+    for name in rows:  # 1: as far from the training images as held-out images are
+        rows[name]["nearest"] = float(distances[name] / distances["real"].clamp(min=1e-6))
+
+    metrics = {
+        "n": len(judge.labels),
+        "rows": rows,
+        "hardware": hardware(judge.device),
+        "settings": asdict(settings),
+    } | (extra or {})
+    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(report_table(metrics))
+    samples_picture(out, images, rows, judge.labels, data)
+    curves(out)
+    print(
+        f"\nPictures: {Path(out) / 'samples.png'}, neighbours.png, curves.png; "
+        f"figures: {Path(out) / 'metrics.json'}"
+    )
+    return metrics
+
+
+def report_table(metrics: dict) -> str:
+    """The judge's table as text."""
+    lines = [
+        f"\nBy the judge, n = {metrics['n']} per row, seed {metrics['settings']['seed']}, "
+        f"{metrics['hardware']}:",
+        f"{'':16}{'class accuracy':>15}{'Fréchet distance':>18}{'precision':>11}{'recall':>8}"
+        f"{'diversity':>11}{'nearest':>9}{'steps':>14}{'ms/image':>10}",
+    ]
+    for name, row in metrics["rows"].items():
+        line = (
+            f"{name:16}{row['accuracy']:15.3f}{row['frechet']:11.2f} ± {row['frechet_std']:4.2f}"
+            f"{row['precision']:11.3f}{row['recall']:8.3f}{row['diversity']:11.3f}"
+            f"{row['nearest']:9.2f}"
+        )
+        if "steps" in row:
+            line += (
+                f"{row['steps']:8.1f} x {row['denoise_steps']:<4}"
+                f"{1000 * row['seconds_per_image']:9.2f}"
+            )
+        lines.append(line)
+    lines.append(
+        "diversity: within classes; nearest: distance to the nearest training image; of "
+        "both, 1 = as real held-out images"
+    )
+    return "\n".join(lines)
+
+
+def samples_picture(out, images: dict, rows: dict, labels: Tensor, data: Data):
+    """samples.png, two images per class of every arm; neighbours.png, the last arm's images above
+    the training images next to them."""
+    per_class = [(labels == y).nonzero().flatten().tolist()[:2] for y in labels.unique()[:12]]
+    columns = len(per_class)
+    pick = [i for pair in zip(*per_class) for i in pair]
+    captioned = {}
+    for name, row in rows.items():
+        if name == "untrained":
+            continue
+        caption = name
+        if "steps" in row:
+            caption += (
+                f": {row['steps']:.1f} x {row['denoise_steps']} steps, "
+                f"{1000 * row['seconds_per_image']:.1f} ms per image"
+            )
+        captioned[caption] = images[name][pick]
+    labelled_rows(Path(out) / "samples.png", captioned, columns)
+    last = list(rows)[-1]
+    first_row = images[last][pick[:columns]]
+    neighbours = {last: first_row, "its nearest training images": nearest(first_row, data)[0]}
+    labelled_rows(Path(out) / "neighbours.png", neighbours, columns)
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing into files; None, with a word, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("curves are not drawn: pip install matplotlib")
+        return None
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+CURVES = {
+    "teacher": {"loss": "loss"},
+    "student": {
+        "aux_loss": "auxiliary loss",
+        "progress": "Fréchet distance, pixels",
+        "reward_features": "Fréchet distance, reward's features",
+    },
+    "policy": {
+        "reward": "reward",
+        "quality": "quality",
+        "steps": "steps",
+        "kl": "KL",
+        "quality_mean": "quality, no exploration",
+        "held_out": "held-out reward",
+        "judge": "Fréchet distance, judge",
+        "grad_norm": "gradient norm",
+    },
+}
+
+
+def read_log(out) -> list[dict]:
+    """The lines of out/log.jsonl; none if there is no such file."""
+    path = Path(out) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curves(out):
+    """curves.png: what was logged of every stage."""
+    plt, lines = pyplot(), read_log(out)
+    panels = []
+    for stage, titles in CURVES.items():
+        for key, title in titles.items():
+            points = {
+                line["step"]: line[key]
+                for line in lines  # where resumed, the last counts
+                if line["stage"] == stage and key in line
+            }
+            if points:
+                panels.append((f"{stage}: {title}", points))
+    if not plt or not panels:
+        return
+    rows = math.ceil(len(panels) / 4)
+    figure, axes = plt.subplots(
+        rows, 4, figsize=(13, 2.4 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for (title, points), axis in zip(panels, axes.flat):
+        style = ".-" if len(points) < 20 else "-"
+        axis.plot(points.keys(), points.values(), style, markersize=5, linewidth=1)
+        axis.set_title(title, fontsize=9)
+    figure.savefig(Path(out) / "curves.png", dpi=80)
+    plt.close(figure)
+
+
+def gain_picture(out, training: PolicyGradient, classes: int):
+    """gain.png: information gain along trajectories, and how often each step is critical."""
+    plt, model = pyplot(), training.model
+    if not plt:
+        return
+    labels = torch.arange(16, device=model.device) % classes
+    rollouts = rollout(model, lambda images, labels: torch.ones(len(labels)), labels, "gain")
+    valid = rollouts.trace.counts > 0
+    gain = information_gain(rollouts.trace.predictions, rollouts.tokens, valid, training.mean_image)
+    critical = critical_steps(gain, model.settings.critical_steps)
+    gain = gain.masked_fill(~valid, math.nan).cpu()
+    steps = range(1, gain.shape[1] + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    left.plot(steps, gain[::4].T.numpy(), color="tab:blue", alpha=0.15, linewidth=0.8)
+    left.plot(steps, gain.nanmean(0).numpy(), color="black", marker="o", markersize=3)
+    left.set(xlabel="step k", title="information gain V_k, and its mean")
+    right.bar(steps, critical.float().mean(0).tolist())
+    right.set(xlabel="step k", title="share of rollouts in which step k is critical")
+    figure.savefig(Path(out) / "gain.png", dpi=80)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def score(model: MAR, quality, judge: Judge, steps: int | None = None) -> dict[str, float]:
+    """Means of quality and reward, unmasking iterations and the judge's distance, without
+    exploration. steps: None for the model's own schedule, else K of the cosine schedule."""
+    settings = model.settings
+    images, count = generate_many(model, judge.labels, Sampling(steps), settings.seed, "schedules")
+    q = quality(images.to(judge.device), judge.labels)
+    reward = total_reward(q, count, settings)
+    return {
+        "quality": float(q.mean()),
+        "reward": float(reward.mean()),
+        "steps": float(count.float().mean()),
+        "steps_std": float(count.float().std()),
+        "frechet": judge(images)["frechet"],
+    }
+
+
+def compare_schedules(training: PolicyGradient, quality, judge: Judge) -> dict[str, dict]:
+    """Rows before and after RL, and of both generators under fixed schedules: those that a learned
+    one must beat. Prints them."""
+    start, policy, K_max = training.reference, training.model, training.model.settings.steps
+    rows = {"before": score(start, quality, judge), "after": score(policy, quality, judge)}
+    fixed = {max(1, K_max >> i) for i in range(5)} | {max(1, round(rows["after"]["steps"]))}
+    for K in sorted(fixed, reverse=True):
+        rows[f"student, fixed K = {K}"] = score(start, quality, judge, K)
+        rows[f"policy, fixed K = {K}"] = score(policy, quality, judge, K)
+    print(
+        f"\nRL, without exploration:\n{'':24}{'quality':>8}{'reward':>8}{'steps':>13}"
+        f"{'Fréchet distance':>18}"
+    )
+    for name, row in rows.items():
+        print(
+            f"{name:24}{row['quality']:8.3f}{row['reward']:8.3f}{row['steps']:7.1f} ± "
+            f"{row['steps_std']:3.1f}{row['frechet']:18.2f}"
+        )
+    return rows
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+# 18 Command line ----------------------------------------------------------------------------------
+# What the three scripts share: options, the device, settings from options and checkpoints, and the
+# stages that more than one script may need.
+
+MODEL_SETTINGS = (
+    "image_size",
+    "patch",
+    "mean",
+    "scale",
+    "width",
+    "depth",
+    "heads",
+    "buffer",
+    "head_width",
+    "head_depth",
+    "velocity",
+)  # what a checkpoint's weights depend on
+STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance")  # and what was distilled into them
+GROUPS = {
+    "image_size": "data",
+    "patch": "model",
+    "steps": "generation",
+    "batch": "training the teacher",
+    "gsim_iters": "GSIM",
+    "method": "RL (train_rl.py)",
+    "judge_iters": "reward network and judge",
+}  # first field: title of a group of options
+
+
+def training_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the options that people use; `add_settings` adds all the others."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        default="shapes",
+        metavar="FOLDER",
+        help="one sub-folder of images per class (default: the built-in shapes)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/latest"),
+        help="folder to write into (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue what is in --out: finished stages are kept, an interrupted one goes on",
+    )
+    add(
+        "--preset",
+        choices=PRESETS,
+        help="settings to start from (default: small on a CUDA GPU, else tiny)",
+    )
+    add(
+        "--teacher",
+        type=Path,
+        metavar="teacher.pt",
+        help="a teacher to start from, instead of training one",
+    )
+    return parser
+
+
+def add_device(parser):
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: half of "
+        "the cores, at most 8; more of them wait for each other)",
+    )
+
+
+def add_settings(parser):
+    """Every field of Settings as an option, absent from the namespace where not given."""
+    for f in fields(Settings):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": f.type, "choices": f.metadata["limits"].get("choices")}
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    small = ", ".join(f"{name}={value}" for name, value in PRESETS["small"].items())
+    parser.epilog = f"The defaults are those of --preset tiny; small has {small}."
+
+
+def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
+    """torch.device of that name; `auto` takes cuda, mps or cpu, the first there is. Sets the number
+    of CPU threads: half of the cores, at most 8, unless given."""
+    threads = max(1, min(8, (os.cpu_count() or 1) // 2)) if threads is None else threads
+    if not 1 <= threads <= 1024:
+        raise InputError(f"--threads {threads} must lie in 1...1024")
+    torch.set_num_threads(threads)
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    available = [kind for kind, is_there in there.items() if is_there]
+    if name == "auto":
+        return torch.device(available[0])
     kind, _, number = name.partition(":")
-    if name != "auto" and not (there.get(kind) and (not number or kind == "cuda" and number.isdigit())):
-        raise InputError(f"--device {name}: there is none here; there is {', '.join(k for k in there if there[k])}")
-    return torch.device(next(k for k in there if there[k]) if name == "auto" else name)
+    if kind not in available or (number and not (kind == "cuda" and number.isdigit())):
+        raise InputError(f"--device {name}: there is none here; there is {', '.join(available)}")
+    return torch.device(name)
 
 
-def run(main):
-    """Call main() as a script: wrong input ends in one line and exit code 2, a non-finite loss in one line and 1."""
+def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
+    """Settings of the options that were given, on top of the preset, or of a checkpoint's
+    `content`, which fixes some of them (all, when resuming what it began)."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    if content is None:
+        return preset(args.preset or ("small" if device.type == "cuda" else "tiny"), **given)
+    if args.preset and not resume:
+        raise InputError(
+            f"--preset {args.preset}: the settings come from the {content['kind']}; leave it out"
+        )
+    base = content["settings"]
+    if resume:
+        fixed = [f.name for f in fields(Settings)]
+    else:
+        fixed = MODEL_SETTINGS if content["kind"] == "teacher" else STUDENT_SETTINGS
+    for name in fixed:
+        value = getattr(base, name)
+        if given.get(name, value) != value:
+            advice = ". Another --out starts afresh" if resume else ""
+            raise InputError(f"{flag(name)} is fixed by the checkpoint: {value}{advice}")
+    return replace(base, **given)
+
+
+def prepare(
+    args, written: list[str], base: dict | None = None
+) -> tuple[Settings, Data, torch.device]:
+    """Settings, data and device; everything that can go wrong does so here, before long work.
+
+    written: the checkpoints that the script writes, the last stage first. base: the content of the
+    checkpoint that it starts from."""
+    device = find_device(args.device, args.threads)
+    there = [name for name in written if (args.out / name).exists()]
+    if there and not args.resume:
+        raise InputError(
+            f"{args.out / there[0]} exists: --resume continues it, another --out starts afresh"
+        )
+    if there:
+        earlier = written[written.index(there[0]) :]
+        missing = [name for name in earlier if name not in there]
+        if missing and not args.teacher:
+            kind = missing[0].removesuffix(".pt")
+            raise InputError(
+                f"{args.out} was begun with another {missing[0]}: give it again by --{kind}"
+            )
+        base = read_checkpoint(args.out / there[0])
+    settings = settings_from(args, device, base, resume=bool(there))
+    print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
+    data = load_data(settings, args.data)
+    settings = data.measure(settings)
+    print(
+        f"{len(data.classes)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
+        f"for the judge, {len(data.test)} held out; on {hardware(device)}"
+    )
+    if base and base["classes"] != data.classes:
+        raise InputError(
+            f"the classes of --data {data.name} ({', '.join(data.classes[:5])}...) are "
+            f"not the checkpoint's ({', '.join(base['classes'][:5])}...)"
+        )
+    if args.resume and not there:
+        print(f"nothing to resume in {args.out}: starting afresh")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return settings, data, device
+
+
+def teacher_and_student(args, settings: Settings, data: Data, device, critic: Critic):
+    """A teacher, unless args.teacher is one, and its student: {name: model}, and the minutes that
+    each of them took."""
+    minutes, start = {}, time.perf_counter()
+    if args.teacher:
+        teacher = load_checkpoint(args.teacher, "teacher", device)
+        teacher.settings = settings  # which may differ in what a checkpoint leaves open
+    else:
+        teacher = train_teacher(settings, data, args.out, device, args.resume)
+        minutes["teacher"] = (time.perf_counter() - start) / 60
+    start = time.perf_counter()
+    progress = Progress(critic, data, settings, device)
+    distillation = Distillation(teacher, settings)
+    student = train_student(distillation, data, args.out, args.resume, progress)
+    minutes["student"] = (time.perf_counter() - start) / 60
+    return {"teacher": teacher, "student": student}, minutes
+
+
+def run(main: Callable):
+    """Call main() as a script: wrong input ends in one line and exit code 2, a non-finite loss in
+    one line and code 1, Ctrl-C in one line and code 130."""
     try:
         main()
     except (InputError, NonFinite) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print(
+            "stopped; the same command with --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(130)
