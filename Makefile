@@ -1,4 +1,4 @@
-# Both targets work from a clean clone with Python >= 3.10, pip and make.
+# Every target works from a clean clone with Python >= 3.10, pip and make.
 PYTHON ?= python3
 
 demo: .venv/ready  ## teacher, one-step student and RL on the built-in shapes, into runs/demo
@@ -7,9 +7,16 @@ demo: .venv/ready  ## teacher, one-step student and RL on the built-in shapes, i
 test: .venv/ready  ## the test suite
 	.venv/bin/python -m pytest -q
 
+lint: .venv/ready  ## style, as CI checks it
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+results: .venv/ready  ## assets/results.md and the README's table from assets/results/*.json
+	.venv/bin/python tests/study.py
+
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -e ".[test,notebook]"
 	touch .venv/ready
 
-.PHONY: demo test
+.PHONY: demo test lint results

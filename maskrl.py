@@ -51,9 +51,10 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class NonFinite(RuntimeError):
 # every checkpoint carries. Reading for the first time? Go on to section 2 and come back for a name.
 
 
-def option(default, help: str, **limits):
+def option(default, help: str, **limits) -> Any:
     """A field of Settings. limits: at_least, above, at_most, below (numbers) or choices."""
     return field(default=default, metadata={"help": help, "limits": limits})
 
@@ -181,7 +182,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_option(f, value):
+def check_option(f: Field, value) -> None:
     """InputError unless `value` has the type of the Settings field `f` and obeys its limits."""
     limits, name = f.metadata["limits"], flag(f.name)
     accepted = (int, float) if f.type is float else f.type
@@ -201,16 +202,17 @@ def check_option(f, value):
         raise InputError(f"{name} {value} must be below {limits['below']}")
 
 
+# fmt: off
 PRESETS = {
     "tiny": {},
     "small": {
-        **{"image_size": 64, "patch": 4, "steps": 64, "batch": 128},
-        **{"width": 384, "depth": 6, "heads": 6, "buffer": 16, "head_width": 512, "head_depth": 4},
-        **{"teacher_iters": 100_000, "teacher_lr": 4e-4, "ema": 0.9999},
-        **{"gsim_iters": 20_000, "student_lr": 3e-5, "aux_lr": 6e-5},
-        **{"prompts": 4, "critical_steps": 6, "judge_iters": 2000},
+        "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
+        "buffer": 16, "head_width": 512, "head_depth": 4, "batch": 128, "teacher_iters": 100_000,
+        "teacher_lr": 4e-4, "ema": 0.9999, "gsim_iters": 20_000, "student_lr": 3e-5,
+        "aux_lr": 6e-5, "prompts": 4, "critical_steps": 6, "judge_iters": 2000,
     },
 }
+# fmt: on
 
 
 def preset(name: str, **overrides) -> Settings:
@@ -261,13 +263,13 @@ def to_images(tokens: Tensor, settings: Settings) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, keys=None):
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """x [B, N, W]; keys [B, N]: true for rows that may be attended to (None: all of them)."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         attn_mask = None if keys is None else keys[:, None, None, :]
@@ -276,72 +278,72 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width, hidden):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
     """Transformer block with the norms before attention and MLP."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x, keys=None):
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x), keys)
         return x + self.mlp(self.norm2(x))
 
 
-def silu_mlp(inputs, hidden, outputs):
+def silu_mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
 class TimeEmbedding(nn.Module):
     """t [N] in 0...999 -> cosines and sines of 128 frequencies exp(-ln(1e4) k / 128) -> MLP."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.mlp = silu_mlp(256, width, width)
 
     @staticmethod
-    def waves(t):
+    def waves(t: Tensor) -> Tensor:
         frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
         angle = t[:, None].float() * frequency
         return torch.cat([angle.cos(), angle.sin()], 1)  # [N, 256]
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.waves(t))
 
 
 class HeadBlock(nn.Module):
     """Residual MLP block, shifted, scaled and gated by the condition (adaLN)."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = silu_mlp(width, width, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x, condition):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)
         return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width, outputs):
+    def __init__(self, width: int, outputs: int):
         super().__init__()
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, condition):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
@@ -358,7 +360,7 @@ class Head(nn.Module):
     there the tokens come to agree with each other: with v a small model learns in minutes what it
     otherwise needs hours for. velocity=False is MAR's own form, which its weights need."""
 
-    def __init__(self, channels, context, width, depth, velocity=True):
+    def __init__(self, channels: int, context: int, width: int, depth: int, velocity=True):
         super().__init__()
         self.velocity = velocity
         self.time_embed = TimeEmbedding(width)
@@ -367,7 +369,7 @@ class Head(nn.Module):
         self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
 
-    def forward(self, x_t, t, c):
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         condition = self.time_embed(t) + self.cond_embed(c)
         x = self.input_proj(x_t)
         for block in self.res_blocks:
@@ -428,11 +430,11 @@ class MAR(nn.Module):
         self.schedule = None
         self.init_weights()
 
-    def blocks(self):
+    def blocks(self) -> nn.ModuleList:
         settings = self.settings
         return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs.
 
         Classes at std 1 and positions at sines and cosines are as large as the tokens, and
@@ -560,10 +562,9 @@ class Diffusion:
         mean = float(self.coef_x0[i]) * x_0 + float(self.coef_xt[i]) * x_t
         if i == 0:
             return mean
+        low, high = float(self.log_variance_min[i]), float(self.log_variance_max[i])
         f = (variance + 1) / 2
-        log_variance = f * float(self.log_variance_max[i]) + (1 - f) * float(
-            self.log_variance_min[i]
-        )
+        log_variance = f * high + (1 - f) * low
         return mean + temperature * torch.exp(log_variance / 2) * noise
 
     def sample(self, head: Callable, x: Tensor, generator, temperature=1.0, limits=None) -> Tensor:
@@ -644,7 +645,7 @@ def descend(loss: Tensor, optimizer, max_norm: float = 1.0) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, limit: float):
+def update_ema(ema: nn.Module, model: nn.Module, step: int, limit: float) -> None:
     """ema <- d ema + (1 - d) model with d = min(limit, (1 + i) / (10 + i)) at step i.
 
     A short memory at first, so that the average never lags behind the start."""
@@ -844,13 +845,13 @@ class Trace:
         return mask, mask & (rank >= hidden - self.counts[..., None])
 
 
-def class_and_null_context(model, tokens, mask, labels) -> tuple[Tensor, Tensor]:
+def class_and_null_context(model: MAR, tokens, mask, labels) -> tuple[Tensor, Tensor]:
     """c for the labels and c for the null class, each [B, L, W], computed in one batch."""
     both = torch.cat([labels, model.null(labels)])
     return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2)
 
 
-def unfinished_contexts(model, tokens, mask, labels, guidance) -> tuple[Tensor, Tensor | None]:
+def unfinished_contexts(model: MAR, tokens, mask, labels, guidance) -> tuple[Tensor, Tensor | None]:
     """c and, under guidance, c_null [B, L, W] of images that still hide tokens; else zeros."""
     live = mask.any(1)
     c = torch.zeros(*mask.shape, model.settings.width, device=mask.device)
@@ -871,7 +872,7 @@ def generate(
     known: tuple[Tensor, Tensor] | None = None,
     seed=0,
     trace: bool | str = False,
-):
+) -> Tensor | tuple[Tensor, Trace]:
     """Tokens [B, L, D] of new images of classes `labels` [B] (integers); `to_images` shows them.
 
     `generate(model, labels)` is right for every kind of model: a teacher walks its chain under its
@@ -891,17 +892,19 @@ def generate(
         )
     generator = rng(seed, "generate", device=model.device)
     drawn = draw_noise(model, len(labels), generator)  # in any case: what follows is then the same
-    tokens, trace_of_it = unmask(
-        model, labels, sampling, noise or drawn, known, generator, trace == "predictions"
-    )
-    return (tokens, trace_of_it) if trace else tokens
+    predictions = trace == "predictions"
+    result = unmask(model, labels, sampling, noise or drawn, known, generator, predictions)
+    return result if trace else result[0]
 
 
 def unmask(model, labels, sampling, noise, known, generator, predictions) -> tuple[Tensor, Trace]:
     """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times."""
     tokens, order, to_draw = starting_point(noise, known)
-    schedule = model.schedule if sampling.steps is None else None
-    fixed = reveal_counts(to_draw, sampling.steps or min(to_draw, model.settings.steps))
+    if sampling.steps is None:
+        schedule, steps = model.schedule, min(to_draw, model.settings.steps)
+    else:
+        schedule, steps = None, sampling.steps
+    fixed = reveal_counts(to_draw, steps)
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
 
@@ -934,7 +937,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         image = tokens.clone()
         image[fill] = drawn
         means = torch.where(reveal[..., None], image, means)
-        tokens = torch.where(reveal[..., None], explore(image, noise.sigma, generator), tokens)
+        tokens = torch.where(reveal[..., None], add_noise(image, noise.sigma, generator), tokens)
         hidden = hidden - count
         bar.update(int(count.sum()))
         record["counts"].append(count)
@@ -974,7 +977,7 @@ def token_limits(settings: Settings) -> tuple[float, float] | None:
     )
 
 
-def explore(image, sigma, generator) -> Tensor:
+def add_noise(image: Tensor, sigma: Tensor | float, generator) -> Tensor:
     """image [B, L, D] + exploration noise of standard deviation sigma, a number or [B]."""
     sigma = torch.as_tensor(sigma, device=image.device)
     if not sigma.any():
@@ -1012,7 +1015,7 @@ def gsim_terms(
     eps_p: Callable,
     distance: Callable = pseudo_huber,
     weight: Callable = velocity_weight,
-):
+) -> tuple[Tensor, Tensor]:
     """L1 and L2 [N] of GSIM (MARVAL, gradient equivalence theorem), whose sum is the loss:
 
         L1 = -d'(y_t)^T (s_q - grad log p(x_t | x_0)),   L2 = d(y_t),   y_t = s_q - s_p
@@ -1259,7 +1262,7 @@ def policy_loss(
     kl: Tensor | float = 0.0,
     clip_ratio: float = 0.2,
     beta: float = 0.0,
-):
+) -> tuple[Tensor, dict[str, float]]:
     """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old.
 
     The objective of GRPO and MaskFocus. Returns the loss and, to log, `ratio` and `kl`, their
@@ -1367,7 +1370,7 @@ def policy_of(student: MAR, settings: Settings) -> MAR:
     return policy
 
 
-def add_schedule(model: MAR):
+def add_schedule(model: MAR) -> None:
     settings = model.settings
     schedule = SchedulePolicy(settings.width, settings.length, settings.steps)
     model.schedule = schedule.to(model.device)
@@ -1390,14 +1393,16 @@ class PolicyGradient:
         self.model = self.ema = policy_of(student, settings)
         self.reference = deepcopy(self.model).requires_grad_(False)
         schedule = self.model.schedule
-        parameters = [p for name, p in self.model.named_parameters() if "schedule." not in name]
+        parameters = [
+            p for name, p in self.model.named_parameters() if not name.startswith("schedule.")
+        ]
         self.optimizers = {"generator": self.adamw(parameters, settings.rl_lr)}
         if schedule is not None:
             self.optimizers["schedule"] = self.adamw(schedule.parameters(), settings.schedule_lr)
         self.state = self.optimizers
 
     @staticmethod
-    def adamw(parameters, lr):
+    def adamw(parameters, lr: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def update(self, labels: Tensor, seed) -> dict[str, float]:
@@ -1509,7 +1514,9 @@ class RewardBackpropagation(PolicyGradient):
         }
 
 
-def replay(model: MAR, reference: MAR, labels: Tensor, trace: Trace, keep: Tensor):
+def replay(
+    model: MAR, reference: MAR, labels: Tensor, trace: Trace, keep: Tensor
+) -> tuple[Tensor, Tensor]:
     """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep
     [B, T], and the mean KL of N(g, sigma^2) to the reference's at those steps.
 
@@ -1546,7 +1553,7 @@ def replay(model: MAR, reference: MAR, labels: Tensor, trace: Trace, keep: Tenso
 KINDS = ("teacher", "student", "policy")
 
 
-def save_checkpoint(path, model: MAR, ema: MAR | None = None, step: int = 0, training=None):
+def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=None) -> None:
     """Write atomically: an interruption leaves the old file or the new one, never half of one.
 
     training: the state to resume from, where training is not finished."""
@@ -1791,7 +1798,9 @@ def load_folder(folder: str, size: int) -> tuple[list[str], Tensor, Tensor]:
 # interrupted run stopped.
 
 
-def train(training, update: Callable, path, iters: int, resume=False, measure=None, every=250):
+def train(
+    training, update: Callable, path, iters: int, resume=False, measure=None, every=250
+) -> MAR:
     """Call update(step) -> {name: float} `iters` times; returns the EMA model.
 
     training: a TeacherTraining, Distillation or PolicyGradient. path: of the checkpoint, written
@@ -1961,7 +1970,7 @@ class Critic(nn.Module):
         self.body = nn.Sequential(*layers, activation())
         self.classify = nn.Linear(64, outputs)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.body(images.clamp(-1, 1))  # colours that no image has must not pay
         return features, self.classify(features)
 
@@ -2103,7 +2112,7 @@ class Progress:
         self.reference = [torch.cat(parts) for parts in zip(*views)]
 
     @torch.no_grad()
-    def views(self, images):
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         stride = max(2, images.shape[-1] // 8)
         features, _ = self.critic(images)
         return images[..., ::stride, ::stride].flatten(1), features
@@ -2225,7 +2234,7 @@ class ClipOptions:
     prompt: str = "a high-quality and harmonious picture of {class}"
 
 
-def load_clip(options: ClipOptions, classes: list[str], device):
+def load_clip(options: ClipOptions, classes: list[str], device) -> tuple[nn.Module, Tensor]:
     """open_clip's model and its tokenised prompts, one per class; InputError says what is wrong."""
     try:
         import open_clip
@@ -2312,7 +2321,7 @@ def checked_reward(name: str, quality: Callable, images: Tensor, labels: Tensor)
     return checked
 
 
-def check_reward_name(name: str):
+def check_reward_name(name: str) -> None:
     """InputError unless --reward is one that there can be."""
     module, _, function = name.partition(":")
     names_function = function.isidentifier() and all(p.isidentifier() for p in module.split("."))
@@ -2367,7 +2376,7 @@ def picture(images: Tensor, columns: int, pixels: int = 64, padding: int = 4) ->
     return TF.to_pil_image((grid * 255).round().to(torch.uint8))
 
 
-def save_picture(path, image: Image.Image, **options):
+def save_picture(path, image: Image.Image, **options) -> None:
     """InputError if the picture cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -2376,7 +2385,7 @@ def save_picture(path, image: Image.Image, **options):
         raise InputError(f"{path} cannot be written: {error}") from None
 
 
-def labelled_rows(path, rows: dict[str, Tensor], columns: int):
+def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:
     """Save a picture of {label: images}, each block of images under its label."""
     font, space = ImageFont.load_default(size=15), 26
     blocks = {label: picture(images, columns) for label, images in rows.items()}
@@ -2398,20 +2407,23 @@ def pixel_mask(mask: Tensor, settings: Settings) -> Tensor:
     return mask.repeat_interleave(settings.patch, -1).repeat_interleave(settings.patch, -2)
 
 
-def film(path, tokens: Tensor, trace: Trace, settings: Settings):
+def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
     """The unmasking of up to 8 images, hidden tokens grey: a .gif moves, else one row an image."""
     hidden = trace.masks()[0][:8]  # [8, T, L]
     hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)  # and at the end none
     images = to_images(tokens[:8], settings).cpu()[:, None]  # a revealed token never changes
     frames = torch.where(pixel_mask(hidden, settings), 0.0, images)  # [8, T + 1, 3, S, S]
     if Path(path).suffix.lower() != ".gif":
-        return save_picture(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
+        save_picture(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
+        return
     pictures = [picture(frame, 4) for frame in frames.transpose(0, 1)]
     rest = pictures[1:] + [pictures[-1]] * 6
     save_picture(path, pictures[0], save_all=True, append_images=rest, duration=250, loop=0)
 
 
-def generate_many(model: MAR, labels: Tensor, sampling: Sampling, seed, name: str):
+def generate_many(
+    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str
+) -> tuple[Tensor, Tensor]:
     """Images [N, 3, S, S], on the CPU, and unmasking iterations [N] of many labels."""
     images, steps = [], []
     for i, part in enumerate(tqdm(labels.split(256), f"judging {name}", leave=False)):
@@ -2461,7 +2473,7 @@ def arms_of_report(models: dict[str, MAR], settings: Settings, data: Data) -> di
 
 def report(
     out, settings: Settings, data: Data, judge: Judge, models: dict, extra: dict | None = None
-):
+) -> dict:
     """Judge every generator on the same classes and noise, time them side by side, print the table,
     and write metrics.json and the pictures into the folder `out`. Returns the metrics.
 
@@ -2527,7 +2539,7 @@ def report_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def samples_picture(out, images: dict, rows: dict, labels: Tensor, data: Data):
+def samples_picture(out, images: dict, rows: dict, labels: Tensor, data: Data) -> None:
     """samples.png, two images per class of every arm; neighbours.png, the last arm's images above
     the training images next to them."""
     per_class = [(labels == y).nonzero().flatten().tolist()[:2] for y in labels.unique()[:12]]
@@ -2551,7 +2563,7 @@ def samples_picture(out, images: dict, rows: dict, labels: Tensor, data: Data):
     labelled_rows(Path(out) / "neighbours.png", neighbours, columns)
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib's pyplot, drawing into files; None, with a word, where it is not installed."""
     try:
         import matplotlib
@@ -2590,7 +2602,7 @@ def read_log(out) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def curves(out):
+def curves(out) -> None:
     """curves.png: what was logged of every stage."""
     plt, lines = pyplot(), read_log(out)
     panels = []
@@ -2619,13 +2631,17 @@ def curves(out):
     plt.close(figure)
 
 
-def gain_picture(out, training: PolicyGradient, classes: int):
+def gain_picture(out, training: PolicyGradient, classes: int) -> None:
     """gain.png: information gain along trajectories, and how often each step is critical."""
     plt, model = pyplot(), training.model
     if not plt:
         return
     labels = torch.arange(16, device=model.device) % classes
-    rollouts = rollout(model, lambda images, labels: torch.ones(len(labels)), labels, "gain")
+
+    def constant_quality(images, labels):
+        return torch.ones(len(labels))
+
+    rollouts = rollout(model, constant_quality, labels, "gain")
     valid = rollouts.trace.counts > 0
     gain = information_gain(rollouts.trace.predictions, rollouts.tokens, valid, training.mean_image)
     critical = critical_steps(gain, model.settings.critical_steps)
@@ -2756,7 +2772,7 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_device(parser):
+def add_device(parser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument(
         "--threads",
@@ -2767,7 +2783,7 @@ def add_device(parser):
     )
 
 
-def add_settings(parser):
+def add_settings(parser) -> None:
     """Every field of Settings as an option, absent from the namespace where not given."""
     for f in fields(Settings):
         if f.name in GROUPS:
@@ -2775,7 +2791,9 @@ def add_settings(parser):
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         else:
-            kind = {"type": f.type, "choices": f.metadata["limits"].get("choices")}
+            choices = f.metadata["limits"].get("choices")
+            metavar = {int: "N", float: "X", str: None}[f.type]
+            kind = {"type": f.type, "choices": choices, "metavar": metavar}
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     small = ", ".join(f"{name}={value}" for name, value in PRESETS["small"].items())
@@ -2867,7 +2885,9 @@ def prepare(
     return settings, data, device
 
 
-def teacher_and_student(args, settings: Settings, data: Data, device, critic: Critic):
+def teacher_and_student(
+    args, settings: Settings, data: Data, device, critic: Critic
+) -> tuple[dict[str, MAR], dict[str, float]]:
     """A teacher, unless args.teacher is one, and its student: {name: model}, and the minutes that
     each of them took."""
     minutes, start = {}, time.perf_counter()
@@ -2885,7 +2905,7 @@ def teacher_and_student(args, settings: Settings, data: Data, device, critic: Cr
     return {"teacher": teacher, "student": student}, minutes
 
 
-def run(main: Callable):
+def run(main: Callable) -> None:
     """Call main() as a script: wrong input ends in one line and exit code 2, a non-finite loss in
     one line and code 1, Ctrl-C in one line and code 130."""
     try:
