@@ -89,6 +89,7 @@ def option(default, help: str, **limits) -> Any:
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
+PREDICTS = ("x_0", "velocity", "eps")  # MAR's own network predicts eps
 METHODS = ("grpo", "backprop")  # policy gradient over groups, or through the generation
 RL_STEPS = ("critical", "random", "first", "all")
 RL_TOKENS = ("revealed", "hidden", "fresh")  # revealed there, all hidden, all under a fresh mask
@@ -115,21 +116,22 @@ class Settings:
     buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
     head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
     head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
-    velocity: bool = option(True, "the head's network predicts velocity; MAR's own predicts eps")
+    predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
     # generation
     steps: int = option(16, "K, unmasking iterations per image", at_least=1)
     denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
-    guidance: float = option(1.5, "s; eps = eps_null + s (eps_class - eps_null)", at_least=0)
+    guidance: float = option(1.2, "s; eps = eps_null + s (eps_class - eps_null)", at_least=0)
     x_0_limit: float = option(1.3, "clips the chain's x_0 (white is 1); 0 is off", at_least=0)
     # training the teacher
     batch: int = option(64, "images per update of teacher and student", at_least=1)
-    teacher_iters: int = option(2500, "teacher updates", at_least=1)
-    teacher_lr: float = option(2e-3, "learning rate of the teacher", above=0)
+    teacher_iters: int = option(2600, "teacher updates", at_least=1)
+    teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0)
+    muon_lr: float = option(4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0)
     draws: int = option(4, "noise draws per hidden token and update", at_least=1)
     label_dropout: float = option(0.1, "share trained without a class", at_least=0, below=1)
     ema: float = option(0.995, "limit of the teacher's EMA decay", at_least=0, below=1)
     # GSIM
-    gsim_iters: int = option(800, "student updates", at_least=1)
+    gsim_iters: int = option(650, "student updates", at_least=1)
     student_lr: float = option(6e-4, "learning rate of the student", above=0)
     aux_lr: float = option(1.2e-3, "learning rate of the auxiliary network", above=0)
     student_ema: float = option(0.98, "limit of the student's EMA decay", at_least=0, below=1)
@@ -208,8 +210,8 @@ PRESETS = {
     "small": {
         "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
         "buffer": 16, "head_width": 512, "head_depth": 4, "batch": 128, "teacher_iters": 100_000,
-        "teacher_lr": 4e-4, "ema": 0.9999, "gsim_iters": 20_000, "student_lr": 3e-5,
-        "aux_lr": 6e-5, "prompts": 4, "critical_steps": 6, "judge_iters": 2000,
+        "teacher_lr": 4e-4, "muon_lr": 8e-4, "ema": 0.9999, "gsim_iters": 20_000,
+        "student_lr": 3e-5, "aux_lr": 6e-5, "prompts": 4, "critical_steps": 6, "judge_iters": 2000,
     },
 }
 # fmt: on
@@ -355,14 +357,16 @@ class Head(nn.Module):
     (section 4); we train on eps alone, which leaves them at zero, the middle, where the official
     code trains them.
 
-    Differs from MAR (velocity=True): the network predicts v = alpha_t eps - sigma_t x_0, and eps =
-    sigma_t x_t + alpha_t v is made from it. At high noise eps says next to nothing about x_0, and
-    there the tokens come to agree with each other: with v a small model learns in minutes what it
-    otherwise needs hours for. velocity=False is MAR's own form, which its weights need."""
+    predicts: what the network itself gives, from which eps is made: "eps" (MAR's own form, which
+    its weights need); "x_0", so that eps = (x_t - alpha_t x_0) / sigma_t; or "velocity" v, so that
+    eps = sigma_t x_t + alpha_t v.
+    Differs from MAR, whose network predicts eps: at high noise eps says next to nothing about x_0,
+    and there the tokens come to agree with each other. With x_0 a small model learns in minutes
+    what it otherwise needs hours for."""
 
-    def __init__(self, channels: int, context: int, width: int, depth: int, velocity=True):
+    def __init__(self, channels: int, context: int, width: int, depth: int, predicts="x_0"):
         super().__init__()
-        self.velocity = velocity
+        self.predicts = predicts
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(context, width)
         self.input_proj = nn.Linear(channels, width)
@@ -375,11 +379,15 @@ class Head(nn.Module):
         for block in self.res_blocks:
             x = block(x, condition)
         out = self.final_layer(x, condition)
-        if not self.velocity:
+        if self.predicts == "eps":
             return out
-        v, variance = out.chunk(2, -1)
         alpha, sigma = BASE.alpha_sigma(t)  # BASE: all 1000 times, section 4
-        return torch.cat([sigma * x_t + alpha * v, variance], -1)
+        predicted, variance = out.chunk(2, -1)
+        if self.predicts == "x_0":
+            eps = (x_t - alpha * predicted) / sigma
+        else:
+            eps = sigma * x_t + alpha * predicted
+        return torch.cat([eps, variance], -1)
 
     def eps(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """eps alone [N, D]; the score is -eps / sigma_t."""
@@ -425,7 +433,7 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.head = Head(
-            self.channels, width, settings.head_width, settings.head_depth, settings.velocity
+            self.channels, width, settings.head_width, settings.head_depth, settings.predicts
         )
         self.schedule = None
         self.init_weights()
@@ -586,8 +594,8 @@ def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
 
     tau being the first time with sigma_tau / alpha_tau >= noise_ratio. This is the x_0 that eps_hat
     implies for x_tau, whose small term alpha_tau x_0 is left out, so the teacher's weights are a
-    good start, as in SiD (score identity distillation, 2404.04057). MARVAL does not print its
-    parametrisation; this is ours."""
+    good start, as in SiD (score identity distillation, 2404.04057). Where the network predicts x_0,
+    g is what it gives at tau. MARVAL does not print its parametrisation; this is ours."""
     tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
     alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
     t = torch.full((len(z),), tau, device=z.device)
@@ -600,14 +608,6 @@ def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
 # the model also learns the null class, which guidance needs.
 
 
-def mar_ratio(u: Tensor) -> Tensor:
-    """MAR's share of hidden tokens, from u [n] uniform on [0, 1).
-
-    A normal of mean 1 and std 0.25 truncated to [0.7, 1], by its inverse distribution function."""
-    edge = math.erf(0.3 / 0.25 / math.sqrt(2))
-    return 1 + 0.25 * math.sqrt(2) * torch.erfinv((u - 1) * edge)
-
-
 def random_mask(ratio: Tensor, length: int, generator) -> Tensor:
     """mask [n, L] that hides ceil(ratio L) tokens of each row, at least one, at random places."""
     hidden = torch.ceil(length * ratio).clamp(1, length)
@@ -618,29 +618,35 @@ def random_mask(ratio: Tensor, length: int, generator) -> Tensor:
 def denoising_loss(head: Head, x_0: Tensor, c: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Mean of w_t |eps - eps_hat(x_t, t, c)|^2 over tokens x_0 [N, D] and their channels.
 
-    The diffusion loss of MAR, and the denoising score matching of GSIM's auxiliary network. w_t = 1
-    for a head whose network gives eps; for one that gives v it is 1 / alpha_t^2, which makes the
-    loss |v - v_hat|^2 (at most 1e4, which t > 992 would exceed)."""
+    The diffusion loss of MAR, and the denoising score matching of GSIM's auxiliary network. The
+    weight makes it the squared error of what the network predicts: w_t = 1 for eps; alpha_t^-2 for
+    velocity and (sigma_t / alpha_t)^2 for x_0, with alpha_t^-2 at most 1e4, which t > 992 would
+    exceed."""
     error = (head.eps(BASE.q_sample(x_0, t, eps), t, c) - eps).square()
-    if head.velocity:
-        alpha, _ = BASE.alpha_sigma(t)
+    if head.predicts != "eps":
+        alpha, sigma = BASE.alpha_sigma(t)
         error = error / alpha.square().clamp(min=1e-4)
+        if head.predicts == "x_0":
+            error = error * sigma.square()
     return error.mean()
 
 
-def descend(loss: Tensor, optimizer, max_norm: float = 1.0) -> float:
-    """One optimiser step with the gradient clipped to max_norm; returns the norm before clipping.
+def descend(loss: Tensor, *optimizers, max_norm: float = 1.0) -> float:
+    """One step of the optimisers, the gradient clipped to max_norm; returns the norm before that.
 
     NonFinite is raised before any weight changes."""
     if not torch.isfinite(loss):
         raise NonFinite(f"the loss is {loss.item()}")
-    optimizer.zero_grad(set_to_none=True)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+    for p in parameters:
+        p.grad = None
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     if not torch.isfinite(norm):
         raise NonFinite(f"the gradient norm is {norm.item()}")
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return norm.item()
 
 
@@ -657,6 +663,42 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, limit: float) -> Non
             average.copy_(value)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: what trains the weight matrices of a teacher (Jordan et al.,
+    2024).
+
+    Each gradient matrix is replaced by the nearest orthogonal one, so that all directions of a
+    weight move equally far, those with small gradients too. Steps are as large as Adam's, a root
+    mean square of 0.2 lr (2502.16982). torch.optim.Muon is the same in bfloat16, which most CPUs
+    only emulate: there it is slower than the rest of the update."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.02):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - momentum)
+                direction = orthogonalise(p.grad.lerp(average, momentum))  # Nesterov's
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(direction, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """About U V^T of a matrix x = U S V^T, by five Newton-Schulz iterations, each of which moves
+    the singular values towards 1."""
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
+        factor = -4.7750 * square + 2.0315 * square @ square
+        x = 3.4445 * x + (x @ factor if x.shape[0] > x.shape[1] else factor @ x)
+    return x
+
+
 def weight_decay_groups(model: MAR, decay: float = 0.02) -> list[dict]:
     """Parameter groups by MAR's rule: no weight decay on 1-D tensors, biases and the head."""
     decayed, spared = [], []
@@ -666,26 +708,50 @@ def weight_decay_groups(model: MAR, decay: float = 0.02) -> list[dict]:
     return [{"params": decayed, "weight_decay": decay}, {"params": spared, "weight_decay": 0.0}]
 
 
+def hidden_matrices(model: MAR) -> list[nn.Parameter]:
+    """The weight matrices between hidden layers: neither embeddings nor those that touch tokens."""
+    outer = ("z_proj", "head.input_proj", "head.final_layer")
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [linear.weight for name, linear in named if not name.startswith(outer)]
+
+
+def teacher_optimizers(model: MAR) -> list[torch.optim.Optimizer]:
+    """AdamW with MAR's weight decay; with muon_lr above 0, Muon for the hidden matrices."""
+    settings = model.settings
+    groups, betas = weight_decay_groups(model), (0.9, 0.95)
+    if settings.muon_lr == 0:
+        return [torch.optim.AdamW(groups, settings.teacher_lr, betas=betas)]
+    matrices = hidden_matrices(model)
+    taken = {id(p) for p in matrices}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    adamw = torch.optim.AdamW(groups, settings.teacher_lr, betas=betas)
+    return [adamw, Muon(matrices, settings.muon_lr)]
+
+
 class TeacherTraining:
     """MAR's own training. `model` learns; `ema`, an average of its weights, is what is used.
 
-    AdamW with 50 steps of warm-up, a constant rate, and a linear fall to zero over the last
-    quarter. Differs from MAR: half of each batch hides a uniform share of its tokens, because a
-    small model should meet the late iterations, with few hidden tokens, more often; each context
-    serves several draws of noise; and the variance channels are not trained."""
+    50 steps of warm-up, a constant rate, and a linear fall to zero over the second half.
+    Differs from MAR: a uniform share of the tokens is hidden, where MAR draws it from a normal of
+    mean 1 and std 0.25 truncated to [0.7, 1], because a small model should meet the late
+    iterations, with few hidden tokens, as often; Muon trains the hidden matrices, which makes the
+    shapes clean within minutes; each context serves several draws of noise; and the variance
+    channels are not trained."""
 
     def __init__(self, settings: Settings, classes: list[str], device="cpu"):
         self.model = MAR(settings, classes).to(device)
         self.ema = deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            weight_decay_groups(self.model), settings.teacher_lr, betas=(0.9, 0.95)
-        )
+        self.optimizers = teacher_optimizers(self.model)
 
         def factor(i):
-            return min((i + 1) / 50, 1, 4 * (1 - i / settings.teacher_iters))
+            return min((i + 1) / 50, 1, 2 * (1 - i / settings.teacher_iters))
 
-        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.state = {"optimizer": self.optimizer, "rate": self.rate}  # what a checkpoint adds
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        self.rates = [schedule(optimizer, factor) for optimizer in self.optimizers]
+        self.state = {}  # what a checkpoint adds
+        for i, (optimizer, rate) in enumerate(zip(self.optimizers, self.rates)):
+            self.state |= {f"optimizer_{i}": optimizer, f"rate_{i}": rate}
 
     def update(self, step: int, x: Tensor, labels: Tensor, generator) -> dict[str, float]:
         """One update on tokens x [B, L, D] of classes labels [B]; metrics to log."""
@@ -693,8 +759,7 @@ class TeacherTraining:
         B, L, _ = x.shape
         unlabelled = torch.rand(B, generator=generator) < settings.label_dropout
         labels = torch.where(unlabelled.to(x.device), model.null(labels), labels)
-        u = torch.rand(B, generator=generator)
-        ratio = torch.where(torch.arange(B) % 2 == 0, mar_ratio(u), u)
+        ratio = torch.rand(B, generator=generator)
         mask = random_mask(ratio, L, generator).to(x.device)
 
         c = model.context(x, mask, labels)[mask].repeat(settings.draws, 1)  # [N, W]
@@ -702,8 +767,9 @@ class TeacherTraining:
         t = torch.randint(1000, (len(x_0),), generator=generator).to(x.device)
         eps = torch.randn(x_0.shape, generator=generator).to(x.device)
         loss = denoising_loss(model.head, x_0, c, t, eps)
-        norm = descend(loss, self.optimizer)
-        self.rate.step()
+        norm = descend(loss, *self.optimizers)
+        for rate in self.rates:
+            rate.step()
         update_ema(self.ema, model, step, settings.ema)
         return {"loss": loss.item(), "grad_norm": norm}
 
@@ -1593,6 +1659,8 @@ def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
     parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
     if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
+    if not isinstance(content["settings"], dict):
+        raise InputError(f"{path} is not a maskrl checkpoint: its settings are no dictionary")
     if kind and content["kind"] != kind:
         raise InputError(f"{path} is a {content['kind']}; a {kind} is needed here")
     unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
@@ -1617,7 +1685,7 @@ def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
         if any(name.startswith("schedule.") for name in weights):
             add_schedule(model)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (LookupError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{path}: its weights do not fit its settings: {reason}") from None
     return model.to(device).eval().requires_grad_(False)
@@ -2718,7 +2786,7 @@ MODEL_SETTINGS = (
     "buffer",
     "head_width",
     "head_depth",
-    "velocity",
+    "predicts",
 )  # what a checkpoint's weights depend on
 STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance")  # and what was distilled into them
 GROUPS = {

@@ -1,14 +1,17 @@
-"""Small copies of the checkpoints of a run, for tutorial.ipynb: the EMA weights alone, in half precision, compressed.
+"""Small copies of the checkpoints of a run, for tutorial.ipynb: the EMA weights alone, in half
+precision, compressed.
 
     make demo
-    python tests/make_tutorial_checkpoints.py runs/demo                 # writes assets/tutorial/{teacher,student,policy}.pt
+    python tests/make_tutorial_checkpoints.py runs/demo     # writes assets/tutorial/*.pt
     jupyter execute --inplace tutorial.ipynb
 
-They are read by maskrl.load_checkpoint and sample.py like any other; only --resume needs the originals.
+They are read by maskrl.load_checkpoint and sample.py like any other; only --resume needs the
+originals.
 """
 
 import argparse
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,13 +21,22 @@ import maskrl
 LIMIT = 1_500_000  # bytes
 
 
-def shrink(source, target):
+def half(weight):
+    return weight.half() if weight.is_floating_point() else weight
+
+
+def shrink(source, target) -> int:
     """Write a small copy of the checkpoint `source` to `target`; returns its size in bytes."""
     content = maskrl.read_checkpoint(source)
-    weights = {name: w.half() if w.is_floating_point() else w for name, w in content["model_ema"].items()}
+    weights = {name: half(weight) for name, weight in content["model_ema"].items()}
+    content |= {"settings": asdict(content["settings"]), "training": None}
+    content |= {"model": weights, "model_ema": weights}  # in the file the two share their memory
     stored = target.with_suffix(".tmp")
-    torch.save(content | {"model": weights, "model_ema": weights, "training": None}, stored)  # the two share their memory
-    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as new:
+    torch.save(content, stored)
+    with (
+        zipfile.ZipFile(stored) as old,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as new,
+    ):
         for name in old.namelist():  # torch writes its zip files uncompressed, and reads both
             new.writestr(name, old.read(name))
     stored.unlink()
@@ -33,16 +45,21 @@ def shrink(source, target):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder with teacher.pt, student.pt and policy.pt")
     parser.add_argument("--out", type=Path, default=Path("assets/tutorial"))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for kind in maskrl.KINDS:
-        size = shrink(args.run / f"{kind}.pt", args.out / f"{kind}.pt")
-        print(f"{args.out / kind}.pt: {size:,} bytes")
+        target = args.out / f"{kind}.pt"
+        size = shrink(args.run / f"{kind}.pt", target)
+        print(f"{target}: {size:,} bytes")
         if size > LIMIT:
-            raise maskrl.InputError(f"{args.out / kind}.pt is larger than {LIMIT:,} bytes; a smaller --width makes it smaller")
+            raise maskrl.InputError(
+                f"{target} is larger than {LIMIT:,} bytes; a smaller --width makes it smaller"
+            )
 
 
 if __name__ == "__main__":

@@ -1,506 +1,1281 @@
-"""The measurements behind the README's tables: short loops over settings, nothing more.
+"""The measurements behind assets/results.md and the README's table.
 
-    python tests/study.py distil               # teacher, student, a student trained longer; three seeds
-    python tests/study.py ablations            # GSIM and its rivals; three seeds for three arms, one for the rest
-    python tests/study.py rivals               # the teacher with shorter chains, which need no training
-    python tests/study.py speed grid           # iterations x denoising steps: milliseconds, then Fréchet distances
-    python tests/study.py guidance             # teacher and student at the same s
-    python tests/study.py teacher              # what the teacher needs (velocity, centred tokens)
-    python tests/study.py cost                 # time and memory of a GSIM update, by part
-    python tests/study.py cost rates           # RL on critical, random, the first and all steps, at three learning rates; three seeds
-    python tests/study.py tokens               # RL on revealed, hidden and freshly masked tokens; several updates; routing
-    python tests/study.py drift                # the demo's RL with beta from 0 to 1
-    python tests/study.py backprop             # the reward's own gradient, through two steps or all, with and without anchor
-    python tests/study.py drift frontier       # the demo's RL with alpha from 0.1 to 1, longer, fixed schedules, K -> K/2; three seeds
-    python tests/study.py rates drift frontier story    # teacher, student, RL on critical steps, learned schedule; three seeds
+    python tests/study.py story gsim --seeds 0,1     # measure, into assets/results/NAME.json
+    python tests/study.py gsim --only "L1 alone"     # just the rows that begin so
+    python tests/study.py                            # results.md, README.md's table and links
 
-Every result is a small JSON file under --out/seed<n>/; what is there is not done again, so an interrupted study goes on,
-seeds can run beside each other (--seeds 0 in one shell, --seeds 1 in another), and the table is of all that is there.
-Every row is judged as in train_distill.py: 2,250 class-balanced images, a judge that nothing trains on.
+Models, logs and one small JSON per row lie in --out/seed<n>; what is there is not done again. So an
+interrupted study goes on, and seeds can run beside each other in two shells. Models and data are
+those of `make demo`, whose seed is 0, and every row is judged as the report of the scripts is.
 """
 
 import argparse
-import copy
+import ast
+import fcntl
 import json
-import math
-import resource
+import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
-from dataclasses import replace
-from functools import cached_property
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, replace
+from datetime import date
+from functools import cache, cached_property, partial
 from pathlib import Path
+from unittest import mock
 
+import numpy
 import torch
+import torchvision
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import maskrl
-import train_distill
-import train_rl
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import maskrl  # noqa: E402
+from maskrl import Sampling  # noqa: E402
 
-RL = dict(steps=8, critical_steps=2, learn_steps=False, alpha=0.0, rl_iters=40, rl_lr=1e-4, beta=0.03)  # of the RL arms: quality alone, K = 8 fixed
-DEMO = {k: getattr(maskrl.preset("tiny"), k) for k in RL}  # the same settings as the demo has them
-LONGER = 600  # RL updates, four times the demo's
-HALVING = dict(gsim_iters=300, student_lr=1e-4)
-LONG = dict(gsim_iters=2000)
-KS, CHAINS = (16, 8, 4, 2, 1), (100, 50, 25, 10, 5)  # of the grid: unmasking iterations, denoising steps
-TEACHER = dict(teacher_iters=1500)
-SHORT = dict(gsim_iters=400, aux_updates=2)  # of every arm of the ablations, judged at its last weights
+ASSETS = ROOT / "assets"
+README = ROOT / "README.md"
+
+
+# What the studies share ---------------------------------------------------------------------------
 
 
 class Lab:
-    """One seed's data, teacher, judge and yardstick, each made when first asked for."""
+    """One seed's data, networks and models, each made when first asked for, as the scripts do it.
 
-    def __init__(self, out, seed, device):
-        self.out, self.device = Path(out) / f"seed{seed}", device
-        s = maskrl.preset("tiny", seed=seed)
-        self.data = train_distill.load_data(s)
-        self.s = self.data.measure(s)
+    The folder out/seed<n> is laid out as the --out of train_rl.py."""
+
+    def __init__(self, out, seed: int, device):
+        self.out, self.seed, self.device = Path(out) / f"seed{seed}", seed, device
+        settings = maskrl.preset("tiny", seed=seed)
+        self.data = maskrl.load_data(settings)
+        self.settings = self.data.measure(settings)
+        self.check_settings()
+
+    def check_settings(self):
+        """InputError where the folder holds what other settings made."""
+        path, settings = self.out / "settings.json", asdict(self.settings)
+        if path.exists() and json.loads(path.read_text()) != settings:
+            raise maskrl.InputError(f"{self.out} was measured with other settings: another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
 
     @cached_property
     def critic(self):
-        return train_distill.train_critic("reward", self.data.train, self.s, self.device)
+        return maskrl.train_critic("reward", self.data.train, self.settings, self.device)
 
     @cached_property
-    def progress(self):
-        return train_distill.Progress(self.critic, self.data, self.s, self.device)
+    def quality(self):
+        return maskrl.make_reward("embedded", self.settings, self.data, self.device, self.critic)
+
+    @cached_property
+    def held_out(self):
+        return maskrl.ShapeFit(self.settings.image_size, self.device)
 
     @cached_property
     def judge(self):
-        return train_distill.Judge(self.data, self.s, self.device)
+        return maskrl.Judge(self.data, self.settings, self.device)
+
+    @cached_property
+    def untrained(self):
+        torch.manual_seed(self.seed + 1)
+        return maskrl.MAR(self.settings, self.data.classes, "student").to(self.device)
 
     @cached_property
     def teacher(self):
-        return self.made("teacher", lambda: train_distill.train_teacher(self.s, self.data, self.out, self.device, True))
+        if not finished(self.out / "teacher.pt"):
+            maskrl.train_teacher(self.settings, self.data, self.out, self.device, resume=True)
+        return maskrl.load_checkpoint(self.out / "teacher.pt", "teacher", self.device)
 
-    def made(self, kind, train, folder=""):
-        path = self.out / folder / f"{kind}.pt"
-        if not path.exists() or maskrl.read_checkpoint(path)["training"]:
-            train()
-        return maskrl.load_checkpoint(path, kind, self.device)
+    @cached_property
+    def student(self):
+        return self.distilled(maskrl.Distillation, self.out)
 
-    def student(self, name, distil=maskrl.gsim_update, progress=True, teacher=None, **overrides):
-        """A student of the teacher (or of another), with settings replaced: the best by Progress, or (progress=False) simply the last weights."""
-        s, out = replace(self.s, **overrides), self.out / name
-        student = self.made("student", lambda: train_distill.train_student(
-            s, self.data, teacher or self.teacher, out, self.device, True, self.progress if progress else None, distil), name)
-        if not progress:
-            student.load_state_dict(maskrl.read_checkpoint(out / "student.pt")["model"])
+    @cached_property
+    def policy(self):
+        return self.reinforced(self.settings, self.out).model
+
+    def distilled(self, method, out, **overrides):
+        """The student in out/student.pt, the best by `progress`; method(teacher, settings)."""
+        if not finished(out / "student.pt"):
+            settings = replace(self.settings, **overrides)
+            training = method(self.teacher, settings)
+            progress = maskrl.Progress(self.critic, self.data, settings, self.device)
+            maskrl.train_student(training, self.data, out, True, progress)
+        return maskrl.load_checkpoint(out / "student.pt", "student", self.device)
+
+    def reinforced(self, settings, out) -> maskrl.PolicyGradient:
+        """RL on the student, in out/policy.pt."""
+        watch = maskrl.Watch(settings, self.quality, self.held_out, self.judge)
+        student = self.student_with(settings)
+        return maskrl.train_policy(student, settings, self.quality, self.data, out, True, watch)
+
+    def student_with(self, settings):
+        student = deepcopy(self.student)
+        student.settings = settings
         return student
 
-    def policy(self, name, **overrides):
-        """RL on the student with settings replaced, its log, and the judge's row of the end, without exploration."""
-        student, out = self.student("student"), self.out / name
-        s = replace(self.s, **RL | overrides)
-        quality, held_out = self.critic.quality, train_rl.ShapeFit(s.image_size, s.difficulty, self.device)
-        (out / "log.jsonl").unlink(missing_ok=True)
-        measure = train_rl.watch(s, self.data, quality, held_out, self.judge)
-        student.settings = s
-        before = measure(student)
-        policy, _ = train_rl.train_policy(s, self.data, student, quality, out, self.device, False, measure)
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        curve = [{"step": -1, "seconds": 0.0} | before] + [line for line in log if "judge" in line]
-        values = {k: [line[k] for line in log if k in line] for k in ("kl", "not_first", "clip_fraction", "filtered", "spread", "grad_norm")}
-        stats = {k: statistics.mean(v) for k, v in values.items() if v}
-        row = train_rl.score(policy, quality, self.judge, s) | {"held_out": curve[-1]["held_out"], "kl_end": [x for x in log if "kl" in x][-1]["kl"]}
-        return {"curve": curve, "kl_curve": [line for line in log if "kl" in line], "seconds": curve[-1]["seconds"]} | stats | row
+    def train_minutes(self, stage: str) -> float:
+        """Minutes that the updates of teacher, student or policy took."""
+        seconds = [line["seconds"] for line in maskrl.read_log(self.out) if line["stage"] == stage]
+        return seconds[-1] / 60
 
-    def judged(self, model, **how):
-        tokens, _ = train_distill.in_batches(model, self.judge.labels, {"steps": self.s.steps} | how, self.s.seed, "")
-        return self.judge(maskrl.to_images(tokens, self.s))
+    # rows of tables
 
-    def result(self, name, work):
-        """The JSON of `name`, from the file or else from work()."""
-        path = self.out / f"{name}.json"
+    def result(self, key: str, work) -> dict:
+        """The figures called `key`: from their file, else from work()."""
+        path = self.path(key)
         if not path.exists():
             start = time.perf_counter()
-            row = work() | {"minutes": (time.perf_counter() - start) / 60, "threads": torch.get_num_threads()}
+            figures = work() | {"minutes": (time.perf_counter() - start) / 60}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(row))
+            path.write_text(json.dumps(rounded(figures | provenance(self.device))))
         return json.loads(path.read_text())
 
+    def path(self, key: str) -> Path:
+        return self.out / "rows" / f"{key}.json"
 
-def regression(teacher, student, aux, x, labels, optimizers, generator):
-    """The rival that GSIM replaces: |g(z, c) - sample of the teacher's chain begun at z|^2, chain of 25 steps."""
-    s, (B, L, D) = student.settings, x.shape
-    mask = maskrl.random_mask(B, L, s.gsim_masks, generator, x.device)
-    null = torch.full_like(labels, teacher.num_classes)
-    z = torch.randn(int(mask.sum()), D, generator=generator).to(x.device)
-    with torch.no_grad():
-        c_p, c_null = (c[mask] for c in teacher.context(x.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([labels, null])).chunk(2))
-        scale = maskrl.guidance_scale(s.guidance, mask.sum(1) - 1, L)[:, None].expand(B, L)[mask][:, None]
-        target = maskrl.Diffusion(25).sample(maskrl.guided(teacher.head, c_p, c_null, scale), z, generator, clip=s.clip_range)
-    loss = (maskrl.one_step(student.head, z, student.context(x, mask, labels)[mask], s.noise_ratio) - target).square().mean()
-    return {"loss": loss.item(), "grad_norm": maskrl.descend(loss, optimizers["student"])}
+    def judged(self, kind: str, **how) -> dict:
+        """The row of the teacher, student, policy or untrained model; how: of Sampling."""
+        key = ", ".join([kind, *(f"{name} {value}" for name, value in how.items())])
+        if not self.path(key).exists():
+            getattr(self, kind)  # trained here: its minutes are not those of the row
+        return self.result(key, partial(self.judge_kind, kind, how))
 
+    def judge_kind(self, kind, how):
+        return self.judge_model(getattr(self, kind), Sampling(**how))
 
-def halving(teacher, student, aux, x, labels, optimizers, generator):
-    """The rival of Speed-RL: what a one-step student reveals in two iterations is asked of one; K -> K/2, from the same z."""
-    s = student.settings  # steps = K/2
-    tokens, trace = maskrl.generate(teacher, labels, 2 * s.steps, denoise_steps=1, seed=float(torch.rand((), generator=generator)), trace="steps")
-    mask, reveal = trace.masks()
-    row, k = torch.arange(len(x)), 2 * torch.randint(s.steps, (len(x),), generator=generator)
-    both = reveal[row, k] | reveal[row, k + 1]
-    g = maskrl.one_step(student.head, trace.z[both], student.context(tokens, mask[row, k], labels)[both], s.noise_ratio)
-    loss = (g - tokens[both]).square().mean()
-    return {"loss": loss.item(), "grad_norm": maskrl.descend(loss, optimizers["student"])}
+    def judge_model(self, model, sampling=None) -> dict:
+        """All figures of the model, without exploration, as report and score have them."""
+        sampling = sampling or Sampling()
+        labels, seed = self.judge.labels, self.settings.seed
+        images, steps = maskrl.generate_many(model, labels, sampling, seed, model.kind)
+        quality = self.rewards(self.quality, images)
+        reward = maskrl.total_reward(quality, steps.cpu(), model.settings)
+        return {
+            **self.judge(images),
+            "nearest": self.distance_to_training(images) / self.distance_to_training(),
+            "quality": float(quality.mean()),
+            "reward": float(reward.mean()),
+            "held_out": float(self.rewards(self.held_out, images).mean()),
+            "steps": float(steps.float().mean()),
+            "steps_std": float(steps.float().std()),
+        }
 
+    def real(self) -> dict:
+        """The row of real images."""
+        images = self.judge.real
+        return {
+            **self.judge.real_row(),
+            "nearest": 1.0,
+            "quality": float(self.rewards(self.quality, images).mean()),
+            "held_out": float(self.rewards(self.held_out, images).mean()),
+        }
 
-# The studies: each gives {row name: JSON} of one seed --------------------------------------------------------
+    @torch.no_grad()
+    def rewards(self, reward, images):
+        pairs = zip(images.split(500), self.judge.labels.split(500))
+        return torch.cat([reward(x.to(self.device), labels).cpu() for x, labels in pairs])
 
+    def distance_to_training(self, images=None) -> float:
+        """Median distance to the nearest training image, of images [n, ...] or of real ones."""
+        images = self.judge.real if images is None else images
+        sample = images[:: max(1, len(images) // 500)]  # of every class, as in the report
+        return float(maskrl.nearest(sample, self.data)[1].median())
 
-def distil(lab):
-    yield "real", lambda: lab.judge.real()
-    yield "teacher, 100 steps", lambda: lab.judged(lab.teacher, guidance=lab.s.guidance)
-    yield "one-step start", lambda: lab.judged(lab.teacher, denoise_steps=1)
-    yield "student", lambda: lab.judged(lab.student("student"), denoise_steps=1)
-    yield "longer, --gsim-iters 2000", lambda: lab.judged(lab.student("long", **LONG), denoise_steps=1)
+    def evenly(self, n: int):
+        """n of the judge's labels, every class in its share."""
+        labels = self.judge.labels
+        return labels[torch.linspace(0, len(labels) - 1, n).long()]
 
+    def reinforcement(self, name: str, **overrides) -> dict:
+        """The row of RL with some settings replaced; with none, it is the demo's own policy."""
+        return self.result(f"RL, {name}", partial(self.reinforce, name, overrides))
 
-def arm(lab, name, distil=maskrl.gsim_update, **overrides):
-    return name, lambda: lab.judged(lab.student(name, distil, False, **SHORT | overrides), denoise_steps=1)
-
-
-def ablations(lab):
-    yield "teacher, 100 steps", lambda: lab.judged(lab.teacher, guidance=lab.s.guidance)
-    yield arm(lab, "L1+L2")
-    yield arm(lab, "L1", gsim_terms="L1")
-    yield arm(lab, "regression", regression)
-    if lab.s.seed == 0:  # screening: one seed
-        yield arm(lab, "L2", gsim_terms="L2")
-        yield arm(lab, "squared distance", distance="squared")
-        yield arm(lab, "eps units", gsim_units="eps")
-        yield arm(lab, "1 auxiliary update", aux_updates=1)
-        yield arm(lab, "4 auxiliary updates", aux_updates=4)
-        yield arm(lab, "MAR's mask ratios", gsim_masks="mar")
-        yield arm(lab, "noise ratio 2.5", noise_ratio=2.5)
-        yield arm(lab, "noise ratio 10", noise_ratio=10.0)
-        yield arm(lab, "s = 1", guidance=1.0)
-
-
-def rivals(lab):
-    for steps in (*CHAINS, (50, 5)):
-        name = f"teacher, {steps} steps" if isinstance(steps, int) else "teacher, 50 annealed to 5 (DiSA)"
-        yield name, lambda steps=steps: lab.judged(lab.teacher, guidance=lab.s.guidance, denoise_steps=steps)
-    yield "student", lambda: lab.judged(lab.student("student"), denoise_steps=1)
-
-
-def grid(lab):
-    for K in KS:
-        at = "" if K == 16 else f", K = {K}"
-        for steps in CHAINS:
-            yield f"teacher, {steps} steps{at}", lambda K=K, steps=steps: lab.judged(
-                lab.teacher, steps=K, guidance=lab.s.guidance, denoise_steps=steps)
-        yield f"student{at}", lambda K=K: lab.judged(lab.student("student"), steps=K, denoise_steps=1)
+    def reinforce(self, name, overrides):
+        settings = replace(self.settings, **overrides)
+        out = self.out if settings == self.settings else self.out / "RL" / name
+        policy = self.reinforced(settings, out).model
+        watch = maskrl.Watch(settings, self.quality, self.held_out, self.judge)
+        before = {"step": -1, "seconds": 0.0} | watch(self.student_with(settings))
+        return self.judge_model(policy) | rl_log(out, before)
 
 
-def in_turns(lab, cells, n=32):
-    """Milliseconds per image of every cell {name: (model, how)}, in turns, so that a busy moment of the machine hits all alike."""
-    labels, times = lab.judge.labels[torch.linspace(0, len(lab.judge.labels) - 1, n).long()], {name: [] for name in cells}
-    for _ in range(4):
-        for name, (model, how) in cells.items():
-            start = time.perf_counter()
-            maskrl.generate(model, labels, **how)
-            times[name].append((time.perf_counter() - start) / n)
-    return {"ms": {name: 1000 * statistics.median(t[1:]) for name, t in times.items()}}
+def finished(path) -> bool:
+    """Whether the checkpoint is there, and the last one of its training."""
+    return path.exists() and not maskrl.read_checkpoint(path)["training"]
 
 
-def speed(lab):
-    """Time per image of every cell of the grid."""
-    student = lab.student("student")
-    cells = {f"student, K = {K}": (student, dict(steps=K, denoise_steps=1)) for K in KS}
-    cells |= {f"teacher, {m} steps, K = {K}": (lab.teacher, dict(steps=K, denoise_steps=m, guidance=lab.s.guidance))
-              for K in KS for m in (*CHAINS, (50, 5))}
-    yield "speed", lambda: in_turns(lab, cells)
+WATCHED = ("quality_mean", "held_out", "judge")
 
 
-def story(lab):
-    """The whole of it: teacher, student, RL on the critical steps (K = 8, rate 3e-5), RL with a learned schedule, and longer."""
-    cells = {"story: teacher": (lab.teacher, dict(steps=16, denoise_steps=100, guidance=lab.s.guidance)),
-             "story: student": (lab.student("student"), dict(steps=16, denoise_steps=1)),
-             "story: + RL on critical steps": (trained(lab, "critical 3e-05"), dict(steps=8, denoise_steps=1)),
-             "story: + learned schedule": (trained(lab, "demo, beta 0.2"), dict(steps=None, denoise_steps=1)),
-             f"story: the same, {LONGER} updates": (trained(lab, "longer"), dict(steps=None, denoise_steps=1))}
-
-    def work(name):
-        model, how = cells[name]
-        tokens, steps = train_distill.in_batches(model, lab.judge.labels, how, lab.s.seed, name)
-        images = maskrl.to_images(tokens, lab.s)
-        q = lab.critic.quality(images, lab.judge.labels)
-        return lab.judge(images) | {"quality": q.mean().item(), "reward": maskrl.total_reward(q, steps, lab.s).mean().item(),
-                                    "steps": steps.float().mean().item(), "ms": lab.result("story ms", lambda: in_turns(lab, cells))["ms"][name]}
-
-    for name in cells:
-        yield name, lambda name=name: work(name)
+def rl_log(out, before: dict) -> dict:
+    """What log.jsonl tells of RL: `curve`, what Watch saw, and figures of the updates."""
+    lines = [line for line in maskrl.read_log(out) if line["stage"] == "policy"]
+    watched = {line["step"]: line for line in [before, *lines] if "judge" in line}
+    updates = {line["step"]: line for line in lines if "kl" in line}
+    curve = {key: [line[key] for line in watched.values()] for key in ("seconds", *WATCHED)}
+    curve["updates"] = [step + 1 for step in watched]
+    curve["kl_updates"] = [step + 1 for step in updates]
+    curve["kl"] = [line["kl"] for line in updates.values()]
+    figures = {"curve": curve, "kl": curve["kl"][-1]}
+    for key in ("not_first", "clip_fraction"):
+        values = [line[key] for line in updates.values() if key in line]
+        figures |= {key: statistics.mean(values)} if values else {}
+    figures["seconds_per_update"] = curve["seconds"][-1] / (1 + max(updates))
+    return figures
 
 
-def guidance(lab):
-    for g in (1.0, 1.5, 3.0):
-        yield "teacher, 100 steps" if g == 1.5 else f"teacher, s = {g:g}", lambda g=g: lab.judged(lab.teacher, guidance=g)
-        yield arm(lab, {1.0: "s = 1", 1.5: "L1+L2"}.get(g, f"s = {g:g}"), guidance=g)
+def rounded(value):
+    """The same JSON with six decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
-def teacher(lab):
-    for name, overrides in {"teacher-1500": {}, "eps head": dict(velocity=False), "uncentred tokens": dict(mean=0.0, scale=1.0)}.items():
-        def work(name=name, s=replace(lab.s, **TEACHER | overrides)):
-            folder = lab.out / name
-            model = lab.made("teacher", lambda: train_distill.train_teacher(s, lab.data, folder, lab.device, True), name)
-            tokens, _ = train_distill.in_batches(model, lab.judge.labels, dict(steps=s.steps, guidance=s.guidance, denoise_steps=25), s.seed, name)
-            return lab.judge(maskrl.to_images(tokens, s))
-        yield name, work
+def provenance(device) -> dict:
+    return {
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(device),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }
 
 
-def at(lab, model, K):
-    return train_rl.score(model, lab.critic.quality, lab.judge, lab.s, K)
-
-
-def rl_arm(lab, name, **overrides):
-    return name, lambda: lab.policy("rl " + name, **overrides)  # 0.0001 is the learning rate
-
-
-def rates(lab):
-    """Which of three learning rates suits which steps; and the updates on critical steps that take as long as 40 on all."""
-    yield "student, fixed 8", lambda: at(lab, lab.student("student"), 8)
-    for how in ("critical", "random", "first", "all"):
-        for lr in (3e-5, 1e-4, 3e-4):
-            yield rl_arm(lab, f"{how} {lr:g}", rl_steps=how, rl_lr=lr)
-    yield rl_arm(lab, "100 updates, critical 0.0001", rl_iters=100)
-
-
-def tokens(lab):
-    for how in ("revealed", "hidden", "fresh"):
-        yield rl_arm(lab, "critical 0.0001" if how == "revealed" else f"tokens {how}", rl_tokens=how)
-    for how in ("revealed", "hidden", "fresh"):
-        yield rl_arm(lab, f"4 updates per rollout, {how}", rl_tokens=how, rl_epochs=4, rl_iters=RL["rl_iters"] // 4)
-    yield rl_arm(lab, "routing", route=1.0)
-    yield rl_arm(lab, "leave-one-out, no std", baseline="others", normalise=False)
-
-
-def trained(lab, name):
-    return maskrl.load_checkpoint(lab.out / f"rl {name}" / "policy.pt", "policy", lab.device)
-
-
-def drift(lab):
-    for beta in (0.0, 0.03, 0.2, 1.0):
-        yield rl_arm(lab, f"demo, beta {beta:g}", **DEMO | dict(beta=beta))
-
-
-def backprop(lab):
-    """MARVAL-RL: gradient in 2 critical steps of 8 or in all, anchored or not; beside the policy gradient."""
-    yield rl_arm(lab, "critical 0.0001")
-    for how in ("critical", "all"):
-        for beta in (0.0, 0.03, 0.2):
-            name = f"backprop, {how}, beta {beta:g}"
-            yield name, lambda how=how, beta=beta, name=name: lab.policy("rl " + name, method="backprop", rl_steps=how, beta=beta) | {"graph_mb": kept(lab, how)}
-
-
-def kept(lab, how):
-    """MB that autograd keeps for one back-propagated update with gradient in the steps `how`."""
-    policy, sizes = lab.student("student").requires_grad_(True), {}
-    policy.settings = replace(lab.s, **RL | dict(method="backprop", rl_steps=how))
-    count = lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        maskrl.backprop_update(policy, lab.student("student"), lab.critic.quality, torch.arange(lab.s.prompts) % len(lab.data.classes),
-                               train_rl.mean_image(lab.data, lab.s, lab.device), {"generator": torch.optim.SGD(policy.parameters(), 0.0)}, 0)
-    return sum(sizes.values()) / 2**20
-
-
-def frontier(lab):
-    """Quality and distance against the number of unmasking iterations."""
-    for alpha in (0.1, 0.5, 1.0):
-        yield rl_arm(lab, "demo, beta 0.2" if alpha == 0.5 else f"demo, alpha {alpha:g}", **DEMO | dict(alpha=alpha))
-    for K in (16, 12, 8, 6, 5, 4, 3, 2, 1):
-        yield f"student, fixed {K}", lambda K=K: at(lab, lab.student("student"), K)
-        yield f"policy's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "demo, beta 0.2"), K)
-    yield rl_arm(lab, "longer", **DEMO | dict(rl_iters=LONGER))
-    for K in (16, 8, 6, 5, 4, 3):
-        yield f"longer's generator, fixed {K}", lambda K=K: at(lab, trained(lab, "longer"), K)
-    if lab.s.seed == 0:  # screening: one seed
-        yield rl_arm(lab, "additive", **DEMO | dict(additive=True))
-        for K in (8, 4, 2):
-            yield f"halved to {K}", lambda K=K: at(lab, halved(lab, K), K)
-
-
-def halved(lab, K):
-    """The student after K_max -> K_max/2 -> ... -> K."""
-    if K == lab.s.steps:
-        return lab.student("student")
-    return lab.student(f"halved to {K}", halving, False, halved(lab, 2 * K), steps=K, **HALVING)
-
-
-def cost(lab):
-    """Milliseconds of GSIM and RL updates and of their parts, in turns; memory that the process grew by, or the GPU's peak."""
-    class Nothing:
-        num_classes = lab.teacher.num_classes
-        head = staticmethod(lambda x, t, c: torch.cat([x, x], 1) * 0)
-        context = staticmethod(lambda tokens, mask, labels: torch.zeros(*mask.shape, lab.s.width, device=mask.device))
-
-    def work(rounds=15):
-        x, labels = lab.data.train.batch(lab.s.gsim_batch, maskrl.rng(0), lab.device)
-        x = maskrl.to_tokens(x, lab.s)
-        nets = [copy.deepcopy(lab.teacher).requires_grad_(True) for _ in range(2)]
-        optimizers = {name: torch.optim.Adam(net.parameters(), 1e-5) for name, net in zip(("student", "aux"), nets)}
-        variants = {"update": {}, "one more auxiliary update": dict(aux_updates=lab.s.aux_updates + 1),
-                    "no teacher": {}, "1 draw": dict(draws=1)}
-        times = {name: [] for name in variants}
-        memory = peak(lab.device)
-        for i in range(rounds + 2):
-            for name, overrides in variants.items():
-                nets[0].settings = replace(lab.s, **overrides)
-                start = time.perf_counter()
-                maskrl.gsim_update(Nothing if name == "no teacher" else lab.teacher, *nets, x, labels, optimizers, maskrl.rng(i))
-                times[name].append(1000 * (time.perf_counter() - start))
-        student, critic = lab.student("student"), lab.critic.quality
-        policy = copy.deepcopy(student).requires_grad_(True)
-        optimizers, mean = {"generator": torch.optim.AdamW(policy.parameters(), 1e-6)}, train_rl.mean_image(lab.data, lab.s, lab.device)
-        for i in range(rounds // 2 + 2):
-            for how in ("critical", "random", "first", "all"):
-                policy.settings = replace(lab.s, **RL | dict(rl_steps=how))
-                start = time.perf_counter()
-                maskrl.rl_update(policy, student, critic, torch.arange(lab.s.prompts) % len(lab.data.classes), mean, optimizers, i)
-                times.setdefault(how, []).append(1000 * (time.perf_counter() - start))
-        ms = {name: statistics.median(t[2:]) for name, t in times.items()}
-        auxiliary = (ms["one more auxiliary update"] - ms["update"]) * lab.s.aux_updates
-        teacher = ms["update"] - ms["no teacher"]
-        return {"update ms": ms["update"], "auxiliary ms": auxiliary, "teacher ms": teacher, "student ms": ms["update"] - auxiliary - teacher,
-                "with 1 draw instead of 4, ms": ms["1 draw"], "speed-up per draw": lab.s.draws * ms["1 draw"] / ms["update"],
-                "memory MB": peak(lab.device) - memory} | {f"RL update, {how} steps, ms": ms[how] for how in ("critical", "random", "first", "all")}
-
-    yield "cost", work
-
-
-def peak(device):
+def hardware(device) -> str:
+    """The name of the GPU, or of the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    names = re.findall(r"model name\s*: (.+)", text) or [platform.machine()]
+    return f"{names[0]}, {torch.multiprocessing.cpu_count()} cores"
 
 
-STUDIES = {f.__name__: f for f in (distil, ablations, rivals, grid, guidance, teacher, speed, cost, rates, tokens, drift, backprop, frontier, story)}
-SEEDS = {study: "0,1,2" for study in ("distil", "ablations", "rivals", "rates", "drift", "frontier", "story")}
+def commit() -> str:
+    """The checkout's short hash, with a + where a Python file differs from it."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    return head + "+" * bool(changed)
 
 
-COLUMNS = {"Fréchet distance": "frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "diversity": "diversity",
-           "quality": "quality", "reward": "reward", "ms per image": "ms", "held-out reward": "held_out", "KL": "kl_end", "not first": "not_first",
-           "clipped": "clip_fraction", "steps": "steps", "graph, MB": "graph_mb"}
+class Study:
+    """A table: rows to measure, columns to show, and sentences that quote them.
+
+    verdict: each sentence is formatted with {0[row][figure]}; see Figures. A sentence that quotes
+    rows which are not measured is left out."""
+
+    title = question = ""
+    seeds = "0"
+    settings: dict = {}  # those of all rows that differ from preset tiny
+    columns: tuple = ()
+    verdict: tuple = ()
+    picture = None  # a file in assets/, with its caption
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def rows(self, lab: Lab) -> dict:
+        """{row name: function that gives its figures}"""
+        raise NotImplementedError
+
+    def measure(self, lab: Lab, only=()) -> dict:
+        """{row name: figures} of one seed; only: beginnings of row names."""
+        rows = self.rows(lab).items()
+        return {name: work() for name, work in rows if not only or name.startswith(only)}
+
+    def draw(self, rows: dict, path):
+        """The picture of {row name: {seed: figures}}."""
 
 
-CURVES = {"quality_mean": "trained reward", "held_out": "held-out reward", "judge": "Fréchet distance (judge, n = 512)"}
+class Generators(Study):
+    """A study of models that are there: arms {row name: (kind, how to sample)}, timed in turns."""
+
+    arms: dict = {}
+
+    def rows(self, lab):
+        return {name: partial(lab.judged, kind, **how) for name, (kind, how) in self.arms.items()}
+
+    def measure(self, lab, only=()):
+        rows = super().measure(lab, only)
+        timed = [name for name in rows if name in self.arms]
+        key = f"ms, {self.name}, {len(timed)} arms"
+        times = lab.result(key, partial(self.milliseconds, lab, timed))
+        for name in timed:
+            rows[name]["image_ms"] = times[name]
+        return rows
+
+    def milliseconds(self, lab, names):
+        arms = {}
+        for name in names:
+            kind, how = self.arms[name]
+            arms[name] = (getattr(lab, kind), Sampling(**how))
+        times = maskrl.time_in_turns(arms, lab.evenly(32))
+        return {name: 1000 * seconds for name, seconds in times.items()}
 
 
-def table(rows):
-    """Markdown from {row name: [JSON of every seed]}: median and range over the seeds."""
-    if rows.keys() & {"cost", "speed"}:
-        return print(json.dumps(rows, indent=1))
-    columns = {title: key for title, key in COLUMNS.items() if any(key in run for runs in rows.values() for run in runs)}
-    print("| | seeds | " + " | ".join(columns) + " |\n|---|---" + "|---" * len(columns) + "|")
-    for name, runs in rows.items():
-        cells = []
-        for key in columns.values():
-            values = [run[key] for run in runs if key in run]
-            digits = {"graph_mb": 0, "frechet": 2, "steps": 1, "ms": 1}.get(key, 3)
-            spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 and key in ("frechet", "quality", "reward", "held_out", "steps", "ms") else ""
-            cells.append(f"{statistics.median(values):.{digits}f}{spread}" if values else "")
-        print(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
+def subplots(path, titles, rows=1):
+    """Titled panels, and a function that saves their figure; None without pyplot."""
+    plt = maskrl.pyplot()
+    if not plt:
+        return None
+    columns = len(titles) // rows
+    size = (3.6 * columns, 3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    for axis, title in zip(axes.flat, titles):
+        axis.set_title(title, fontsize=9)
+    return axes.flat, partial(save_figure, plt, figure, axes, path)
 
 
-def draw(study, rows, path):
-    """The study's picture, if it has one."""
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    first = {name: runs[0] for name, runs in rows.items()}
-    if study == "grid":
-        Ks, chains = sorted(KS), [1] + sorted(CHAINS)
-        name = lambda K, n: ("student" if n == 1 else f"teacher, {n} steps") + ("" if K == 16 else f", K = {K}")
-        cells = [[first[name(K, n)] for n in chains] for K in Ks]
-        ms = json.loads((path.parent / "seed0" / "speed.json").read_text())["ms"]
-        ms = [[ms[("student" if n == 1 else f"teacher, {n} steps") + f", K = {K}"] for n in chains] for K in Ks]
-        figure, axis = plt.subplots(figsize=(6.6, 3.6), layout="constrained")
-        axis.imshow([[math.log(cell["frechet"]) for cell in row] for row in cells], cmap="viridis_r", aspect="auto")
-        for i, row in enumerate(cells):
-            for j, cell in enumerate(row):
-                axis.text(j, i, f"{cell['frechet']:.2f}\n{ms[i][j]:.1f} ms", ha="center", va="center", fontsize=8,
-                          color="black" if cell["frechet"] < 2 else "white")
-        axis.set_xticks(range(len(chains)), ["1\n(student)"] + [str(n) for n in chains[1:]])
-        axis.set_yticks(range(len(Ks)), Ks)
-        axis.set(xlabel="denoising steps per iteration", ylabel="unmasking iterations K", title="Fréchet distance and ms per image")
-    elif study == "guidance":
-        figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-        scales = (1.0, 1.5, 3.0)
-        for label, name in (("teacher, 100 steps", lambda s: "teacher, 100 steps" if s == 1.5 else f"teacher, s = {s:g}"),
-                            ("student, 400 updates", lambda s: "L1+L2" if s == 1.5 else f"s = {s:g}")):
-            axis.plot(scales, [first[name(s)]["frechet"] for s in scales], "o-", label=label)
-        axis.set(xlabel="guidance s", ylabel="Fréchet distance", yscale="log")
-        axis.legend()
-    elif study in ("rates", "tokens", "backprop"):
-        mean = lambda name, key: statistics.mean(run[key] for run in rows[name])
-        arms = {name: name for name, runs in rows.items() if "curve" in runs[0]}
-        if study == "rates":  # each arm at the rate with the highest quality at which it does not drift by more than a fifth
-            drifts = lambda name: max(mean(name, "frechet"), 1.2 * mean("student, fixed 8", "frechet"))
-            arms = {how: min((name for name in arms if name.startswith(how)), key=lambda name: (drifts(name), -mean(name, "quality")))
-                    for how in ("critical", "random", "first", "all")}
-            ms = json.loads((path.parent / "seed0" / "cost.json").read_text())
-        panels = [(against, key) for against in ("updates", "seconds")[:1 + (study == "rates")] for key in CURVES]
-        figure, axes = plt.subplots(len(panels) // 3, 3, figsize=(13, len(panels)), layout="constrained")
-        for axis, (against, key) in zip(axes.flat, panels):
-            for how, name in arms.items():
-                curves = [{point["step"] + 1: point[key] for point in run["curve"]} for run in rows[name]]
-                steps = sorted(curves[0])
-                x = [i * ms[f"RL update, {how} steps, ms"] / 1000 for i in steps] if against == "seconds" else steps
-                lines = [[curve[i] for i in steps] for curve in curves]
-                axis.plot(x, [statistics.mean(y) for y in zip(*lines)], ".-", linewidth=1, label=name)
-                axis.fill_between(x, [min(y) for y in zip(*lines)], [max(y) for y in zip(*lines)], alpha=0.1)
-            axis.set(xlabel=against, title=CURVES[key])
-        axes.flat[0].legend(fontsize=7)
-    elif study == "frontier":
-        figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-        for axis, key in zip(axes, ("quality", "frechet")):
-            for kind in ("student, fixed", "policy's generator, fixed", "longer's generator, fixed", "halved to", "demo", "longer"):
-                points = sorted((statistics.mean(run["steps"] for run in runs), statistics.mean(run[key] for run in runs))
-                                for name, runs in rows.items() if name.startswith(kind) and (kind != "longer" or "'s" not in name))
-                label = {"demo": "learned schedules", "longer": f"learned schedule, {LONGER} updates", "halved to": "distilled to half the steps",
-                         "policy's generator, fixed": "generator of RL, fixed", "longer's generator, fixed": f"the same, {LONGER} updates"}.get(kind, kind)
-                axis.plot(*zip(*points), {"demo": "o-", "longer": "*"}.get(kind, ".--"), markersize=10 if kind == "longer" else 5, label=label)
-            axis.set(xlabel="mean unmasking iterations", title={"quality": "quality", "frechet": "Fréchet distance"}[key], xscale="log")
-            axis.set_xticks((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
-        axes[1].set_yscale("log")
-        axes[0].legend(fontsize=8)
-    elif study == "drift":
-        keys = CURVES | {"kl": "KL per channel"}
-        figure, axes = plt.subplots(1, 4, figsize=(15, 3), layout="constrained")
-        for axis, key in zip(axes, keys):
-            for name, runs in rows.items():
-                curve = {point["step"] + 1: point[key] for run in runs[:1] for point in run["kl_curve" if key == "kl" else "curve"]}
-                axis.plot(sorted(curve), [curve[i] for i in sorted(curve)], ".-", linewidth=1, label=name.removeprefix("demo, "))
-            axis.set(xlabel="updates", title=keys[key])
-        axes[0].legend(fontsize=7)
-    else:
-        return
+def save_figure(plt, figure, axes, path):
+    axes.flat[0].legend(fontsize=7)
     figure.savefig(path, dpi=80)
-    print(f"\npicture: {path}")
+    plt.close(figure)
+
+
+def plot_curves(axis, runs: list, x: str, y: str, label: str):
+    """The mean of the seeds' curves, and their range."""
+    across = list(zip(*(run["curve"][x] for run in runs)))
+    up = list(zip(*(run["curve"][y] for run in runs)))
+    at = [statistics.mean(values) for values in across]
+    axis.plot(at, [statistics.mean(values) for values in up], ".-", linewidth=1, label=label)
+    axis.fill_between(at, [min(v) for v in up], [max(v) for v in up], alpha=0.1)
+    axis.set_xlabel(x.removeprefix("kl_"))
+
+
+CURVE_TITLES = ("trained reward", "held-out reward", "Fréchet distance, 512 images")
+
+
+# The studies --------------------------------------------------------------------------------------
+
+FIXED = (16, 8, 6, 4)  # K of the schedules that a learned one must beat
+
+
+class Story(Generators):
+    title = "The whole of it: `make demo`"
+    question = (
+        "Teacher, one-step student and policy, each made by the functions of the scripts at "
+        "`make demo`'s settings (seed 0 is `make demo`); and both generators under fixed schedules "
+        "of K iterations, which the learned one must beat."
+    )
+    seeds = "0,1,2"
+    columns = (
+        *("frechet", "accuracy", "precision", "recall", "diversity", "nearest", "quality"),
+        *("reward", "held_out", "steps", "image_ms", "train_minutes"),
+    )
+    arms = {
+        "untrained": ("untrained", {}),
+        "teacher": ("teacher", {}),
+        "one-step start": ("teacher", {"denoise_steps": 1}),
+        "student": ("student", {}),
+        "policy": ("policy", {}),
+        **{f"student, K = {K}": ("student", {"steps": K}) for K in FIXED},
+        **{f"policy's generator, K = {K}": ("policy", {"steps": K}) for K in FIXED},
+    }
+    verdict = (
+        "The student takes one denoising step where the teacher takes its chain: its distance is "
+        "{0[student][frechet]} against the teacher's {0[teacher][frechet]} and "
+        "{0[one-step start][frechet]} before GSIM, in {0[student][image_ms]} instead of "
+        "{0[teacher][image_ms]} ms per image, {0[teacher / student][image_ms]} times as fast.",
+        "RL with a learned schedule takes {0[policy][steps]} iterations; its reward is "
+        "{0[policy][reward]} against the student's {0[student][reward]}, its held-out reward "
+        "{0[policy][held_out]} against {0[student][held_out]}, its distance {0[policy][frechet]}.",
+        "With a fixed schedule the same generator has a reward of "
+        "{0[policy's generator, K = 8][reward]} at K = 8, "
+        "{0[policy's generator, K = 6][reward]} at K = 6 and "
+        "{0[policy's generator, K = 4][reward]} at K = 4; the learned schedule's reward is above "
+        "that of K = 8 on {0[policy > policy's generator, K = 8][reward]}, of K = 6 on "
+        "{0[policy > policy's generator, K = 6][reward]}, of K = 4 on "
+        "{0[policy > policy's generator, K = 4][reward]}.",
+    )
+    picture = ("samples.png", "the same classes and noise in the same places, seed 0")
+
+    def rows(self, lab):
+        return {"real": partial(lab.result, "real", lab.real), **super().rows(lab)}
+
+    def measure(self, lab, only=()):
+        rows = super().measure(lab, only)
+        for kind in ("teacher", "student", "policy"):
+            if kind in rows:
+                rows[kind]["train_minutes"] = lab.train_minutes(kind)
+        if lab.seed == 0 and not only:
+            self.draw_samples(lab, rows)
+        return rows
+
+    def draw_samples(self, lab, rows):
+        """samples.png and neighbours.png of the scripts, of two images per class."""
+        labels = torch.arange(len(lab.data.classes), device=lab.device).repeat(2)
+        pairs = [(lab.judge.labels == y).nonzero().flatten()[:2] for y in labels.unique()]
+        images = {"real": lab.judge.real[torch.stack(pairs, 1).flatten().cpu()]}
+        captions = {"real": {}}
+        for name in ("teacher", "one-step start", "student", "policy"):
+            kind, how = self.arms[name]
+            model, sampling = getattr(lab, kind), Sampling(**how)
+            images[name], _ = maskrl.generate_many(model, labels, sampling, lab.seed, name)
+            captions[name] = {
+                "steps": rows[name]["steps"],
+                "denoise_steps": sampling.resolve(model).denoise_steps,
+                "seconds_per_image": rows[name]["image_ms"] / 1000,
+            }
+        maskrl.samples_picture(ASSETS, images, captions, labels, lab.data)
+
+
+README_ROWS = (
+    *("real", "teacher", "one-step start", "student", "policy"),
+    *(f"policy's generator, K = {K}" for K in (8, 6, 4)),
+)
+README_COLUMNS = (
+    *("frechet", "accuracy", "recall", "quality", "held_out", "reward", "steps"),
+    "image_ms",
+)
+
+
+def L1_alone(*args):
+    L1, _ = maskrl.gsim_terms(*args)
+    return L1
+
+
+def L2_alone(*args):
+    _, L2 = maskrl.gsim_terms(*args)
+    return L2
+
+
+def squared(y):
+    """d(y) = |y|^2 [N] and d'(y) [N, D]."""
+    return y.square().sum(-1), 2 * y
+
+
+def weight_of_ones(t):
+    """Leaves y_t and the residual in units of eps."""
+    return torch.ones(len(t), 1, device=t.device)
+
+
+def with_loss(loss):
+    return partial(maskrl.Distillation, loss=loss)
+
+
+class Regression(maskrl.Distillation):
+    """The rival that GSIM replaces: |g(z, c) - x_0|^2, x_0 from the teacher's chain begun at z."""
+
+    def update(self, step, x, labels, generator):
+        teacher, student, settings = self.teacher, self.model, self.model.settings
+        ratio = torch.rand(len(x), generator=generator)
+        mask = maskrl.random_mask(ratio, student.length, generator).to(x.device)
+        z = torch.randn(int(mask.sum()), student.channels, generator=generator).to(x.device)
+        with torch.no_grad():
+            c, c_null = maskrl.class_and_null_context(teacher, x, mask, labels)
+            scale = maskrl.guidance_scale(settings.guidance, mask.sum(1) - 1, student.length)
+            head = maskrl.chain_head(teacher.head, c, c_null, scale, mask)
+            noise = maskrl.rng(settings.seed, "regression", step, device=x.device)
+            limits = maskrl.token_limits(settings)
+            x_0 = maskrl.Diffusion(25).sample(head, z, noise, limits=limits)
+        c = student.context(x, mask, labels)[mask]
+        loss = (maskrl.one_step(student.head, z, c, settings.noise_ratio) - x_0).square().mean()
+        norm = maskrl.descend(loss, self.optimizers["student"])
+        self.rates["student"].step()
+        maskrl.update_ema(self.ema, student, step, settings.student_ema)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+
+class Gsim(Study):
+    title = "GSIM and its rivals"
+    question = (
+        "Are both terms of the loss needed, and is it better than regression on the ends of the "
+        "teacher's chain (25 steps)? Every arm starts from the same teacher and is judged at its "
+        "last weights, none selected. Rows of one seed are a screening."
+    )
+    seeds = "0,1,2"
+    settings = {"gsim_iters": 400}
+    columns = ("frechet", "accuracy", "precision", "recall", "diversity", "held_out")
+    arms = {  # name -> method, settings replaced
+        "L1 + L2": (maskrl.Distillation, {}),
+        "L1 alone": (with_loss(L1_alone), {}),
+        "regression": (Regression, {}),
+    }
+    screening = {  # the same, seed 0 alone
+        "L2 alone": (with_loss(L2_alone), {}),
+        "squared distance": (with_loss(partial(maskrl.gsim_loss, distance=squared)), {}),
+        "eps units": (with_loss(partial(maskrl.gsim_loss, weight=weight_of_ones)), {}),
+        "noise ratio 2.5": (maskrl.Distillation, {"noise_ratio": 2.5}),
+        "noise ratio 10": (maskrl.Distillation, {"noise_ratio": 10.0}),
+        "no guidance, s = 1": (maskrl.Distillation, {"guidance": 1.0}),
+    }
+    verdict = (
+        "The distance is {0[L1 + L2][frechet]} with both terms, {0[L1 alone][frechet]} with L1 "
+        "alone and {0[regression][frechet]} by regression; the teacher's is "
+        "{0[teacher][frechet]}.",
+        "Both terms are closer than L1 alone on {0[L1 + L2 < L1 alone][frechet]}, and than "
+        "regression on {0[L1 + L2 < regression][frechet]}.",
+        "Screening: the distance is {0[L2 alone][frechet]} with L2 alone, "
+        "{0[squared distance][frechet]} with d(y) = |y|², {0[eps units][frechet]} in units of eps.",
+    )
+
+    def rows(self, lab):
+        arms = self.arms | (self.screening if lab.seed == 0 else {})
+        rows = {"teacher": partial(lab.judged, "teacher")}
+        for name, (method, overrides) in arms.items():
+            work = partial(self.distil, lab, name, method, overrides)
+            rows[name] = partial(lab.result, f"GSIM, {name}", work)
+        return rows
+
+    def distil(self, lab, name, method, overrides):
+        """The row of a student at its last weights."""
+        settings, out = replace(lab.settings, **self.settings | overrides), lab.out / "GSIM" / name
+        maskrl.train_student(method(lab.teacher, settings), lab.data, out, resume=True)
+        student = maskrl.load_checkpoint(out / "student.pt", "student", lab.device)
+        student.load_state_dict(maskrl.read_checkpoint(out / "student.pt")["model"])
+        return lab.judge_model(student)
+
+
+class Longer(Study):
+    title = "A student trained longer"
+    question = "What do more updates of GSIM than the demo's bring?"
+    settings = {"gsim_iters": 2000}
+    columns = ("frechet", "accuracy", "precision", "recall", "diversity", "nearest", "held_out")
+    verdict = (
+        "The longer training comes to a distance of {0[trained longer][frechet]} and a recall of "
+        "{0[trained longer][recall]}, the demo's to {0[student][frechet]} and "
+        "{0[student][recall]}; the teacher has {0[teacher][frechet]} and {0[teacher][recall]}.",
+    )
+
+    def rows(self, lab):
+        return {
+            "teacher": partial(lab.judged, "teacher"),
+            "student": partial(lab.judged, "student"),
+            "trained longer": partial(lab.result, "longer", partial(self.distil, lab)),
+        }
+
+    def distil(self, lab):
+        out = lab.out / "longer"
+        return lab.judge_model(lab.distilled(maskrl.Distillation, out, **self.settings))
+
+
+class Rivals(Generators):
+    title = "The teacher with shorter chains"
+    question = (
+        "A shorter denoising chain needs no training at all. At equal time per image, is the "
+        "student better? DiSA (2505.20297) anneals the chain from the first iteration to the last."
+    )
+    columns = ("frechet", "accuracy", "precision", "recall", "diversity", "image_ms")
+    arms = {
+        "teacher": ("teacher", {}),
+        **{f"{n} steps": ("teacher", {"denoise_steps": n}) for n in (50, 25, 10, 5)},
+        "50 annealed to 5": ("teacher", {"denoise_steps": (50, 5)}),
+        "student": ("student", {}),
+    }
+    verdict = (
+        "Ten steps come to {0[10 steps][frechet]} in {0[10 steps][image_ms]} ms, five to "
+        "{0[5 steps][frechet]} in {0[5 steps][image_ms]} ms, 50 annealed to 5 to "
+        "{0[50 annealed to 5][frechet]} in {0[50 annealed to 5][image_ms]} ms; the student to "
+        "{0[student][frechet]} in {0[student][image_ms]} ms, the whole chain to "
+        "{0[teacher][frechet]} in {0[teacher][image_ms]} ms.",
+    )
+
+
+class Steps(Study):
+    title = "RL on which steps? (MaskFocus)"
+    question = (
+        "With a fixed schedule and quality alone as the reward, is it worth choosing the steps "
+        "that are optimised? Each arm optimises two of eight steps, or all; tokens: how many of an "
+        "image's count in an update."
+    )
+    seeds = "0,1,2"
+    settings = {
+        "steps": 8,
+        "critical_steps": 2,
+        "learn_steps": False,
+        "alpha": 0.0,
+        "rl_iters": 40,
+        "rl_lr": 1e-4,
+        "beta": 0.03,
+    }
+    columns = (
+        *("quality", "held_out", "frechet", "recall", "kl", "not_first", "tokens"),
+        "seconds_per_update",
+    )
+    verdict = (
+        "In as many updates the quality rises from {0[student][quality]} to "
+        "{0[critical][quality]} on the critical steps, {0[random][quality]} on random ones, "
+        "{0[first][quality]} on the first and {0[all][quality]} on all, and the held-out reward "
+        "from {0[student][held_out]} to {0[critical][held_out]}, {0[random][held_out]}, "
+        "{0[first][held_out]} and {0[all][held_out]}.",
+        "Critical steps have a higher quality than random ones on "
+        "{0[critical > random][quality]}, than the first on {0[critical > first][quality]}, than "
+        "all on {0[critical > all][quality]}. An update takes {0[critical][seconds_per_update]} s "
+        "instead of {0[all][seconds_per_update]} s on all, and counts {0[critical][tokens]} "
+        "instead of {0[all][tokens]} tokens of an image.",
+    )
+    picture = ("steps.png", "mean and range of the seeds, against updates and against seconds")
+
+    def rows(self, lab):
+        rows = {"student": partial(lab.judged, "student", steps=self.settings["steps"])}
+        for how in maskrl.RL_STEPS:
+            rows[how] = partial(self.arm, lab, how)
+        return rows
+
+    def arm(self, lab, how):
+        settings = self.settings | {"rl_steps": how}
+        counted = lab.result(f"tokens, {how}", partial(self.tokens, lab, settings))
+        return lab.reinforcement(f"{how} steps", **settings) | {"tokens": counted["tokens"]}
+
+    @staticmethod
+    def tokens(lab, overrides):
+        """Tokens per image that the first update counts."""
+        settings = replace(lab.settings, **overrides)
+        labels = torch.arange(settings.prompts, device=lab.device) % len(lab.data.classes)
+        rollouts = maskrl.rollout(lab.student_with(settings), lab.quality, labels, "tokens")
+        mean = maskrl.mean_image(lab.data, settings).to(lab.device)
+        generator = maskrl.rng(settings.seed, "tokens")
+        trace = rollouts.trace
+        steps = maskrl.optimised_steps(trace, rollouts.tokens, settings, mean, generator)
+        return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
+
+    def draw(self, rows, path):
+        drawing = subplots(path, CURVE_TITLES * 2, rows=2)
+        if not drawing:
+            return
+        axes, save = drawing
+        arms = {name: list(runs.values()) for name, runs in rows.items() if name != "student"}
+        panels = [(x, y) for x in ("updates", "seconds") for y in WATCHED]
+        for axis, (x, y) in zip(axes, panels):
+            for name, runs in arms.items():
+                plot_curves(axis, runs, x, y, name)
+        save()
+
+
+class Drift(Study):
+    title = "How tightly to hold the policy (beta)"
+    question = (
+        "The demo's RL with other weights of KL(policy || student): when is the reward hacked, so "
+        "that it rises while the held-out reward and the judge's distance get worse?"
+    )
+    columns = ("quality", "reward", "held_out", "frechet", "recall", "kl", "steps")
+    betas = (0.0, 0.03, 0.2, 1.0)
+    verdict = (
+        "From beta = 1 to 0 the quality goes from {0[beta 1][quality]} to {0[beta 0][quality]}, "
+        "the held-out reward from {0[beta 1][held_out]} to {0[beta 0][held_out]}, the distance "
+        "from {0[beta 1][frechet]} to {0[beta 0][frechet]} (student: {0[student][held_out]} and "
+        "{0[student][frechet]}).",
+    )
+    picture = ("drift.png", "the course of RL")
+
+    def rows(self, lab):
+        rows = {"student": partial(lab.judged, "student")}
+        for beta in self.betas:
+            rows[f"beta {beta:g}"] = partial(lab.reinforcement, f"beta {beta:g}", beta=beta)
+        return rows
+
+    def draw(self, rows, path):
+        drawing = subplots(path, (*CURVE_TITLES, "KL per channel"))
+        if not drawing:
+            return
+        axes, save = drawing
+        for name, runs in rows.items():
+            if name == "student":
+                continue
+            for axis, key in zip(axes, (*WATCHED, "kl")):
+                x = "kl_updates" if key == "kl" else "updates"
+                plot_curves(axis, list(runs.values()), x, key, name)
+        save()
+
+
+class Alpha(Study):
+    title = "What speed may cost (alpha)"
+    question = (
+        "The demo's RL with other exponents of speed in the reward, beside fixed schedules of "
+        "student and policy: quality for how many iterations?"
+    )
+    columns = ("quality", "held_out", "frechet", "recall", "steps", "kl")
+    alphas = (0.1, 0.5, 1.0)
+    kinds = {"student, K": "student", "policy's generator, K": "policy"}
+    verdict = (
+        "With alpha = 0.1, 0.5 and 1 the policy takes {0[alpha 0.1][steps]}, "
+        "{0[alpha 0.5][steps]} and {0[alpha 1][steps]} iterations, at a quality of "
+        "{0[alpha 0.1][quality]}, {0[alpha 0.5][quality]} and {0[alpha 1][quality]} and a "
+        "distance of {0[alpha 0.1][frechet]}, {0[alpha 0.5][frechet]} and "
+        "{0[alpha 1][frechet]}.",
+    )
+    picture = ("alpha.png", "quality and distance against unmasking iterations")
+
+    def rows(self, lab):
+        rows = {}
+        for alpha in self.alphas:
+            name = f"alpha {alpha:g}"
+            rows[name] = partial(lab.reinforcement, name, alpha=alpha)
+        for title, kind in self.kinds.items():
+            for K in FIXED:
+                rows[f"{title} = {K}"] = partial(lab.judged, kind, steps=K)
+        return rows
+
+    def draw(self, rows, path):
+        drawing = subplots(path, ("quality", "Fréchet distance"))
+        if not drawing:
+            return
+        axes, save = drawing
+        lines = {"alpha": "learned schedules", **{title: title[:-3] for title in self.kinds}}
+        for start, label in lines.items():
+            runs = [figures for name, figures in rows.items() if name.startswith(start)]
+            for axis, key in zip(axes, ("quality", "frechet")):
+                if not runs:
+                    continue
+                points = sorted((median(run, "steps"), median(run, key)) for run in runs)
+                style = "o-" if start == "alpha" else ".--"
+                axis.plot(*zip(*points), style, linewidth=1, label=label)
+                axis.set_xlabel("mean unmasking iterations")
+        save()
+
+
+class Backprop(Study):
+    title = "The reward's own gradient (MARVAL-RL)"
+    question = (
+        "Back-propagation of the reward, through the critical steps or the whole generation, "
+        "beside the policy gradient on the critical steps; graph: what autograd keeps for an "
+        "update. K, rate and updates are those of the study of steps."
+    )
+    settings = Steps.settings
+    columns = ("quality", "held_out", "frechet", "recall", "kl", "graph_mb", "seconds_per_update")
+    arms = {
+        "policy gradient": ("critical steps", {"rl_steps": "critical"}),
+        **{
+            f"backprop, {how}, beta {beta:g}": (
+                f"backprop, {how}, beta {beta:g}",
+                {"method": "backprop", "rl_steps": how, "beta": beta},
+            )
+            for how in ("critical", "all")
+            for beta in (0.2, 0.03)
+        },
+    }
+    verdict = (
+        "Back-propagated, the quality comes to {0[backprop, critical, beta 0.2][quality]} on the "
+        "critical steps and {0[backprop, all, beta 0.2][quality]} on all (beta 0.2), by the policy "
+        "gradient to {0[policy gradient][quality]}, from {0[student][quality]}; the held-out "
+        "reward to {0[backprop, critical, beta 0.2][held_out]}, "
+        "{0[backprop, all, beta 0.2][held_out]} and {0[policy gradient][held_out]}, from "
+        "{0[student][held_out]}.",
+        "The graph takes {0[backprop, critical, beta 0.2][graph_mb]} MB on the critical steps and "
+        "{0[backprop, all, beta 0.2][graph_mb]} MB on all.",
+    )
+
+    def rows(self, lab):
+        rows = {"student": partial(lab.judged, "student", steps=self.settings["steps"])}
+        for row, (name, overrides) in self.arms.items():
+            rows[row] = partial(self.arm, lab, name, self.settings | overrides)
+        return rows
+
+    def arm(self, lab, name, overrides):
+        graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
+        return lab.reinforcement(name, **overrides) | {"graph_mb": graph["graph_mb"]}
+
+    @staticmethod
+    def graph(lab, overrides):
+        """MB that autograd keeps for one update, weights included."""
+        training, labels = rl_training(lab, overrides)
+        sizes = {}
+
+        def count(x):
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        def unchanged(x):
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, unchanged):
+            training.update(labels, 0)
+        return {"graph_mb": sum(sizes.values()) / 2**20}
+
+
+def rl_training(lab, overrides):
+    """A PolicyGradient or RewardBackpropagation at its start, and prompts for an update."""
+    settings = replace(lab.settings, **overrides)
+    backprop = settings.method == "backprop"
+    method = maskrl.RewardBackpropagation if backprop else maskrl.PolicyGradient
+    mean = maskrl.mean_image(lab.data, settings).to(lab.device)
+    labels = torch.arange(settings.prompts, device=lab.device) % len(lab.data.classes)
+    return method(lab.student_with(settings), settings, lab.quality, mean), labels
+
+
+class Cost(Study):
+    title = "What an update costs"
+    question = (
+        "Milliseconds of an update of GSIM, by part, and of RL at the demo's settings with a fixed "
+        "schedule; all in turns, the median of the rounds."
+    )
+    settings = {"learn_steps": False}
+    columns = ("ms",)
+    rounds = 8
+    parts = (
+        "GSIM: student's and auxiliary contexts, auxiliary loss",
+        "GSIM: auxiliary network, backward and step",
+        "GSIM: frozen contexts (auxiliary; teacher, with and without class)",
+        "GSIM: the loss, through three heads",
+        "GSIM: student, backward and step",
+    )
+    verdict = (
+        "An update of GSIM takes {0[GSIM update][ms]} ms, one of RL on the critical steps "
+        "{0[RL update, critical][ms]} ms, on all steps {0[RL update, all][ms]} ms "
+        "({0[RL update, all / RL update, critical][ms]} times as long).",
+    )
+
+    def measure(self, lab, only=()):
+        times = lab.result("cost", partial(self.times, lab))
+        rows = {name: times | {"ms": ms, "minutes": 0.0} for name, ms in times["ms"].items()}
+        rows["GSIM update"]["minutes"] = times["minutes"]
+        return rows
+
+    def times(self, lab):
+        rl = {}
+        for how in maskrl.RL_STEPS:
+            rl[f"RL update, {how}"] = rl_training(lab, self.settings | {"rl_steps": how})
+        rounds = {name: [] for name in ("GSIM update", *self.parts, *rl)}
+        for i in range(self.rounds):
+            for name, ms in zip(self.parts, self.gsim_parts(lab, i)):
+                rounds[name].append(ms)
+            rounds["GSIM update"].append(sum(rounds[name][i] for name in self.parts))
+            for name, (training, labels) in rl.items():
+                start = time.perf_counter()
+                training.update(labels, i)
+                rounds[name].append(1000 * (time.perf_counter() - start))
+        return {"ms": {name: statistics.median(ms[1:]) for name, ms in rounds.items()}}
+
+    @staticmethod
+    def gsim_parts(lab, i):
+        """Milliseconds of the five parts: an update stops the clock where it descends or asks for
+        its loss."""
+        marks = []
+
+        def marked(function):
+            def call(*args):
+                marks.append(time.perf_counter())
+                result = function(*args)
+                marks.append(time.perf_counter())
+                return result
+
+            return call
+
+        loss = marked(maskrl.gsim_loss)
+        training = maskrl.Distillation(lab.teacher, lab.settings, loss)
+        generator = maskrl.rng(lab.seed, "cost", i)
+        images, labels = lab.data.train.batch(lab.settings.batch, generator, lab.device)
+        x = maskrl.to_tokens(images, lab.settings)
+        with mock.patch.object(maskrl, "descend", marked(maskrl.descend)):
+            start = time.perf_counter()
+            training.update(0, x, labels, generator)
+        aux, aux_end, loss_start, loss_end, _, end = marks
+        ends = (aux, aux_end, loss_start, loss_end, end)
+        return [1000 * (stop - begin) for begin, stop in zip((start, *ends), ends)]
+
+
+class Threads(Study):
+    title = "Threads"
+    question = (
+        "How many CPU threads are worth it, on an idle machine and beside one other process that "
+        "is always busy? Updates per second of the teacher, and ms per image of the student for "
+        "one image at a time; all in turns."
+    )
+    columns = ("updates_idle", "updates_busy", "ms_idle", "ms_busy")
+    numbers = (1, 2, 4, 8)
+    rounds = 3
+    updates = 5
+    verdict = (
+        "On one thread the teacher makes {0[1 threads][updates_idle]} updates per second on an "
+        "idle machine and {0[1 threads][updates_busy]} beside a busy process; an image takes "
+        "{0[1 threads][ms_idle]} and {0[1 threads][ms_busy]} ms.",
+        "On two threads there are {0[2 threads][updates_idle]} updates per second, and "
+        "{0[2 threads][updates_busy]} beside the busy process.",
+        "On four there are {0[4 threads][updates_idle]} and {0[4 threads][updates_busy]}.",
+    )
+
+    def measure(self, lab, only=()):
+        work = partial(self.times, lab, lab.student)  # which is made before the clock runs
+        times = lab.result("threads", work)
+        shared = {name: times[name] for name in ("hardware", "commit", "date")}
+        shared["minutes"] = times["minutes"] / len(self.numbers)
+        return {f"{n} threads": shared | {"threads": n} | times[str(n)] for n in self.numbers}
+
+    def times(self, lab, student):
+        before = torch.get_num_threads()
+        try:
+            idle = self.in_turns(lab, student, "idle")
+            with busy_process():
+                busy = self.in_turns(lab, student, "busy")
+        finally:
+            torch.set_num_threads(before)
+        return {str(n): idle[n] | busy[n] for n in self.numbers}
+
+    def in_turns(self, lab, student, suffix):
+        training = maskrl.TeacherTraining(lab.settings, lab.data.classes, lab.device)
+        generator = maskrl.rng(lab.seed, "threads")
+        images, labels = lab.data.train.batch(lab.settings.batch, generator, lab.device)
+        x = maskrl.to_tokens(images, lab.settings)
+        rates, seconds = {n: [] for n in self.numbers}, {n: [] for n in self.numbers}
+        for _ in range(self.rounds):
+            for n in self.numbers:
+                torch.set_num_threads(n)
+                training.update(0, x, labels, generator)  # warms up
+                start = time.perf_counter()
+                for _ in range(self.updates):
+                    training.update(0, x, labels, generator)
+                rates[n].append(self.updates / (time.perf_counter() - start))
+                one = {"student": (student, Sampling())}
+                seconds[n].append(maskrl.time_in_turns(one, lab.evenly(1))["student"])
+        return {
+            n: {
+                f"updates_{suffix}": statistics.median(rates[n]),
+                f"ms_{suffix}": 1000 * statistics.median(seconds[n]),
+            }
+            for n in self.numbers
+        }
+
+
+@contextmanager
+def busy_process():
+    """A process beside this one that keeps a core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        *(Story(), Gsim(), Longer(), Rivals(), Steps()),
+        *(Drift(), Alpha(), Backprop(), Cost(), Threads()),
+    )
+}
+
+
+# Results ------------------------------------------------------------------------------------------
+# assets/results/NAME.json, and what is made of it: assets/results.md, a block of README.md.
+
+FIGURES = {  # key -> title of the column, decimals
+    "frechet": ("Fréchet distance", 2),
+    "accuracy": ("class accuracy", 3),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "diversity": ("diversity", 3),
+    "nearest": ("nearest", 2),
+    "quality": ("quality", 3),
+    "reward": ("reward", 3),
+    "held_out": ("held-out reward", 3),
+    "steps": ("iterations", 1),
+    "image_ms": ("ms per image", 2),
+    "ms": ("ms", 1),
+    "train_minutes": ("minutes of training", 1),
+    "kl": ("KL", 3),
+    "not_first": ("not the first", 2),
+    "tokens": ("tokens", 1),
+    "seconds_per_update": ("s per update", 2),
+    "graph_mb": ("graph, MB", 0),
+    "updates_idle": ("updates/s, idle", 1),
+    "updates_busy": ("updates/s, beside a busy process", 1),
+    "ms_idle": ("ms, idle", 1),
+    "ms_busy": ("ms, beside a busy process", 1),
+}
+HEADER = """# Results
+
+Made by `python tests/study.py` from `assets/results/*.json`; do not edit. `python tests/study.py
+NAME` measures a study again. Figures are medians, with the range in brackets where there is more
+than one seed; data, judge, weights and noise all differ between seeds.
+
+*Fréchet distance*: FID's formula on the features of a classifier that nothing trains on, so that
+only numbers of this table compare; *precision* and *recall* by 3 nearest neighbours; *diversity*
+within classes and *nearest*, the distance to the nearest training image: 1 is as real held-out
+images. *Quality*: by the reward network, which RL climbs; *held-out reward*: the exact fit to a
+shape of the class, on which nothing trains. *ms per image*: in batches of 32.
+"""
+
+
+def median(runs: dict, key: str) -> float:
+    """The median of a figure over {seed: figures}; KeyError if there is none."""
+    values = [figures[key] for figures in runs.values() if key in figures]
+    if not values:
+        raise KeyError(key)
+    return statistics.median(values)
+
+
+class Figures:
+    """What a verdict may quote of rows {row name: {seed: figures}}, as text:
+
+    {0[A][ms]}      the median, with the decimals of the table
+    {0[A / B][ms]}  the ratio of the medians
+    {0[A < B][ms]}  on how many seeds it is lower in A than in B; {0[A > B][ms]}: higher"""
+
+    def __init__(self, rows: dict):
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> dict[str, str]:
+        for sign, compare in ((" / ", self.ratio), (" < ", self.lower), (" > ", self.higher)):
+            if sign in name:
+                a, b = name.split(sign)
+                return self.each(compare, self.rows[a], self.rows[b])
+        return self.each(self.single, self.rows[name])
+
+    @staticmethod
+    def each(function, *rows) -> dict[str, str]:
+        """{figure: text}, of the figures that all of these rows have."""
+        common = set(FIGURES).intersection(*(run for runs in rows for run in runs.values()))
+        return {key: function(key, *rows) for key in common}
+
+    @staticmethod
+    def single(key, runs):
+        _, decimals = FIGURES[key]
+        return f"{median(runs, key):.{decimals}f}"
+
+    @staticmethod
+    def ratio(key, a, b):
+        below = median(b, key)
+        return f"{median(a, key) / below:.1f}" if below else "many"
+
+    @staticmethod
+    def lower(key, a, b):
+        seeds = a.keys() & b.keys()
+        count = sum(a[seed][key] < b[seed][key] for seed in seeds)
+        return f"{count} of {len(seeds)} seeds"
+
+    @classmethod
+    def higher(cls, key, a, b):
+        return cls.lower(key, b, a)
+
+
+def table(rows: dict, columns, with_seeds=True) -> str:
+    """Markdown: median and range over the seeds of {row name: {seed: figures}}."""
+    seeds = ["seeds"] if with_seeds else []
+    titles = [*seeds, *(FIGURES[key][0] for key in columns)]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    for name, runs in rows.items():
+        number = "one seed" if len(runs) == 1 else str(len(runs))
+        cells = [name, *([number] if with_seeds else []), *(cell(runs, key) for key in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(runs: dict, key: str) -> str:
+    values = [figures[key] for figures in runs.values() if key in figures]
+    if not values:
+        return ""
+    _, decimals = FIGURES[key]
+    text = f"{statistics.median(values):.{decimals}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{decimals}f}–{max(values):.{decimals}f})"
+    return text
+
+
+def result_file(name: str) -> Path:
+    return ASSETS / "results" / f"{name}.json"
+
+
+def save_result(study: Study, seed: int, measured: dict) -> dict:
+    """Merge {row name: figures} of a seed into the study's JSON, and return all of its rows."""
+    path = result_file(study.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    for name, figures in measured.items():
+        rows.setdefault(name, {})[str(seed)] = rounded(figures)
+    runs = [figures for seeds in rows.values() for figures in seeds.values()]
+    every_seed = sorted({int(seed) for seeds in rows.values() for seed in seeds})
+    content = {
+        "study": study.name,
+        "command": f"python tests/study.py {study.name} --seeds {','.join(map(str, every_seed))}",
+        **{key: distinct(runs, key) for key in ("commit", "hardware", "date")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+        },
+        "minutes": round(sum(run["minutes"] + run.get("train_minutes", 0) for run in runs), 1),
+        "settings": study.settings,
+        "rows": rows,
+    }
+    path.write_text(as_lines(content) + "\n")
+    return rows
+
+
+def distinct(runs, key) -> str:
+    return "; ".join(sorted({run[key] for run in runs}))
+
+
+def as_lines(content, depth=0) -> str:
+    """JSON with the figures of a row and seed on one line."""
+    if depth == 3 or not isinstance(content, dict):
+        return json.dumps(content, ensure_ascii=False)
+    space = " " * (depth + 1)
+    lines = [f'{space}"{key}": {as_lines(value, depth + 1)}' for key, value in content.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
+
+
+@contextmanager
+def locked(out):
+    """No other process that measures into `out` merges its results meanwhile."""
+    with open(Path(out) / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_results() -> dict:
+    """{study name: content} of every JSON that there is."""
+    paths = {name: result_file(name) for name in STUDIES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def sentences(study: Study, rows: dict) -> str:
+    """The verdict, figures filled in."""
+    said = []
+    for sentence in study.verdict:
+        try:
+            said.append(sentence.format(Figures(rows)))
+        except KeyError:
+            continue
+    return " ".join(said)
+
+
+def section(study: Study, content: dict) -> str:
+    """A study in results.md."""
+    rows, settings = content["rows"], content["settings"]
+    threads = {run.get("threads", 1) for runs in rows.values() for run in runs.values()}
+    made = [
+        f"`{content['command']}`",
+        content["hardware"],
+        "threads: " + ", ".join(map(str, sorted(threads))),
+        f"torch {content['versions']['torch']}",
+        f"commit {content['commit']}",
+        content["date"],
+        f"{content['minutes']:.0f} minutes",
+    ]
+    different = ", ".join(f"`{maskrl.flag(name)} {value}`" for name, value in settings.items())
+    parts = [f"## {study.title}", study.question, " · ".join(made)]
+    parts += [f"Not as in the demo: {different}."] if different else []
+    parts += [table(rows, study.columns), sentences(study, rows)]
+    if study.picture and (ASSETS / study.picture[0]).exists():
+        file, caption = study.picture
+        parts.append(f"![{study.title}]({file})\n\n*{caption[0].upper()}{caption[1:]}.*")
+    return "\n\n".join(part for part in parts if part)
+
+
+def results_markdown() -> str:
+    """All of results.md."""
+    results = read_results()
+    sections = [section(STUDIES[name], content) for name, content in results.items()]
+    return "\n\n".join([HEADER.strip(), *sections]) + "\n"
+
+
+def readme_table() -> str:
+    """The README's one table of results; empty before the story is measured."""
+    if "story" not in read_results():
+        return ""
+    rows = read_results()["story"]["rows"]
+    shown = {name: rows[name] for name in README_ROWS if name in rows}
+    return table(shown, README_COLUMNS, with_seeds=False)
+
+
+# README.md ----------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)")
+
+
+def line_of(name: str, file: str) -> int:
+    """Number of the line that defines `name`: a function, class, constant or Class.method."""
+    scope, line = parsed(ROOT / file), None
+    for part in name.split("."):
+        scope = next((node for node in scope.body if part in names_of(node)), None)
+        if scope is None:
+            raise maskrl.InputError(f"{file} defines no {name}")
+        line = scope.lineno
+    return line
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def names_of(node) -> list[str]:
+    """What a statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.AnnAssign):
+        return [node.target.id]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def renewed_link(match) -> str:
+    name, file, _ = match.groups()
+    return f"[`{name}`]({file}#L{line_of(name, file)})"
+
+
+def with_table(readme: str) -> str:
+    """README.md with the table of results as the JSON gives it."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    block = readme_table()
+    return before + BEGIN + block + "\n" * bool(block) + END + after
+
+
+def with_links(readme: str) -> str:
+    """README.md with the line numbers of its links as they now are."""
+    return LINK.sub(renewed_link, readme)
+
+
+def render():
+    (ASSETS / "results.md").write_text(results_markdown())
+    README.write_text(with_links(with_table(README.read_text())))
+    print(f"{ASSETS / 'results.md'}, and table and links of {README}")
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [STUDY...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+    add("--seeds", help="comma-separated (default: those of the study, 0 or 0,1,2)")
+    add("--out", type=Path, default=Path("runs/study"), help="default: %(default)s")
+    add("--only", nargs="+", default=[], metavar="ROW", help="beginnings of row names")
+    maskrl.add_device(parser)
+    args = parser.parse_args(argv)
+    for name in args.studies:
+        if name not in STUDIES:
+            parser.error(f"there is no study {name}; there are {', '.join(STUDIES)}")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(usage="%(prog)s STUDY... [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", choices=STUDIES)
-    parser.add_argument("--out", default="runs/study", help="default: runs/study")
-    parser.add_argument("--seeds", help='comma-separated (default: 0,1,2 for ' + ', '.join(SEEDS) + '; else 0)')
-    parser.add_argument("--only", nargs="+", help="beginnings of row names: do just these")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
-    for study in args.studies:
-        rows = {}
-        for seed in (args.seeds or SEEDS.get(study, "0")).split(","):
-            lab = Lab(args.out, int(seed), maskrl.find_device(args.device))
-            for name, work in STUDIES[study](lab):
-                if not args.only or name.startswith(tuple(args.only)):
-                    rows.setdefault(name, []).append(lab.result(name, work))
-        if not rows:
-            raise maskrl.InputError(f"--only {' '.join(args.only)}: no row of {study} begins so")
-        print(f"\n## {study}, {train_distill.hardware(maskrl.find_device(args.device))}\n")
-        table(rows)
-        if not args.only:
-            draw(study, rows, Path(args.out) / f"{study}.png")
+    args = parse(argv)
+    if not args.studies:
+        render()
+        return
+    device = maskrl.find_device(args.device, args.threads)
+    labs = {}
+    for name in args.studies:
+        study = STUDIES[name]
+        for seed in map(int, (args.seeds or study.seeds).split(",")):
+            if seed not in labs:
+                labs[seed] = Lab(args.out, seed, device)
+            measured = study.measure(labs[seed], tuple(args.only))
+            if not measured:
+                raise maskrl.InputError(f"--only {' '.join(args.only)}: no row of {name}")
+            with locked(args.out):
+                rows = save_result(study, seed, measured)
+                study.draw(rows, ASSETS / f"{name}.png")
+        print(f"\n{study.title}\n\n{table(rows, study.columns)}\n\n{sentences(study, rows)}")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,172 @@
-"""Every study of tests/study.py runs from nothing to its table and picture, on a model that learns nothing."""
+"""Every study runs from nothing to its JSON, table and picture, on a model that learns nothing."""
 
 import json
+from functools import partial
 
 import pytest
+import study
 from conftest import tiny
 
 import maskrl
-import study
+import train_rl
+
+PROVENANCE = {
+    *("study", "command", "commit", "hardware", "date", "versions", "minutes", "settings", "rows"),
+}
+
+
+def tiny_preset(name, seed=0):
+    return tiny(seed=seed, scale=0.0)
+
+
+def cut_short(patch, folder):
+    """study.main with everything cut short, writing into one folder."""
+    patch.setattr(maskrl, "preset", tiny_preset)
+    patch.setattr(study, "ASSETS", folder / "assets")
+    patch.setattr(maskrl, "time_in_turns", partial(maskrl.time_in_turns, rounds=2))
+    patch.setattr(study.Gsim, "settings", {"gsim_iters": 2})
+    patch.setattr(study.Longer, "settings", {"gsim_iters": 3})
+    fewer = study.Steps.settings | {"rl_iters": 2}
+    patch.setattr(study.Steps, "settings", fewer)
+    patch.setattr(study.Backprop, "settings", fewer)
+    patch.setattr(study.Cost, "rounds", 2)
+    patch.setattr(study.Threads, "numbers", (1,))
+    patch.setattr(study.Threads, "rounds", 1)
+    patch.setattr(study.Threads, "updates", 1)
+
+    def run(*args):
+        study.main([*args, "--out", str(folder / "out"), "--device", "cpu", "--threads", "1"])
+
+    return run
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """study.main with everything cut short, writing into one folder."""
-    monkeypatch.setattr(maskrl, "preset", lambda name, seed=0: tiny(seed=seed, scale=0.0))
-    for name, short in dict(LONG=dict(gsim_iters=3), TEACHER=dict(teacher_iters=2), SHORT=dict(gsim_iters=2), HALVING=dict(gsim_iters=2), LONGER=2).items():
-        monkeypatch.setattr(study, name, short)
-    monkeypatch.setattr(study, "KS", (16, 1))
-    monkeypatch.setattr(study, "CHAINS", (8, 5))
-    monkeypatch.setattr(study, "RL", study.RL | dict(rl_iters=4))
-    monkeypatch.setattr(study, "DEMO", study.DEMO | dict(rl_iters=2))
-    return lambda *args: study.main([*args, "--out", str(tmp_path), "--device", "cpu"])
+    return cut_short(monkeypatch, tmp_path)
 
 
-def test_every_study_runs(small, tmp_path, capsys):
-    for name in study.STUDIES:  # in the order of the list: the picture of grid needs the times of speed
-        small(*(["speed", "grid"] if name == "grid" else [name]), "--seeds", "0")
-    rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "seed0").glob("*.json")}
-    assert {"real", "student", "L1+L2", "regression", "teacher, 5 steps, K = 1", "teacher, 50 annealed to 5 (DiSA)", "s = 3", "eps head", "cost", "routing", "demo, beta 1", "halved to 4", "student, fixed 1", "backprop, all, beta 0", "story: + learned schedule"} <= set(rows)
-    assert rows["routing"]["curve"][0]["step"] == -1 and len(rows["routing"]["curve"]) == 5
-    for picture in ("grid", "guidance", "rates", "tokens", "drift", "backprop", "frontier"):
-        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
-    assert "| L1+L2 | 1 |" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The folder in which every study was measured, seed 0."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        cut_short(patch, folder)(*study.STUDIES, "--seeds", "0")
+    return folder
 
 
-def test_what_is_there_is_not_done_again_and_seeds_share_a_table(small, tmp_path, monkeypatch, capsys):
-    only = ["distil", "--only", "real", "student"]
+@pytest.fixture
+def there(monkeypatch, measured):
+    """Every study measured, and study reading the results."""
+    cut_short(monkeypatch, measured)
+    return measured
+
+
+def result(name):
+    return json.loads(study.result_file(name).read_text())
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_study_runs_from_nothing(there, name):
+    each, content = study.STUDIES[name], result(name)
+    assert content.keys() == PROVENANCE
+    assert content["versions"].keys() == {"python", "torch", "torchvision", "numpy"}
+    for row, runs in content["rows"].items():
+        assert {"minutes", "threads"} <= runs["0"].keys(), row
+    shown = {key for runs in content["rows"].values() for key in runs["0"]}
+    assert set(each.columns) <= shown
+    text = study.section(each, content)
+    assert "one seed" in text and content["command"] in text
+    assert len(study.sentences(each, content["rows"])) > 100
+    if each.picture:
+        assert (study.ASSETS / each.picture[0]).stat().st_size > 3000
+        assert f"]({each.picture[0]})" in text
+
+
+def test_render_writes_results_md_and_the_block_of_the_readme(there, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "README", tmp_path / "README.md")
+    links = "[`Judge`](maskrl.py#L1), [`Sampling.chains`](maskrl.py#L1)"
+    study.README.write_text(f"a\n<!-- results -->\nold\n<!-- /results -->\n{links}\n")
+    study.main([])
+    text = study.README.read_text()
+    assert f"<!-- results -->\n{study.readme_table()}\n<!-- /results -->" in text
+    assert "| policy | " in text and "old" not in text
+    assert f"[`Judge`](maskrl.py#L{study.line_of('Judge', 'maskrl.py')})" in text
+    assert study.with_links(study.with_table(text)) == text
+    assert "## GSIM and its rivals" in (study.ASSETS / "results.md").read_text()
+
+
+def test_seed_0_of_the_story_is_make_demo(there, tmp_path):
+    demo = train_rl.main(["--preset", "tiny", "--out", str(tmp_path), "--threads", "1"])
+    rows = result("story")["rows"]
+    for name in ("real", "teacher", "one-step start", "student", "policy"):
+        row, again = rows[name]["0"], demo["rows"][name]
+        for key in row.keys() & again.keys():
+            assert row[key] == pytest.approx(again[key], abs=2e-6), (name, key)
+    for name, again in {
+        "policy": "after",
+        "policy's generator, K = 8": "policy, fixed K = 8",
+    }.items():
+        for key in ("quality", "reward", "steps", "frechet"):
+            assert rows[name]["0"][key] == pytest.approx(demo["rl"][again][key], abs=2e-6), key
+
+
+def test_what_is_there_is_not_measured_again_and_seeds_are_merged(small, tmp_path):
+    only = ["story", "--only", "real", "untrained"]
     small(*only, "--seeds", "0")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    small(*only, "--seeds", "0,1")
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert "| real | 2 |" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json")}
+    first = result("story")["rows"]["real"]["0"]
+    small(*only, "--seeds", "1")
+    small("story", "--only", "real", "--seeds", "0")
+    after = {path: path.stat().st_mtime_ns for path in before if path.name != "settings.json"}
+    assert after.items() <= before.items()
+    rows = result("story")["rows"]
+    assert rows["real"].keys() == rows["untrained"].keys() == {"0", "1"}
+    assert rows["real"]["0"] == first != rows["real"]["1"]
+    assert result("story")["command"] == "python tests/study.py story --seeds 0,1"
     with pytest.raises(maskrl.InputError, match="--only"):
-        small("distil", "--only", "no such row", "--seeds", "0")
+        small("story", "--only", "no such row", "--seeds", "0")
+
+
+def test_a_folder_of_other_settings_is_refused(small, monkeypatch):
+    small("story", "--only", "real", "--seeds", "0")
+    monkeypatch.setattr(maskrl, "preset", lambda name, seed: tiny(seed=seed, judge_iters=6))
+    with pytest.raises(maskrl.InputError, match="other settings"):
+        small("story", "--only", "real", "--seeds", "0")
+
+
+ROWS = {
+    "a": {"0": {"ms": 1.0}, "1": {"ms": 2.0}, "2": {"ms": 6.0}},
+    "b": {"0": {"ms": 4.0}, "1": {"ms": 1.0}},
+}
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{0[a][ms]} ms", "2.0 ms"),
+        ("{0[b / a][ms]} times", "1.2 times"),
+        ("lower on {0[a < b][ms]}", "lower on 1 of 2 seeds"),
+        ("higher on {0[b > a][ms]}", "higher on 1 of 2 seeds"),
+    ],
+)
+def test_figures_of_a_verdict_come_from_the_rows(template, text):
+    assert template.format(study.Figures(ROWS)) == text
+
+
+def test_a_sentence_without_its_rows_is_left_out(monkeypatch):
+    monkeypatch.setattr(study.Cost, "verdict", ("A is {0[a][ms]}.", "C is {0[c][ms]}."))
+    assert study.sentences(study.Cost(), ROWS) == "A is 2.0."
+    assert study.cell(ROWS["a"], "ms") == "2.0 (1.0–6.0)"
+
+
+def test_results_md_is_what_the_committed_json_gives():
+    text = (study.ASSETS / "results.md").read_text()
+    assert text == study.results_markdown(), "python tests/study.py renews it"
+
+
+@pytest.mark.parametrize("name", study.read_results())
+def test_every_committed_json_says_where_it_comes_from(name):
+    content = result(name)
+    assert content.keys() == PROVENANCE
+    assert all(content[key] for key in PROVENANCE - {"settings"})
+    assert content["study"] == name and content["command"].startswith("python tests/study.py")
