@@ -1456,7 +1456,8 @@ class PolicyGradient:
 
     def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
         self.quality, self.mean_image = quality, mean_image
-        self.model = self.ema = policy_of(student, settings)
+        self.model = policy_of(student, settings)
+        self.ema = self.model  # no average: the updates are few and small
         self.reference = deepcopy(self.model).requires_grad_(False)
         schedule = self.model.schedule
         parameters = [
@@ -1877,17 +1878,19 @@ def train(
     NonFinite names the stage and the step, and leaves a checkpoint of the last finite weights."""
     path, model, ema = Path(path), training.model, training.ema
     path.parent.mkdir(parents=True, exist_ok=True)
-    best = {"value": math.inf, "weights": {}, "seconds": 0.0}  # seconds: of all updates so far
-    start = restore(training, path, best) if resume and path.exists() else 0
+    # seconds of all updates so far; the lowest progress, and the EMA weights that it is of
+    record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
+    start = restore(training, path, record) if resume and path.exists() else 0
 
     def log(step, metrics):
-        values = {k: round(v, 6) for k, v in ({"seconds": best["seconds"]} | metrics).items()}
+        values = {k: round(v, 6) for k, v in ({"seconds": record["seconds"]} | metrics).items()}
         with open(path.with_name("log.jsonl"), "a") as file:
             file.write(json.dumps({"stage": model.kind, "step": step, **values}) + "\n")
 
     def save(step):
         state = {name: value.state_dict() for name, value in training.state.items()}
-        save_checkpoint(path, model, ema, step, None if step == iters else state | {"best": best})
+        state["record"] = record
+        save_checkpoint(path, model, ema, step, None if step == iters else state)
 
     bar = tqdm(range(start, iters), model.kind, iters, initial=start, mininterval=1)
     for step in bar:
@@ -1901,30 +1904,31 @@ def train(
                 f"{path}. If training diverged, start afresh in another --out with a "
                 "lower learning rate"
             ) from None
-        best["seconds"] += time.perf_counter() - began
+        record["seconds"] += time.perf_counter() - began
         if step % max(1, iters // 200) == 0 or step == iters - 1:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
             log(step, metrics)
-        if measure and (step + 1) * 10 // iters > step * 10 // iters:
+        tenth_is_over = (step + 1) * 10 // iters > step * 10 // iters
+        if measure and tenth_is_over:
             values = measure(ema)
             log(step, values)
-            if values.get("progress", math.inf) < best["value"]:
-                best |= {"value": values["progress"], "weights": deepcopy(ema.state_dict())}
-        if step + 1 == iters and best["weights"]:
-            ema.load_state_dict(best["weights"])
+            if values.get("progress", math.inf) < record["lowest"]:
+                record |= {"lowest": values["progress"], "weights": deepcopy(ema.state_dict())}
+        if step + 1 == iters and record["weights"]:
+            ema.load_state_dict(record["weights"])
         if (step + 1) % every == 0 or step + 1 == iters:
             save(step + 1)
     return ema
 
 
-def restore(training, path, best: dict) -> int:
-    """Put the checkpoint at `path` into `training` and `best`; returns the step to go on with."""
+def restore(training, path, record: dict) -> int:
+    """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with."""
     content = read_checkpoint(path, training.model.kind)
     training.model.load_state_dict(content["model"])
     training.ema.load_state_dict(content["model_ema"])
     for name, value in (content["training"] or {}).items():
-        if name == "best":
-            best.update(value)
+        if name == "record":
+            record.update(value)
         else:
             training.state[name].load_state_dict(value)
     return content["step"]
@@ -2124,7 +2128,7 @@ class Judge:
         self.references = [self.features(half.images)[0] for half, _ in self.halves]
 
     @property
-    def real(self) -> Tensor:
+    def real_images(self) -> Tensor:
         """The first draw of real images [n, 3, S, S] in [-1, 1], of the classes `labels`."""
         return to_unit(self.halves[0][0].images)
 
@@ -2547,7 +2551,7 @@ def report(
 
     models: {"student": ..., and perhaps "teacher" and "policy"}; extra: more entries of metrics."""
     arms = arms_of_report(models, settings, data)
-    images, rows = {"real": judge.real}, {"real": judge.real_row()}
+    images, rows = {"real": judge.real_images}, {"real": judge.real_row()}
     for name, (model, sampling) in arms.items():
         images[name], steps = generate_many(model, judge.labels, sampling, settings.seed, name)
         rows[name] = judge(images[name]) | {
@@ -2764,10 +2768,14 @@ def compare_schedules(training: PolicyGradient, quality, judge: Judge) -> dict[s
 
 
 def hardware(device: torch.device) -> str:
+    """Name of the GPU or CPU, threads, and version of torch."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        models = [line.split(":")[1] for line in cpu.splitlines() if line.startswith("model name")]
+        name = models[0].strip() if models else platform.machine()
+        name += f", {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
 
 

@@ -167,7 +167,7 @@ class Lab:
 
     def real(self) -> dict:
         """The row of real images."""
-        images = self.judge.real
+        images = self.judge.real_images
         return {
             **self.judge.real_row(),
             "nearest": 1.0,
@@ -182,7 +182,7 @@ class Lab:
 
     def distance_to_training(self, images=None) -> float:
         """Median distance to the nearest training image, of images [n, ...] or of real ones."""
-        images = self.judge.real if images is None else images
+        images = self.judge.real_images if images is None else images
         sample = images[:: max(1, len(images) // 500)]  # of every class, as in the report
         return float(maskrl.nearest(sample, self.data)[1].median())
 
@@ -413,7 +413,7 @@ class Story(Generators):
         """samples.png and neighbours.png of the scripts, of two images per class."""
         labels = torch.arange(len(lab.data.classes), device=lab.device).repeat(2)
         pairs = [(lab.judge.labels == y).nonzero().flatten()[:2] for y in labels.unique()]
-        images = {"real": lab.judge.real[torch.stack(pairs, 1).flatten().cpu()]}
+        images = {"real": lab.judge.real_images[torch.stack(pairs, 1).flatten().cpu()]}
         captions = {"real": {}}
         for name in ("teacher", "one-step start", "student", "policy"):
             kind, how = self.arms[name]
@@ -601,7 +601,7 @@ class Steps(Study):
         "seconds_per_update",
     )
     verdict = (
-        "In as many updates the quality rises from {0[student][quality]} to "
+        "In as many updates the quality goes from {0[student][quality]} to "
         "{0[critical][quality]} on the critical steps, {0[random][quality]} on random ones, "
         "{0[first][quality]} on the first and {0[all][quality]} on all, and the held-out reward "
         "from {0[student][held_out]} to {0[critical][held_out]}, {0[random][held_out]}, "
@@ -1140,6 +1140,14 @@ def sentences(study: Study, rows: dict) -> str:
     return " ".join(said)
 
 
+def as_option(name: str, value) -> str:
+    """A setting as one gives it on the command line."""
+    flag = maskrl.flag(name)
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
+
+
 def section(study: Study, content: dict) -> str:
     """A study in results.md."""
     rows, settings = content["rows"], content["settings"]
@@ -1153,7 +1161,7 @@ def section(study: Study, content: dict) -> str:
         content["date"],
         f"{content['minutes']:.0f} minutes",
     ]
-    different = ", ".join(f"`{maskrl.flag(name)} {value}`" for name, value in settings.items())
+    different = ", ".join(f"`{as_option(name, value)}`" for name, value in settings.items())
     parts = [f"## {study.title}", study.question, " · ".join(made)]
     parts += [f"Not as in the demo: {different}."] if different else []
     parts += [table(rows, study.columns), sentences(study, rows)]

@@ -279,20 +279,6 @@ def test_a_mask_hides_at_least_one_token_and_every_place_equally_often():
     torch.testing.assert_close(share, torch.full((16,), 0.25), atol=0.015, rtol=0)
 
 
-def normal_distribution(x):
-    return (1 + math.erf(x / math.sqrt(2))) / 2
-
-
-def test_mars_ratio_is_a_truncated_normal():
-    """P(all of 16 tokens are hidden) is P(ratio > 15 / 16), and 12 is the fewest."""
-    ratio = maskrl.mar_ratio(torch.rand(20000, generator=maskrl.rng(0)))
-    hidden = maskrl.random_mask(ratio, 16, maskrl.rng(1)).sum(1)
-    assert hidden.min() == 12
-    above = normal_distribution(0) - normal_distribution(-0.0625 / 0.25)
-    expected = above / (normal_distribution(0) - normal_distribution(-0.3 / 0.25))
-    assert abs(float((hidden == 16).float().mean()) - expected) < 0.012
-
-
 def watch_contexts(model, monkeypatch):
     """A list that gets the (mask, labels) of every context that the model computes."""
     seen, context = [], model.context
@@ -314,14 +300,11 @@ def teacher_update(settings, monkeypatch, B=1000):
     return mask_and_labels
 
 
-def test_the_teacher_meets_mars_masks_in_half_of_the_images_and_all_masks_in_the_other(
-    settings, monkeypatch
-):
-    mask, _ = teacher_update(settings(), monkeypatch)
-    mars, uniform = mask[::2].sum(1), mask[1::2].sum(1)
-    assert (mars.min(), mars.max()) == (12, 16)
-    assert (uniform.min(), uniform.max()) == (1, 16)
-    assert abs(float(uniform.float().mean()) - 8.5) < 0.7
+def test_the_teacher_meets_every_number_of_hidden_tokens_equally_often(settings, monkeypatch):
+    """Also few: MAR hides 70 to 100 %, and a small model then knows the late iterations badly."""
+    mask, _ = teacher_update(settings(), monkeypatch, B=4000)
+    share = mask.sum(1).bincount(minlength=17)[1:] / 4000
+    torch.testing.assert_close(share, torch.full((16,), 1 / 16), atol=0.015, rtol=0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -337,18 +320,70 @@ def test_without_label_dropout_no_label_is_dropped(settings, monkeypatch):
     assert set(labels.tolist()) == {1}
 
 
-def test_the_teachers_rate_warms_up_and_falls_to_zero_over_the_last_half(settings):
-    s = settings(teacher_iters=400, teacher_lr=0.1, depth=1)
-    training, rates = maskrl.TeacherTraining(s, ["a"]), []
-    for _ in range(400):
-        rates.append(training.rate.get_last_lr()[0])
-        training.optimizer.step()
-        training.rate.step()
-    assert rates[0] == pytest.approx(0.1 / 50)
-    assert rates[24] == pytest.approx(0.1 / 2)
-    assert rates[50:200] == pytest.approx([0.1] * 150)
-    assert rates[300] == pytest.approx(0.1 / 2)
-    assert rates[399] == pytest.approx(0.1 / 200)
+def test_the_teachers_rates_warm_up_and_fall_to_zero_over_the_second_half(settings):
+    training = maskrl.TeacherTraining(
+        settings(teacher_iters=200, teacher_lr=0.1, muon_lr=0.2), ["a"]
+    )
+    for p in training.model.parameters():
+        p.grad = torch.zeros_like(p)
+    rates = []
+    for _ in range(200):
+        rates.append([rate.get_last_lr()[0] for rate in training.rates])
+        for optimizer, rate in zip(training.optimizers, training.rates):
+            optimizer.step()
+            rate.step()
+    adamw, muon = (list(rate) for rate in zip(*rates))
+    assert muon == pytest.approx([2 * rate for rate in adamw])
+    assert adamw[0] == pytest.approx(0.1 / 50)
+    assert adamw[24] == pytest.approx(0.1 / 2)
+    assert adamw[50:100] == pytest.approx([0.1] * 50)
+    assert adamw[150] == pytest.approx(0.1 / 2)
+    assert adamw[199] == pytest.approx(0.1 / 100)
+
+
+def test_every_weight_of_a_teacher_has_one_optimiser_and_hidden_matrices_have_muon(model):
+    adamw, muon = maskrl.teacher_optimizers(model)
+    held = [[p for group in o.param_groups for p in group["params"]] for o in (adamw, muon)]
+    assert isinstance(muon, maskrl.Muon)
+    assert len(held[0]) + len(held[1]) == len(list(model.parameters()))
+    assert {id(p) for p in held[0] + held[1]} == {id(p) for p in model.parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)] for p in held[1]}
+    assert {"encoder_blocks.0.attn.qkv.weight", "head.res_blocks.0.mlp.0.weight"} <= matrices
+    outer = {"class_emb.weight", "z_proj.weight", "head.input_proj.weight", "mask_token"}
+    assert not matrices & (outer | {"head.final_layer.linear.weight", "fake_latent"})
+
+
+def test_without_a_rate_for_muon_adamw_trains_the_matrices_too(settings):
+    model = maskrl.MAR(settings(muon_lr=0.0), ["a"])
+    (adamw,) = maskrl.teacher_optimizers(model)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(
+        list(model.parameters())
+    )
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_their_values(shape):
+    x = torch.randn(shape)
+    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
+    x = U * torch.linspace(0.1, 2, len(S)) @ Vh
+    values = U.T @ maskrl.orthogonalise(x) @ Vh.T
+    assert 0.6 < values.diag().min() <= values.diag().max() < 1.3
+    torch.testing.assert_close(values, values.diag().diag(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+def test_a_step_of_muon_is_as_large_as_one_of_adam_whatever_the_gradient(shape):
+    """A root mean square of 0.2 lr, against the gradient."""
+    for scale in (1e-3, 1e3):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        gradient = scale * torch.randn(shape)
+        weight.grad = gradient.clone()
+        maskrl.Muon([weight], lr=0.1).step()
+        rms = weight.detach().square().mean().sqrt()
+        assert 0.7 < rms / (0.2 * 0.1) < 1.2
+        assert (weight * gradient).sum() < 0
 
 
 def test_a_teacher_learns_one_image_by_heart(settings):
