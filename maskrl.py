@@ -105,7 +105,7 @@ class Settings:
     image_size: int = option(16, "height and width in pixels", at_least=1)
     per_class: int = option(3000, "images per class that the built-in shapes draw", at_least=20)
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
-    seed: int = option(0, "of shapes, initial weights and noise; a folder's split is fixed")
+    seed: int = option(0, "of shapes, weights and noise", at_least=0, below=2**63)
     # model
     patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2", at_least=1)
     mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale")
@@ -192,7 +192,7 @@ def check_option(f: Field, value) -> None:
         raise InputError(f"{name} {value!r} must be of type {f.type.__name__}")
     if "choices" in limits and value not in limits["choices"]:
         raise InputError(f"{name} {value} must be one of {', '.join(limits['choices'])}")
-    if f.type in (int, float) and not math.isfinite(value):
+    if f.type is float and not math.isfinite(value):
         raise InputError(f"{name} {value} must be a finite number")
     if "at_least" in limits and value < limits["at_least"]:
         raise InputError(f"{name} {value} must be at least {limits['at_least']}")
@@ -947,14 +947,16 @@ def generate(
     sampling: how, where that should be another way. noise: order, z and exploration; drawn from
     `seed` if not given, and then the same for every model. known: (tokens [B, L, D], mask [L]), to
     complete images: only tokens under the mask are drawn. trace: True also returns the Trace, and
-    "predictions" the Trace with its predictions.
-    Same seed, same device: same images. InputError if the sampling does not suit the model."""
+    "predictions" the Trace with its predictions, for which a teacher draws more noise.
+    Same seed, device and arguments: same images. InputError if the sampling does not suit the
+    model."""
     sampling = (sampling or Sampling()).resolve(model)
     labels = torch.as_tensor(labels, device=model.device)
-    if not ((0 <= labels) & (labels <= model.num_classes)).all():
+    in_range = (0 <= labels) & (labels <= model.num_classes)
+    if labels.is_floating_point() or not in_range.all():
         raise InputError(
-            f"labels must lie in 0...{model.num_classes - 1} (or be "
-            f"{model.num_classes}, the null class), not {labels.tolist()}"
+            f"labels must be integers in 0...{model.num_classes - 1} (or {model.num_classes}, the "
+            f"null class), not {labels.tolist()}"
         )
     generator = rng(seed, "generate", device=model.device)
     drawn = draw_noise(model, len(labels), generator)  # in any case: what follows is then the same
@@ -2406,10 +2408,10 @@ def make_reward(
     settings: Settings,
     data: Data,
     device,
-    critic: Critic,
+    critic: Critic | None = None,
     clip: ClipOptions | None = None,
 ) -> Callable:
-    """The reward `name` as a checked function; critic: the reward network, for `embedded`."""
+    """The reward `name` as a checked function; critic: the reward network, for `embedded` alone."""
     check_reward_name(name)
     if name == "fit" and data.name != "shapes":
         raise InputError(
@@ -2958,7 +2960,25 @@ def prepare(
     if args.resume and not there:
         print(f"nothing to resume in {args.out}: starting afresh")
     args.out.mkdir(parents=True, exist_ok=True)
+    remember_choices(args, resume=bool(there))
     return settings, data, device
+
+
+def remember_choices(args, resume: bool) -> None:
+    """Keep --data and --reward in out/choices.json; InputError where a resumed run has others.
+
+    They name folders and code: what a file says is compared with them, and never used."""
+    path = args.out / "choices.json"
+    given = {"data": str(Path(args.data)), "reward": getattr(args, "reward", None)}
+    kept = json.loads(path.read_text()) if resume and path.exists() else {}
+    for name, value in kept.items():
+        given[name] = given[name] or value  # train_distill.py has no --reward
+        if value and value != given[name]:
+            raise InputError(
+                f"{args.out} was begun with {flag(name)} {value}, not {given[name]}: give it "
+                "again, or another --out"
+            )
+    path.write_text(json.dumps(given))
 
 
 def teacher_and_student(
@@ -2991,7 +3011,7 @@ def run(main: Callable) -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print(
-            "stopped; the same command with --resume goes on from the last checkpoint",
+            "stopped; what a training had saved, the same command with --resume continues",
             file=sys.stderr,
         )
         sys.exit(130)

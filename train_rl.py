@@ -89,9 +89,12 @@ def main(argv=None):
     settings, data, device = maskrl.prepare(args, written, contents[-1] if contents else None)
     models = given_models(args, settings, device) if args.student else None
 
+    quality = None
+    if args.reward != "embedded":  # first, for a wrong one should show before long work
+        clip = maskrl.ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
+        quality = maskrl.make_reward(args.reward, settings, data, device, clip=clip)
     critic = maskrl.train_critic("reward", data.train, settings, device)
-    clip = maskrl.ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
-    quality = maskrl.make_reward(args.reward, settings, data, device, critic, clip)
+    quality = quality or maskrl.make_reward("embedded", settings, data, device, critic)
     minutes = {}
     if models is None:
         models, minutes = maskrl.teacher_and_student(args, settings, data, device, critic)

@@ -540,9 +540,16 @@ def test_labels_may_be_a_list_of_integers(student):
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_labels_out_of_range_are_refused_and_the_null_class_is_not(student, wrong):
     """A negative index would silently be another class."""
-    with pytest.raises(InputError, match=rf"labels must lie in 0\.\.\.2 .*not \[0, {wrong}\]"):
+    with pytest.raises(
+        InputError, match=rf"labels must be integers in 0\.\.\.2 .*not \[0, {wrong}\]"
+    ):
         maskrl.generate(student, [0, wrong])
     assert maskrl.generate(student, [3]).isfinite().all()
+
+
+def test_labels_that_are_no_integers_are_refused(student):
+    with pytest.raises(InputError, match="labels must be integers"):
+        maskrl.generate(student, [0.5])
 
 
 @pytest.mark.parametrize("kind", ["student", "policy"])

@@ -42,8 +42,10 @@ def run(folder, tmp_path_factory):
 
 def test_a_folder_goes_through_all_stages_and_leaves_their_files(run):
     out, metrics = run
-    written = "teacher.pt student.pt policy.pt log.jsonl metrics.json samples.png neighbours.png"
-    assert {*written.split(), "curves.png", "gain.png"} == {path.name for path in out.iterdir()}
+    models, pictures = "teacher student policy", "samples neighbours curves gain"
+    files = {f"{name}.pt" for name in models.split()} | {f"{n}.png" for n in pictures.split()}
+    files |= {"choices.json", "log.jsonl", "metrics.json"}
+    assert files == {path.name for path in out.iterdir()}
     assert json.loads((out / "metrics.json").read_text())["rows"].keys() == metrics["rows"].keys()
 
 
@@ -97,6 +99,18 @@ def test_rl_goes_on_from_a_given_student_and_only_with_it(run, folder, more, tmp
     assert "teacher" in metrics["rows"]  # it lies beside the student
     error = error_of(train_rl.main, [*new, "--resume", "--data", folder, *CPU], capsys)
     assert "give it again by --student" in error
+
+
+def test_a_resumed_run_keeps_its_reward_and_data(run, folder, capsys):
+    """--resume without --reward once went on, silently, under another reward."""
+    out = ("--out", run[0], "--resume", *CPU)
+    with_fit = [*out, "--data", folder, "--reward", "fit"]
+    assert "was begun with --reward embedded, not fit" in error_of(train_rl.main, with_fit, capsys)
+    copy = run[0].parent / "copy"
+    if not copy.exists():
+        copy.symlink_to(folder)
+    elsewhere = error_of(train_rl.main, [*out, "--data", copy], capsys)
+    assert f"was begun with --data {folder}, not {copy}" in elsewhere
 
 
 def test_a_given_teacher_is_distilled_and_not_written_again(run, more, tmp_path):

@@ -171,7 +171,7 @@ def test_a_finished_stage_keeps_no_state_to_resume_from(tmp_path, settings):
         maskrl.train(training, stop_after_four, path, 6, every=2)
     content = maskrl.read_checkpoint(path)
     assert content["step"] == 4
-    assert set(content["training"]) == {*training.state, "best"}
+    assert set(content["training"]) == {*training.state, "record"}
     assert len(training.state) == 4  # two optimisers and their rates
     maskrl.train(training, update, path, 6, resume=True)
     content = maskrl.read_checkpoint(path)
