@@ -1771,7 +1771,7 @@ def load_data(
     as --class-names has it. cache: a folder to keep decoded images in; without one they stay in
     memory. A class is divided alike for every seed, and whatever other classes there are.
     InputError if the folder is missing, or a class has fewer than 20 images."""
-    names, generator = {}, rng("split")  # without the seed: no stage meets what another held out
+    names = {}
     if name == "shapes":
         if chosen or class_names:
             raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
@@ -1783,23 +1783,36 @@ def load_data(
         if chosen:
             classes = [classes[y] for y in sorted(set(find_classes(chosen, classes, names)))]
         images, labels = load_folder(name, classes, settings.image_size, cache)
+    parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
+    return Data(name, classes, names, *parts)
+
+
+def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
+    """Rows of `labels` [N] for train, judge and test; labels that are no class are in none.
+
+    The seed has no part in it: no stage meets what another one held out."""
     train, judge, test = [], [], []
+    generator = rng("split")
     for y, class_name in enumerate(classes):
         rows = (labels == y).nonzero().squeeze(1)
         n = len(rows)
-        if n < 20:
-            raise InputError(
-                f"class {class_name!r} in --data {name} has {n} readable images; at "
-                "least 20 are needed"
-            )
         if name != "shapes":
+            check_class_size(name, class_name, n)
             generator = rng("split", class_name)
         rows = rows[torch.randperm(n, generator=generator)]
         train.append(rows[: int(0.6 * n)])
         judge.append(rows[int(0.6 * n) : int(0.8 * n)])
         test.append(rows[int(0.8 * n) :])
-    parts = [Split(images, rows, labels[rows]) for rows in map(torch.cat, (train, judge, test))]
-    return Data(name, classes, names, *parts)
+    return [torch.cat(part) for part in (train, judge, test)]
+
+
+def check_class_size(folder: str, class_name: str, n: int) -> None:
+    """InputError unless n images are enough to be divided."""
+    if n < 20:
+        raise InputError(
+            f"class {class_name!r} in --data {folder} has {n} readable images; at least 20 are "
+            "needed, or --classes without it"
+        )
 
 
 def load_shapes(settings: Settings) -> tuple[list[str], Tensor, Tensor]:
@@ -1817,15 +1830,19 @@ def some(texts: list[str], most: int = 10) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def read_lines(option: str, path) -> list[str]:
+    """The lines of a text file; InputError if it is none."""
+    try:
+        return Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path}: {error}") from None
+
+
 def read_class_names(path, classes: list[str]) -> dict[str, str]:
     """{class: what people call it} of a file with lines such as `n01440764 tench, Tinca tinca`.
 
     InputError if it names none of the `classes`."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--class-names {path}: {error}") from None
-    words = [line.split(maxsplit=1) for line in lines]
+    words = [line.split(maxsplit=1) for line in read_lines("--class-names", path)]
     names = {pair[0]: pair[1].strip() for pair in words if len(pair) == 2}
     if not names.keys() & set(classes):
         raise InputError(
@@ -1848,14 +1865,15 @@ def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) ->
     meant = {}
     for y, name in enumerate(classes):
         called = names.get(name, name)
-        for spelling in {name, called, *map(str.strip, called.split(","))}:
+        for spelling in {called, *map(str.strip, called.split(","))}:
             meant.setdefault(spelling, []).append(y)
+    meant |= {name: [y] for y, name in enumerate(classes)}
     wanted = []
     for text in texts:
         if text in meant:
             wanted.append(text)
         elif os.path.isfile(text):
-            wanted += Path(text).read_text().splitlines()
+            wanted += read_lines("--classes", text)
         else:
             wanted += text.split(",")
     wanted = [name.strip() for name in wanted if name.strip()]
@@ -1949,23 +1967,24 @@ def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str
     """Paths and labels [N] of the images of the `classes`, and a digest that changes when a file is
     added, removed or changed. Says how many other files there are, of which kinds."""
     paths, labels, digest = [], [], hashlib.sha256(b"upright, white behind, middle square")
-    beside = [kind_of(entry) for entry in os.scandir(folder) if not entry.is_dir()]
+    root = os.path.abspath(folder)
+    beside = [kind_of(entry) for entry in os.scandir(root) if not entry.is_dir()]
     ignored = Counter(f"{kind} beside the sub-folders" for kind in beside)
     for y, name in enumerate(classes):
-        for entry in files_below(Path(folder, name)):
+        for entry in files_below(os.path.join(root, name)):
             kind = kind_of(entry)
             if kind not in EXTENSIONS:
                 ignored[kind] += 1
                 continue
             stat = entry.stat()
-            about = os.path.relpath(entry.path, folder), stat.st_size, stat.st_mtime_ns
+            about = entry.path.removeprefix(root), stat.st_size, stat.st_mtime_ns
             digest.update(f"{about}\n".encode())
             paths.append(entry.path)
             labels.append(y)
     if ignored:
         kinds = some([f"{count} {kind}" for kind, count in ignored.most_common()])
         print(f"ignored in {folder}: {kinds}", file=sys.stderr)
-    return paths, torch.tensor(labels), digest.hexdigest()
+    return paths, torch.tensor(labels, dtype=torch.long), digest.hexdigest()
 
 
 def decode(paths: list[str], size: int, file: BinaryIO) -> dict[int, str]:
@@ -2021,8 +2040,8 @@ def load_folder(folder: str, classes: list[str], size: int, cache=None) -> tuple
     cache: where the bytes are kept from run to run, and mapped from; None: they are in memory."""
     try:
         paths, labels, digest = list_images(folder, classes)
-        if not paths:
-            raise InputError(f"--data {folder}: its sub-folders have no images")
+        for name, n in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
+            check_class_size(folder, name, n)  # before long work
         if cache is None:
             file = io.BytesIO()
             reasons = decode(paths, size, file)
@@ -3123,10 +3142,10 @@ def describe(data: Data, settings: Settings) -> str:
         f"for the judge, {len(data.test)} held out, n = {n} in each row of the judge's table"
     )
     if n < 500:
-        text += ", too few for more than rough distances"
+        text += " (few: its distances are rough)"
     if data.name != "shapes":
         side = settings.image_size
-        text += f"; all made {side} x {side} pixels: --image-size changes it, and takes its time"
+        text += f"; resized to {side} x {side} pixels (--image-size; more of them want a GPU)"
     return text
 
 
