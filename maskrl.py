@@ -2000,13 +2000,18 @@ def decode(paths: list[str], size: int, file: BinaryIO) -> dict[int, str]:
         except InputError as error:
             return str(error)
 
-    with warnings.catch_warnings(), ThreadPool(os.cpu_count()) as pool:
-        warnings.filterwarnings("ignore", module="PIL")  # odd metadata, or merely large
-        results = tqdm(pool.imap(read, paths, 32), "decoding", len(paths), leave=False)
-        for i, result in enumerate(results):
-            if isinstance(result, str):
-                reasons[i], result = result, bytes(3 * size * size)
-            file.write(result)
+    pool = ThreadPool(os.cpu_count())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # odd metadata, or merely large
+            results = tqdm(pool.imap(read, paths, 32), "decoding", len(paths), leave=False)
+            for i, result in enumerate(results):
+                if isinstance(result, str):
+                    reasons[i], result = result, bytes(3 * size * size)
+                file.write(result)
+    finally:
+        pool.terminate()
+        pool.join()  # after Ctrl-C too, a thread still at work would crash Python's exit
     return reasons
 
 
