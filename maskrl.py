@@ -39,29 +39,34 @@ weight of the KL divergence.
 """
 
 import argparse
+import hashlib
 import importlib
+import io
 import json
 import logging
 import math
 import os
 import platform
 import sys
+import tempfile
 import time
+import warnings
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from torchvision import datasets
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -1700,8 +1705,9 @@ def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
 
 # 12 Data ------------------------------------------------------------------------------------------
 # Either shapes that anybody can draw, or a folder with one sub-folder of images per class. Both end
-# as bytes in memory, in three parts: `train` (generator and reward), `judge` (the judge alone) and
-# `test` (what the judge compares with).
+# as bytes, in three parts: `train` (generator and reward), `judge` (the judge alone) and `test`
+# (what the judge compares with). A folder is decoded once, into a file that is then mapped: it may
+# hold more images than fit into memory.
 
 COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230)}
 FORMS = ("circle", "square", "triangle")
@@ -1716,30 +1722,40 @@ def to_unit(images: Tensor) -> Tensor:
 class Split:
     """Some of the images of a data set, and their labels."""
 
-    images: Tensor  # uint8 [N, 3, S, S]
+    stored: Tensor  # uint8 [M, 3, S, S], all images of the data set, perhaps mapped from a file
+    rows: Tensor  # [N], which of them belong to this part
     labels: Tensor  # [N]
 
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """A copy of this part's images, uint8 [N, 3, S, S]; of a large one, `take` some first."""
+        return self.stored[self.rows]
+
     def take(self, index) -> "Split":
-        return Split(self.images[index], self.labels[index])
+        return Split(self.stored, self.rows[index], self.labels[index])
 
     def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
         """n random images in [-1, 1] [n, 3, S, S] and their labels [n]."""
         index = torch.randint(len(self), (n,), generator=generator)
-        x = to_unit(self.images[index].to(device))
+        x = to_unit(self.stored[self.rows[index]].to(device))
         if flip:
             mirrored = torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5
             x = torch.where(mirrored, x.flip(-1), x)
         return x, self.labels[index].to(device)
 
+    def balanced_half(self, most: int) -> int:
+        """Images of each class in either of the `balanced_halves`."""
+        counts = self.labels.unique(return_counts=True)[1]
+        return max(2, min(int(counts.min()) // 2, most // len(counts)))
+
     def balanced_halves(self, most: int, generator) -> tuple["Split", "Split"]:
         """Two disjoint halves with equally many images of every class: at most `most` images each,
         but at least two of each class."""
+        m = self.balanced_half(most)
         rows = [(self.labels == y).nonzero().squeeze(1) for y in self.labels.unique()]
-        m = min(len(r) for r in rows) // 2
-        m = max(2, min(m, most // len(rows)))
         rows = [r[torch.randperm(len(r), generator=generator)] for r in rows]
         first, second = [r[:m] for r in rows], [r[m : 2 * m] for r in rows]
         return self.take(torch.cat(first)), self.take(torch.cat(second))
@@ -1748,15 +1764,34 @@ class Split:
 @dataclass
 class Data:
     name: str  # "shapes", or the folder
-    classes: list[str]
+    classes: list[str]  # what labels stand for; a checkpoint's, which may be more than occur here
+    names: dict[str, str]  # {class: what people call it}, of --class-names
     train: Split
     judge: Split
     test: Split
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels that occur, ascending."""
+        return self.train.labels.unique()
+
+    def labelled_as(self, classes: list[str]) -> "Data":
+        """The same images under the labels of a checkpoint's `classes`, of which these are some."""
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise InputError(
+                f"--data {self.name} has classes that the checkpoint has not: {some(unknown)}; "
+                f"its own are {some(classes)}. Choose by --classes"
+            )
+        label = torch.tensor([classes.index(name) for name in self.classes])
+        parts = [replace(p, labels=label[p.labels]) for p in (self.train, self.judge, self.test)]
+        return Data(self.name, classes, self.names, *parts)
+
     def training_images(self) -> Tensor:
         """Training images in [-1, 1] [N, 3, S, S], every class in its share: all of them, or evenly
         spaced 10,000 to 20,000."""
-        return to_unit(self.train.images[:: max(1, len(self.train) // 10_000)])
+        evenly = slice(None, None, max(1, len(self.train) // 10_000))
+        return to_unit(self.train.take(evenly).images)
 
     def measure(self, settings: Settings) -> Settings:
         """The Settings with mean and scale measured on the training images, unless scale is given.
@@ -1798,70 +1833,309 @@ def draw_shapes(labels: Tensor, size: int, generator=None) -> Tensor:
     return (inside * paint + (1 - inside) * background).round().to(torch.uint8)
 
 
-def load_data(settings: Settings, name: str = "shapes") -> Data:
+def load_data(
+    settings: Settings, name: str = "shapes", chosen=None, class_names=None, cache=None
+) -> Data:
     """Data called `shapes`, or of a folder; 60 / 20 / 20 % of every class to train, judge and test.
 
-    A folder's parts are the same for every seed. A broken image is named, skipped and counted.
+    chosen: names of the folder's classes, as --classes has them (None: all). class_names: a file,
+    as --class-names has it. cache: a folder to keep decoded images in; without one they stay in
+    memory. A class is divided alike for every seed, and whatever other classes there are.
     InputError if the folder is missing, or a class has fewer than 20 images."""
+    names = {}
     if name == "shapes":
-        classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
-        labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
-        generator = rng(settings.seed, "shapes")
-        parts = [draw_shapes(y, settings.image_size, generator) for y in labels.split(4096)]
-        images = torch.cat(parts)
+        if chosen or class_names:
+            raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
+        classes, images, labels = load_shapes(settings)
     else:
-        classes, images, labels = load_folder(name, settings.image_size)
+        classes = class_folders(name)
+        if class_names:
+            names = read_class_names(class_names, classes)
+        if chosen:
+            classes = [classes[y] for y in sorted(set(find_classes(chosen, classes, names)))]
+        images, labels = load_folder(name, classes, settings.image_size, cache)
+    parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
+    return Data(name, classes, names, *parts)
+
+
+def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
+    """Rows of `labels` [N] for train, judge and test; labels that are no class are in none.
+
+    The seed has no part in it: no stage meets what another one held out."""
     train, judge, test = [], [], []
-    generator = rng("split")  # without the seed: no stage meets what another one held out
+    generator = rng("split")
     for y, class_name in enumerate(classes):
         rows = (labels == y).nonzero().squeeze(1)
         n = len(rows)
-        if n < 20:
-            raise InputError(
-                f"class {class_name!r} in --data {name} has {n} readable images; at "
-                "least 20 are needed"
-            )
+        if name != "shapes":
+            check_class_size(name, class_name, n)
+            generator = rng("split", class_name)
         rows = rows[torch.randperm(n, generator=generator)]
         train.append(rows[: int(0.6 * n)])
         judge.append(rows[int(0.6 * n) : int(0.8 * n)])
         test.append(rows[int(0.8 * n) :])
-    splits = [Split(images[rows], labels[rows]) for rows in map(torch.cat, (train, judge, test))]
-    return Data(name, classes, *splits)
+    return [torch.cat(part) for part in (train, judge, test)]
 
 
-def read_image(path, size: int) -> Tensor:
-    """An image file, resized and centre-cropped to uint8 [3, size, size]."""
-    with Image.open(path) as image:
-        image = TF.resize(image.convert("RGB"), size, antialias=True)
-        return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
-
-
-def load_folder(folder: str, size: int) -> tuple[list[str], Tensor, Tensor]:
-    """Class names, images uint8 [N, 3, size, size] and labels [N] of a folder of folders."""
-    try:
-        found = datasets.ImageFolder(folder)
-    except OSError as error:
+def check_class_size(folder: str, class_name: str, n: int) -> None:
+    """InputError unless n images are enough to be divided."""
+    if n < 20:
         raise InputError(
-            f"--data {folder}: {error}. Expected one sub-folder of images per class"
-        ) from None
+            f"class {class_name!r} in --data {folder} has {n} readable images; at least 20 are "
+            "needed, or --classes without it"
+        )
 
-    def read(sample):
-        path, label = sample
+
+def load_shapes(settings: Settings) -> tuple[list[str], Tensor, Tensor]:
+    """Class names, images uint8 [N, 3, S, S] and labels [N] of the built-in shapes."""
+    classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+    labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
+    generator = rng(settings.seed, "shapes")
+    parts = [draw_shapes(y, settings.image_size, generator) for y in labels.split(4096)]
+    return classes, torch.cat(parts), labels
+
+
+def some(texts: list[str], most: int = 10) -> str:
+    """The first of `texts`, and how many there are where these are not all."""
+    more = f", ... ({len(texts)} in all)" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def read_lines(option: str, path) -> list[str]:
+    """The lines of a text file; InputError if it is none."""
+    try:
+        return Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path}: {error}") from None
+
+
+def read_class_names(path, classes: list[str]) -> dict[str, str]:
+    """{class: what people call it} of a file with lines such as `n01440764 tench, Tinca tinca`.
+
+    InputError if it names none of the `classes`."""
+    words = [line.split(maxsplit=1) for line in read_lines("--class-names", path)]
+    names = {pair[0]: pair[1].strip() for pair in words if len(pair) == 2}
+    if not names.keys() & set(classes):
+        raise InputError(
+            f"--class-names {path} names none of the classes {some(classes, 3)}; expected lines "
+            "such as 'n01440764 tench, Tinca tinca'"
+        )
+    return names
+
+
+def display_names(classes: list[str], names: dict[str, str]) -> list[str]:
+    """What to call the `classes`: the first of several names; the class itself if it has none."""
+    return [names.get(name, name).split(",")[0] for name in classes]
+
+
+def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) -> list[int]:
+    """Positions in `classes` of those that --classes asks for.
+
+    texts: classes or their `names`, several of them apart by commas, or files with one a line.
+    InputError if there is no such class, or if a name is that of several."""
+    meant = {}
+    for y, name in enumerate(classes):
+        called = names.get(name, name)
+        for spelling in {called, *map(str.strip, called.split(","))}:
+            meant.setdefault(spelling, []).append(y)
+    meant |= {name: [y] for y, name in enumerate(classes)}
+    wanted = []
+    for text in texts:
+        if text in meant:
+            wanted.append(text)
+        elif os.path.isfile(text):
+            wanted += read_lines("--classes", text)
+        else:
+            wanted += text.split(",")
+    wanted = [name.strip() for name in wanted if name.strip()]
+    if not wanted:
+        raise InputError("--classes names no class")
+    for name in wanted:
+        if name not in meant:
+            raise InputError(f"--classes: there is no class {name!r}; there are: {some(classes)}")
+        if len(meant[name]) > 1:
+            several = some([classes[y] for y in meant[name]])
+            raise InputError(f"--classes: {name!r} may be any of {several}: name one of these")
+    return [meant[name][0] for name in wanted]
+
+
+# Image files: each as a person sees it, and a folder of them as bytes.
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = {end: name for end, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def read_rgb(path, side: int | None = None) -> Image.Image:
+    """The first frame of an image file in 8 bits, upright, and on white where it is transparent.
+
+    side: the side of the square that will be made of it; a JPEG is decoded no larger than that
+    takes. InputError says why a file cannot be read."""
+    try:
+        with Image.open(path, formats=tuple(set(EXTENSIONS.values()))) as image:
+            if side:
+                image.draft(None, (2 * side, 2 * side))
+            ImageOps.exif_transpose(image, in_place=True)
+            return on_white(eight_bits(image))
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: no image, or a damaged one") from None
+    except Exception as error:  # over a damaged file Pillow raises nearly anything
+        raise InputError(f"{path}: {error or type(error).__name__}") from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Pixels of 16 bits and floats scaled to 0...255, where Pillow would clip them.
+
+    White is 65535; of floats 1, unless some are larger: then 255, or 65535."""
+    if image.mode not in ("F", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+        return image
+    x = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    white = 65535
+    if image.mode == "F":
+        white = next((level for level in (1, 255) if x.max() <= level), white)
+    return Image.fromarray((x / white * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Any image in RGB, transparent pixels composited on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def middle_square(image: Image.Image, size: int) -> Tensor:
+    """The middle of an RGB image, resized to uint8 [3, size, size]."""
+    return TF.pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the sub-folders, sorted; hidden ones are no classes."""
+    try:
+        found = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"--data {folder}: {error.strerror}") from None
+    if not found:
+        raise InputError(f"--data {folder} has no sub-folders; expected one of images per class")
+    return sorted(found)
+
+
+def files_below(folder) -> Iterator[os.DirEntry]:
+    """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed."""
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.is_dir():
+            yield from files_below(entry.path)
+        else:
+            yield entry
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """What tells the kind of a file: how its name ends, e.g. `.jpg`."""
+    kind = Path(entry.name).suffix.lower() or entry.name
+    return kind if entry.is_file() else f"{kind} (a broken link)"
+
+
+def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str]:
+    """Paths and labels [N] of the images of the `classes`, and a digest that changes when a file is
+    added, removed or changed. Says how many other files there are, of which kinds."""
+    paths, labels, digest = [], [], hashlib.sha256(b"upright, white behind, middle square")
+    root = os.path.abspath(folder)
+    beside = [kind_of(entry) for entry in os.scandir(root) if not entry.is_dir()]
+    ignored = Counter(f"{kind} beside the sub-folders" for kind in beside)
+    for y, name in enumerate(classes):
+        for entry in files_below(os.path.join(root, name)):
+            kind = kind_of(entry)
+            if kind not in EXTENSIONS:
+                ignored[kind] += 1
+                continue
+            stat = entry.stat()
+            about = entry.path.removeprefix(root), stat.st_size, stat.st_mtime_ns
+            digest.update(f"{about}\n".encode())
+            paths.append(entry.path)
+            labels.append(y)
+    if ignored:
+        kinds = some([f"{count} {kind}" for kind, count in ignored.most_common()])
+        print(f"ignored in {folder}: {kinds}", file=sys.stderr)
+    return paths, torch.tensor(labels, dtype=torch.long), digest.hexdigest()
+
+
+def decode(paths: list[str], size: int, file: BinaryIO) -> dict[int, str]:
+    """Write the images as 3 x size x size bytes each, in order. Returns {index: reason} of those
+    that cannot be read, in whose place are zeros.
+
+    Threads, since Pillow lets others run while it decodes and resizes."""
+    reasons = {}
+
+    def read(path):
         try:
-            return read_image(path, size), label
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            return middle_square(read_rgb(path, size), size).numpy().tobytes()
+        except InputError as error:
+            return str(error)
 
-    with ThreadPoolExecutor() as pool:
-        work = pool.map(read, found.samples)
-        pairs = [pair for pair in tqdm(work, "images", len(found.samples), leave=False) if pair]
-    skipped = len(found.samples) - len(pairs)
-    if skipped:
-        print(f"skipped {skipped} of {len(found.samples)} images in {folder}", file=sys.stderr)
-    if not pairs:
-        raise InputError(f"--data {folder}: none of its images could be read")
-    images, labels = zip(*pairs)
-    return found.classes, torch.stack(images), torch.tensor(labels)
+    pool = ThreadPool(os.cpu_count())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # odd metadata, or merely large
+            results = tqdm(pool.imap(read, paths, 32), "decoding", len(paths), leave=False)
+            for i, result in enumerate(results):
+                if isinstance(result, str):
+                    reasons[i], result = result, bytes(3 * size * size)
+                file.write(result)
+    finally:
+        pool.terminate()
+        pool.join()  # after Ctrl-C too, a thread still at work would crash Python's exit
+    return reasons
+
+
+def decode_to(place: Path, folder: str, paths: list[str], size: int) -> None:
+    """The folder `place`, with the decoded images and key.json, which tells of them.
+
+    It gets its name when it is complete, so that nobody finds half of one; two runs that make it at
+    the same time make the same."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    print(f"decoding {len(paths)} images of {folder}, once, into {place}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=place.parent) as unfinished:
+        part = Path(unfinished, "part")
+        part.mkdir()
+        with open(part / "images.bytes", "wb") as file:
+            reasons = decode(paths, size, file)
+            file.flush()
+            os.fsync(file.fileno())
+        key = {"folder": folder, "image_size": size, "files": len(paths)}
+        key["unreadable"] = list(reasons.items())
+        (part / "key.json").write_text(json.dumps(key, indent=1))
+        try:
+            part.rename(place)
+        except OSError:
+            if not place.exists():  # else another run was first
+                raise
+
+
+def load_folder(folder: str, classes: list[str], size: int, cache=None) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 3, size, size] and labels [N] of a folder of folders, -1 where unreadable.
+
+    cache: where the bytes are kept from run to run, and mapped from; None: they are in memory."""
+    try:
+        paths, labels, digest = list_images(folder, classes)
+        for name, n in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
+            check_class_size(folder, name, n)  # before long work
+        if cache is None:
+            file = io.BytesIO()
+            reasons = decode(paths, size, file)
+            pixels = np.frombuffer(file.getbuffer(), np.uint8)
+        else:
+            place = Path(cache, f"{digest[:20]}-{size}")
+            if not place.exists():
+                decode_to(place, folder, paths, size)
+            reasons = dict(json.loads((place / "key.json").read_text())["unreadable"])
+            pixels = np.memmap(place / "images.bytes", np.uint8, "c")
+    except OSError as error:
+        raise InputError(f"--data {folder}: {error}") from None
+    for reason in list(reasons.values())[:10]:
+        print(f"skipped {reason}", file=sys.stderr)
+    if reasons:
+        print(f"skipped {len(reasons)} of {len(paths)} images in {folder}", file=sys.stderr)
+    labels[list(reasons)] = -1
+    return torch.from_numpy(pixels).view(-1, 3, size, size), labels
 
 
 # 13 Training loop ---------------------------------------------------------------------------------
@@ -1970,10 +2244,12 @@ def train_policy(
     torch.manual_seed(settings.seed)
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
     training = method(student, settings, quality, mean_image(data, settings).to(student.device))
+    occurring = data.labels
 
     def update(step):
         generator = rng(settings.seed, "rl", step)
-        labels = torch.randint(len(data.classes), (settings.prompts,), generator=generator)
+        index = torch.randint(len(occurring), (settings.prompts,), generator=generator)
+        labels = occurring[index]
         return training.update(labels.to(student.device), (settings.seed, "rollout", step))
 
     train(training, update, Path(out) / "policy.pt", settings.rl_iters, resume, measure, every=25)
@@ -2057,8 +2333,10 @@ class Critic(nn.Module):
 def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
     """The network `name` (reward or judge) trained on the images of `split`, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
-    classes = int(split.labels.max()) + 1
-    learns_damage = name == "reward" or classes == 1  # one class alone would teach nothing
+    classes = int(split.labels.max()) + 1  # some may not occur, where a checkpoint knows more
+    learns_damage = (
+        name == "reward" or len(split.labels.unique()) == 1
+    )  # one class alone would teach nothing
     critic = Critic(name, settings.image_size, classes + learns_damage).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
@@ -2423,7 +2701,9 @@ def make_reward(
     elif name == "fit":
         quality = ShapeFit(settings.image_size, device)
     elif name == "clip":
-        quality = clip_reward(clip or ClipOptions(), data.classes, device)
+        quality = clip_reward(
+            clip or ClipOptions(), display_names(data.classes, data.names), device
+        )
     else:
         quality = function_reward(name)
     generator = rng(settings.seed, "reward check")
@@ -2579,9 +2859,11 @@ def report(
     print(report_table(metrics))
     samples_picture(out, images, rows, judge.labels, data)
     curves(out)
+    columns = [data.classes[y] for y in data.labels[:12]]
     print(
         f"\nPictures: {Path(out) / 'samples.png'}, neighbours.png, curves.png; "
-        f"figures: {Path(out) / 'metrics.json'}"
+        f"figures: {Path(out) / 'metrics.json'}\n"
+        f"Their columns: {', '.join(display_names(columns, data.names))}"
     )
     return metrics
 
@@ -2705,12 +2987,13 @@ def curves(out) -> None:
     plt.close(figure)
 
 
-def gain_picture(out, training: PolicyGradient, classes: int) -> None:
-    """gain.png: information gain along trajectories, and how often each step is critical."""
+def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
+    """gain.png: information gain along trajectories of the labels `occurring`, and how often each
+    step is critical."""
     plt, model = pyplot(), training.model
     if not plt:
         return
-    labels = torch.arange(16, device=model.device) % classes
+    labels = occurring[torch.arange(16) % len(occurring)].to(model.device)
 
     def constant_quality(images, labels):
         return torch.ones(len(labels))
@@ -2826,6 +3109,18 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
         help="one sub-folder of images per class (default: the built-in shapes)",
     )
     add(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="sub-folders to use, apart by spaces or commas, or a file with one a line "
+        "(default: all)",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="what the sub-folders' classes are called, in lines such as n01440764 tench",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("runs/latest"),
@@ -2922,6 +3217,21 @@ def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
     return replace(base, **given)
 
 
+def describe(data: Data, settings: Settings) -> str:
+    """How many images there are and what for, and what a person may not expect of them."""
+    n = len(data.labels) * data.test.balanced_half(settings.judge_n)
+    text = (
+        f"{len(data.labels)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
+        f"for the judge, {len(data.test)} held out, n = {n} in each row of the judge's table"
+    )
+    if n < 500:
+        text += " (few: its distances are rough)"
+    if data.name != "shapes":
+        side = settings.image_size
+        text += f"; resized to {side} x {side} pixels (--image-size; more of them want a GPU)"
+    return text
+
+
 def prepare(
     args, written: list[str], base: dict | None = None
 ) -> tuple[Settings, Data, torch.device]:
@@ -2946,17 +3256,12 @@ def prepare(
         base = read_checkpoint(args.out / there[0])
     settings = settings_from(args, device, base, resume=bool(there))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
-    data = load_data(settings, args.data)
+    cache = args.out.parent / "cache"
+    data = load_data(settings, args.data, args.classes, args.class_names, cache)
+    if base:
+        data = data.labelled_as(base["classes"])
     settings = data.measure(settings)
-    print(
-        f"{len(data.classes)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
-        f"for the judge, {len(data.test)} held out; on {hardware(device)}"
-    )
-    if base and base["classes"] != data.classes:
-        raise InputError(
-            f"the classes of --data {data.name} ({', '.join(data.classes[:5])}...) are "
-            f"not the checkpoint's ({', '.join(base['classes'][:5])}...)"
-        )
+    print(f"{describe(data, settings)}; on {hardware(device)}")
     if args.resume and not there:
         print(f"nothing to resume in {args.out}: starting afresh")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,14 @@ def parse(argv=None):
         "--classes",
         nargs="+",
         metavar="CLASS",
-        help="names of classes, apart by spaces or commas (default: all, in turn)",
+        help="names of classes, apart by spaces or commas, or a file with one a line "
+        "(default: all, in turn)",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="what the classes are called, in lines such as n01440764 tench; for --classes and "
+        "the names of --files",
     )
     add("--n", type=int, default=64, help="number of images (default: 64)")
     add(
@@ -88,31 +95,24 @@ def check_paths(args):
         )
 
 
-def labels_of(texts, model, n):
+def labels_of(texts, model, names, n):
     """Labels [n] that go through the classes named by --classes, or through all of them."""
-    names = []
-    for text in texts or model.classes:
-        names += [text] if text in model.classes else [name.strip() for name in text.split(",")]
-    names = [name for name in names if name]
-    for name in names:
-        if name not in model.classes:
-            raise InputError(
-                f"--classes: there is no class {name!r}; there are: {', '.join(model.classes)}"
-            )
-    if not names:
-        raise InputError("--classes names no class")
-    chosen = [model.classes.index(names[i % len(names)]) for i in range(n)]
-    return torch.tensor(chosen, device=model.device), len(names)
+    chosen = range(len(model.classes))
+    if texts:
+        chosen = maskrl.find_classes(texts, model.classes, names)
+    labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+    return labels.to(model.device), len(chosen)
 
 
 def read(option, path, size):
-    """Pixels uint8 [3, S, S] of the image at `path`, and its width / height."""
+    """Pixels uint8 [3, S, S] of the image at `path`, and its width / height.
+
+    size: S; None for as many pixels as the image has."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-        return maskrl.read_image(path, size or min(width, height)), width / height
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"--{option} {path}: {error}") from None
+        image = maskrl.read_rgb(path)
+    except InputError as error:
+        raise InputError(f"--{option} {error}") from None
+    return maskrl.middle_square(image, size or min(image.size)), image.width / image.height
 
 
 def to_complete(image, mask, settings):
@@ -150,7 +150,10 @@ def main(argv=None):
     check_paths(args)
     model = maskrl.load_checkpoint(args.checkpoint, device=device)
     settings = model.settings
-    labels, columns = labels_of(args.classes, model, args.n)
+    names = {}
+    if args.class_names:
+        names = maskrl.read_class_names(args.class_names, model.classes)
+    labels, columns = labels_of(args.classes, model, names, args.n)
     known = None
     if args.inpaint:
         given, mask = to_complete(args.inpaint, args.mask, settings)
@@ -178,7 +181,7 @@ def main(argv=None):
         maskrl.film(args.film, tokens, trace, settings)
         written.append(args.film)
     if args.files:
-        write_files(args.files, images, labels, model.classes)
+        write_files(args.files, images, labels, maskrl.display_names(model.classes, names))
         written.append(args.files)
     steps = trace.steps.float().mean()
     print(

@@ -2,6 +2,7 @@
 
     python train_distill.py                                   # the shapes, minutes on a laptop
     python train_distill.py --data photos/ --out runs/photos  # photos/<class name>/*.jpg
+    python train_distill.py --data imagenet/ --classes n01440764 n02102040 --class-names names.txt
     python train_distill.py --teacher runs/demo/teacher.pt    # distil a teacher that is there
     python train_distill.py --data photos/ --out runs/photos --resume   # after an interruption
 

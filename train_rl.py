@@ -108,7 +108,7 @@ def main(argv=None):
     )
     minutes["policy"] = (time.perf_counter() - start) / 60
     models["policy"] = training.model
-    maskrl.gain_picture(args.out, training, len(data.classes))
+    maskrl.gain_picture(args.out, training, data.labels)
     schedules = maskrl.compare_schedules(training, quality, judge)
     return maskrl.report(
         args.out, settings, data, judge, models, {"rl": schedules, "minutes": minutes}
