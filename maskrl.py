@@ -1925,7 +1925,8 @@ def read_class_names(path, classes: list[str]) -> dict[str, str]:
 
 def display_names(classes: list[str], names: dict[str, str]) -> list[str]:
     """What to call the `classes`: the first of several names; the class itself if it has none."""
-    return [names.get(name, name).split(",")[0] for name in classes]
+    first = {name: called.split(",")[0] for name, called in names.items()}
+    return [first.get(name, name) for name in classes]
 
 
 def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) -> list[int]:
@@ -1935,7 +1936,7 @@ def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) ->
     InputError if there is no such class, or if a name is that of several."""
     meant = {}
     for y, name in enumerate(classes):
-        called = names.get(name, name)
+        called = names.get(name, "")
         for spelling in {called, *map(str.strip, called.split(","))}:
             meant.setdefault(spelling, []).append(y)
     meant |= {name: [y] for y, name in enumerate(classes)}

@@ -106,8 +106,9 @@ def test_an_image_is_resized_and_its_middle_taken(tmp_path):
     image = Image.new("RGB", (32, 16), "black")
     image.paste("white", (8, 0, 24, 16))
     image.save(tmp_path / "image.png")
-    assert maskrl.read_image(tmp_path / "image.png", 16).min() == 255
-    assert maskrl.read_image(tmp_path / "image.png", 8).shape == (3, 8, 8)
+    image = maskrl.read_rgb(tmp_path / "image.png")
+    assert maskrl.middle_square(image, 16).min() == 255
+    assert maskrl.middle_square(image, 8).shape == (3, 8, 8)
 
 
 def test_measured_tokens_have_mean_zero_and_variance_one(data, settings):
