@@ -17,9 +17,9 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                15  Judge        17  Report and pictures
-    13  Training loop       16  Rewards      18  Command line
-    14  Reward network
+    12  Data                15  Judge        18  Command line
+    13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
+    14  Reward network      17  Report and pictures
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -55,12 +55,14 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
@@ -111,11 +113,13 @@ class Settings:
     scale: float = option(0.0, "0: mean and scale are measured on the training images", at_least=0)
     width: int = option(96, "W of the transformer, a multiple of 4 and of --heads", at_least=4)
     depth: int = option(2, "transformer blocks in the encoder, and in the decoder", at_least=1)
+    decoder_depth: int = option(0, "blocks in the decoder, if not --depth (0)", at_least=0)
     heads: int = option(4, "attention heads", at_least=1)
     buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
     head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
     head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
     velocity: bool = option(True, "the head's network predicts velocity; MAR's own predicts eps")
+    checkpointing: bool = option(False, "compute blocks twice in training, to save memory")
     # generation
     steps: int = option(16, "K, unmasking iterations per image", at_least=1)
     denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
@@ -216,7 +220,7 @@ PRESETS = {
 
 
 def preset(name: str, **overrides) -> Settings:
-    """The Settings of preset `tiny` or `small`, with single fields replaced."""
+    """The Settings of a preset, with single fields replaced."""
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return Settings(**{**PRESETS[name], **overrides})
@@ -416,12 +420,12 @@ class MAR(nn.Module):
         self.z_proj = nn.Linear(self.channels, width)  # MAR's name: it projects tokens, not z
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.encoder_blocks = self.blocks()
+        self.encoder_blocks = self.blocks(settings.depth)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.decoder_blocks = self.blocks()
+        self.decoder_blocks = self.blocks(settings.decoder_depth or settings.depth)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.head = Head(
@@ -430,9 +434,9 @@ class MAR(nn.Module):
         self.schedule = None
         self.init_weights()
 
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self, depth: int) -> nn.ModuleList:
         settings = self.settings
-        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
+        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(depth))
 
     def init_weights(self) -> None:
         """Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs.
@@ -459,6 +463,12 @@ class MAR(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.fake_latent.device
+
+    def apply_block(self, block: Block, *inputs) -> Tensor:
+        """block(*inputs); with --checkpointing the backward pass computes its inside once more."""
+        if self.settings.checkpointing:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def null(self, labels: Tensor) -> Tensor:
         """The null class in place of every label [B]."""
@@ -488,7 +498,7 @@ class MAR(nn.Module):
         ragged = int(count.min()) < most
         keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
         for block in self.encoder_blocks:
-            x = block(x, keys)
+            x = self.apply_block(block, x, keys)
 
         # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
@@ -496,7 +506,7 @@ class MAR(nn.Module):
         x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.apply_block(block, x)
         return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
 
 
@@ -674,8 +684,8 @@ class TeacherTraining:
     small model should meet the late iterations, with few hidden tokens, more often; each context
     serves several draws of noise; and the variance channels are not trained."""
 
-    def __init__(self, settings: Settings, classes: list[str], device="cpu"):
-        self.model = MAR(settings, classes).to(device)
+    def __init__(self, settings: Settings, classes: list[str], device="cpu", image_channels=3):
+        self.model = MAR(settings, classes, image_channels=image_channels).to(device)
         self.ema = deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             weight_decay_groups(self.model), settings.teacher_lr, betas=(0.9, 0.95)
@@ -1554,10 +1564,7 @@ KINDS = ("teacher", "student", "policy")
 
 
 def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=None) -> None:
-    """Write atomically: an interruption leaves the old file or the new one, never half of one.
-
-    training: the state to resume from, where training is not finished."""
-    path = Path(path)
+    """training: the state to resume from, where training is not finished."""
     content = {
         "kind": model.kind,
         "settings": asdict(model.settings),
@@ -1567,6 +1574,12 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
         "model_ema": (ema or model).state_dict(),
         "training": training,
     }
+    write_file(path, content)
+
+
+def write_file(path, content: dict) -> None:
+    """Write atomically: an interruption leaves the old file or the new one, never half of one."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
@@ -1576,20 +1589,39 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
     os.replace(unfinished, path)
 
 
-def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
-    """The content of a checkpoint, its "settings" as Settings. No code in the file is ever run.
+def load_safely(path, device="cpu", lazily=False) -> Any:
+    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none.
 
-    InputError if it is none, if it is of another kind, or if its settings are out of range."""
+    An argparse.Namespace, which MAR's own files hold, is read as data; any other class is refused
+    by its name. lazily: leave weights on the disk until they are used."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = lazily and is_zipfile(path)
+            return torch.load(path, device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:
+        reason = ", ".join([type(error).__name__, *foreign_classes(path)])
         raise InputError(
-            f"{path} is not a checkpoint that can be read safely "
-            f"({type(error).__name__}); expected teacher.pt, student.pt or "
-            "policy.pt"
+            f"{path} is not a checkpoint that can be read safely ({reason}); expected teacher.pt, "
+            "student.pt or policy.pt, or a file in MAR's format"
         ) from None
+
+
+def foreign_classes(path) -> list[str]:
+    """Names of the classes and functions that a file would need to be unpickled, if it has some."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a file that can tell
+        return []
+    return sorted(f"it holds a {name}" for name in names if name != "argparse.Namespace")
+
+
+def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
+    """The content of a checkpoint, its "settings" as Settings.
+
+    InputError if it is none, if it is of another kind, or if its settings are out of range."""
+    content = load_safely(path, device)
     parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
     if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
@@ -1651,6 +1683,15 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    def spaced(self) -> Tensor:
+        """Images in [-1, 1] [n, 3, S, S], every class in its share: all of them, or evenly spaced
+        10,000 to 20,000."""
+        return to_unit(self.images[:: max(1, len(self) // 10_000)])
+
     def take(self, index) -> "Split":
         return Split(self.images[index], self.labels[index])
 
@@ -1674,6 +1715,11 @@ class Split:
         return self.take(torch.cat(first)), self.take(torch.cat(second))
 
 
+def unchanged(images: Tensor) -> Tensor:
+    """What decodes the images of a generator of pixels."""
+    return images
+
+
 @dataclass
 class Data:
     name: str  # "shapes", or the folder
@@ -1681,20 +1727,22 @@ class Data:
     train: Split
     judge: Split
     test: Split
+    latents: Any = None  # of `train`, as Latents (section 19), if the generator makes latents
+    decode: Callable = unchanged  # what a generator makes -> images in [-1, 1]
 
-    def training_images(self) -> Tensor:
-        """Training images in [-1, 1] [N, 3, S, S], every class in its share: all of them, or evenly
-        spaced 10,000 to 20,000."""
-        return to_unit(self.train.images[:: max(1, len(self.train) // 10_000)])
+    @property
+    def learned(self) -> Any:
+        """What a generator learns: the training images, or their latents."""
+        return self.train if self.latents is None else self.latents
 
     def measure(self, settings: Settings) -> Settings:
-        """The Settings with mean and scale measured on the training images, unless scale is given.
+        """The Settings with mean and scale measured on what is learned, unless scale is given.
 
         Tokens that are not centred hide what varies behind a constant, and attention then hardly
         learns to look at them."""
         if settings.scale:
             return settings
-        x = self.training_images()
+        x = self.learned.spaced()
         mean = round(float(x.mean()), 4)
         scale = round(float(1 / x.std().clamp(min=1e-3)), 4)
         return replace(settings, mean=mean, scale=scale)
@@ -1727,19 +1775,21 @@ def draw_shapes(labels: Tensor, size: int, generator=None) -> Tensor:
     return (inside * paint + (1 - inside) * background).round().to(torch.uint8)
 
 
-def load_data(settings: Settings, name: str = "shapes") -> Data:
+def load_data(settings: Settings, name: str = "shapes", stride: int = 1) -> Data:
     """Data called `shapes`, or of a folder; 60 / 20 / 20 % of every class to train, judge and test.
 
+    stride: pixels per side of a latent, if the generator makes latents.
     A folder's parts are the same for every seed. A broken image is named, skipped and counted.
     InputError if the folder is missing, or a class has fewer than 20 images."""
+    size = settings.image_size * stride
     if name == "shapes":
         classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
         labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
         generator = rng(settings.seed, "shapes")
-        parts = [draw_shapes(y, settings.image_size, generator) for y in labels.split(4096)]
+        parts = [draw_shapes(y, size, generator) for y in labels.split(4096)]
         images = torch.cat(parts)
     else:
-        classes, images, labels = load_folder(name, settings.image_size)
+        classes, images, labels = load_folder(name, size)
     train, judge, test = [], [], []
     generator = rng("split")  # without the seed: no stage meets what another one held out
     for y, class_name in enumerate(classes):
@@ -1865,11 +1915,11 @@ def restore(training, path, best: dict) -> int:
 def train_teacher(settings: Settings, data: Data, out, device, resume=False) -> MAR:
     """A teacher from random weights, written to out/teacher.pt."""
     torch.manual_seed(settings.seed)
-    training = TeacherTraining(settings, data.classes, device)
+    training = TeacherTraining(settings, data.classes, device, data.learned.channels)
 
     def update(step):
         generator = rng(settings.seed, "teacher", step)
-        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
         return training.update(step, to_tokens(images, settings), labels, generator)
 
     return train(training, update, Path(out) / "teacher.pt", settings.teacher_iters, resume)
@@ -1881,7 +1931,7 @@ def train_student(training: Distillation, data: Data, out, resume=False, measure
 
     def update(step):
         generator = rng(settings.seed, "gsim", step)
-        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
         return training.update(step, to_tokens(images, settings), labels, generator)
 
     path = Path(out) / "student.pt"
@@ -1895,7 +1945,12 @@ def train_policy(
     policy and whose `reference` is the policy at its start."""
     torch.manual_seed(settings.seed)
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
-    training = method(student, settings, quality, mean_image(data, settings).to(student.device))
+    mean = mean_image(data, settings).to(student.device)
+
+    def quality_of_made(made, labels):
+        return quality(data.decode(made), labels)
+
+    training = method(student, settings, quality_of_made, mean)
 
     def update(step):
         generator = rng(settings.seed, "rl", step)
@@ -1909,7 +1964,7 @@ def train_policy(
 
 def mean_image(data: Data, settings: Settings) -> Tensor:
     """Tokens of the mean training image [1, L, D], which the information gain subtracts."""
-    return to_tokens(data.training_images().mean(0, keepdim=True), settings)
+    return to_tokens(data.learned.spaced().mean(0, keepdim=True), settings)
 
 
 # 14 Reward network --------------------------------------------------------------------------------
@@ -1946,6 +2001,11 @@ def damage(x: Tensor, labels: Tensor, patch: int, generator) -> tuple[Tensor, Te
     damaged = damaged.clamp(-1, 1)
     changed = (damaged != x).flatten(1).any(1)  # swapped with itself is not damaged
     return damaged, kind * changed
+
+
+def patch_in_pixels(images: Tensor, settings: Settings) -> int:
+    """Side of a token in these images, which may be larger than the latents that were cut."""
+    return settings.patch * images.shape[-1] // settings.image_size
 
 
 class Critic(nn.Module):
@@ -1985,14 +2045,14 @@ def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
     torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
     classes = int(split.labels.max()) + 1
     learns_damage = name == "reward" or classes == 1  # one class alone would teach nothing
-    critic = Critic(name, settings.image_size, classes + learns_damage).to(device)
+    critic = Critic(name, split.images.shape[-1], classes + learns_damage).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
     for step in tqdm(range(settings.judge_iters), name, leave=False):
         generator = rng(settings.seed, name, step)
         x, labels = split.batch(128, generator, device, settings.flip)
         if learns_damage:
-            x, kind = damage(x, labels, settings.patch, generator)
+            x, kind = damage(x, labels, patch_in_pixels(x, settings), generator)
             labels = torch.where(kind > 0, classes, labels)
         _, logits = critic(x)
         descend(F.cross_entropy(logits, labels), optimizer)
@@ -2047,7 +2107,7 @@ class Judge:
 
     def __init__(self, data: Data, settings: Settings, device, draws: int = 5):
         self.critic = train_critic("judge", data.judge, settings, device)
-        self.device = device
+        self.device, self.decode = device, data.decode
         self.halves = [
             data.test.balanced_halves(settings.judge_n, rng(settings.seed, "halves", i))
             for i in range(draws)
@@ -2096,6 +2156,73 @@ class Judge:
         }
 
 
+class Pictures(torch.utils.data.Dataset):
+    """uint8 [3, size, size] of images in [-1, 1] [N, 3, size, size], or of all in a folder and its
+    sub-folders, resized and centre-cropped. InputError if there are none."""
+
+    def __init__(self, source: Tensor | str | Path, size: int):
+        self.size, self.source = size, source
+        if not torch.is_tensor(source):
+            endings = Image.registered_extensions()
+            files = sorted(Path(source).rglob("*"))
+            self.source = [path for path in files if path.suffix.lower() in endings]
+        if len(self.source) == 0:
+            raise InputError(f"there are no images in {source}")
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        if not torch.is_tensor(self.source):
+            return read_image(self.source[i], self.size)
+        return ((self.source[i].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def fid_report(
+    real: str | Path, images: Tensor | str | Path, size: int = 256, weights: str | None = None
+) -> dict[str, float]:
+    """FID of `images` to a folder of real ones, and their Inception Score with its std.
+
+    images: [N, 3, size, size] in [-1, 1], or a folder. weights: a file of torch-fidelity's
+    Inception weights, which it downloads otherwise. Needs maskrl[fid].
+
+    What papers on ImageNet report: 50,000 images, 50 of each of the 1000 classes, against all
+    1,281,167 training images, resized to 256 on the short side and cropped to the centre; the
+    Inception Score in 10 parts. As 50,000 images fit no memory, write them to files by
+
+        for i in $(seq 50); do
+            python sample.py mar_b.pth --vae kl16.ckpt --n 1000 --seed $i --files pictures/$i
+        done
+
+    FID falls with the number of images: compare like with like.
+    InputError if torch-fidelity or its weights are not there."""
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise InputError("FID needs torch-fidelity: pip install maskrl[fid]") from None
+    generated, given = Pictures(images, size), Pictures(real, size)
+    try:
+        values = torch_fidelity.calculate_metrics(
+            input1=generated,
+            input2=given,
+            isc=True,
+            fid=True,
+            cuda=torch.cuda.is_available(),
+            feature_extractor_weights_path=weights,
+            verbose=False,
+        )
+    except OSError as error:
+        raise InputError(
+            f"FID: the Inception weights could not be {'read' if weights else 'downloaded'} "
+            f"({error}); give a file of them as weights"
+        ) from None
+    return {
+        "fid": values["frechet_inception_distance"],
+        "inception_score": values["inception_score_mean"],
+        "inception_score_std": values["inception_score_std"],
+    }
+
+
 class Progress:
     """A yardstick for training that is not the judge: Fréchet distances of n images of fixed
     labels, order and noise to training images.
@@ -2105,10 +2232,10 @@ class Progress:
     to diverse ones."""
 
     def __init__(self, critic: Critic, data: Data, settings: Settings, device, n: int = 1024):
-        self.critic, self.settings = critic, settings
+        self.critic, self.settings, self.decode = critic, settings, data.decode
         evenly = torch.linspace(0, len(data.train) - 1, n).long()
         self.labels = data.train.labels[evenly].to(device)  # every class in its share
-        views = [self.views(x.to(device)) for x in data.training_images().split(512)]
+        views = [self.views(x.to(device)) for x in data.train.spaced().split(512)]
         self.reference = [torch.cat(parts) for parts in zip(*views)]
 
     @torch.no_grad()
@@ -2122,7 +2249,7 @@ class Progress:
             generate(model, y, sampling, seed=(self.settings.seed, "progress", i))
             for i, y in enumerate(self.labels.split(256))
         ]
-        views = self.views(to_images(torch.cat(parts), self.settings))
+        views = self.views(self.decode(to_images(torch.cat(parts), self.settings)))
         distances = [frechet_distance(a, b) for a, b in zip(views, self.reference)]
         return {"progress": distances[0], "reward_features": distances[1]}
 
@@ -2140,7 +2267,7 @@ class Watch:
     @torch.no_grad()
     def __call__(self, model: MAR) -> dict[str, float]:
         tokens = generate(model, self.labels, seed=(self.settings.seed, "watch"))
-        images = to_images(tokens, self.settings)
+        images = self.judge.decode(to_images(tokens, self.settings))
         features, _ = self.judge.features(images)
         values = {
             "quality_mean": float(self.quality(images, self.labels).mean()),
@@ -2347,14 +2474,14 @@ def make_reward(
     if name == "embedded":
         quality = critic.quality
     elif name == "fit":
-        quality = ShapeFit(settings.image_size, device)
+        quality = ShapeFit(data.train.images.shape[-1], device)
     elif name == "clip":
         quality = clip_reward(clip or ClipOptions(), data.classes, device)
     else:
         quality = function_reward(name)
     generator = rng(settings.seed, "reward check")
     x, labels = data.train.batch(32, generator, device)
-    x, _ = damage(x, labels, settings.patch, generator)  # images that a reward should tell apart
+    x, _ = damage(x, labels, patch_in_pixels(x, settings), generator)  # a reward tells them apart
     quality = checked_reward(name, quality, x, labels)
     if settings.method == "backprop":
         if not quality(x.clone().requires_grad_(), labels).requires_grad:
@@ -2400,19 +2527,20 @@ def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:
     save_picture(path, sheet)
 
 
-def pixel_mask(mask: Tensor, settings: Settings) -> Tensor:
-    """mask [..., L] of tokens -> of pixels [..., 1, S, S]."""
-    side = settings.image_size // settings.patch
+def pixel_mask(mask: Tensor, size: int) -> Tensor:
+    """mask [..., L] of tokens -> of pixels [..., 1, S, S], S being `size`."""
+    side = math.isqrt(mask.shape[-1])
     mask = mask.cpu().unflatten(-1, (side, side))[..., None, :, :]
-    return mask.repeat_interleave(settings.patch, -1).repeat_interleave(settings.patch, -2)
+    return mask.repeat_interleave(size // side, -1).repeat_interleave(size // side, -2)
 
 
-def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
+def film(path, tokens: Tensor, trace: Trace, settings: Settings, decode=unchanged) -> None:
     """The unmasking of up to 8 images, hidden tokens grey: a .gif moves, else one row an image."""
     hidden = trace.masks()[0][:8]  # [8, T, L]
     hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)  # and at the end none
-    images = to_images(tokens[:8], settings).cpu()[:, None]  # a revealed token never changes
-    frames = torch.where(pixel_mask(hidden, settings), 0.0, images)  # [8, T + 1, 3, S, S]
+    images = decode(to_images(tokens[:8], settings)).cpu()  # a revealed token never changes
+    hidden_pixels = pixel_mask(hidden, images.shape[-1])
+    frames = torch.where(hidden_pixels, 0.0, images[:, None])  # [8, T + 1, 3, S, S]
     if Path(path).suffix.lower() != ".gif":
         save_picture(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
         return
@@ -2421,14 +2549,15 @@ def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
     save_picture(path, pictures[0], save_all=True, append_images=rest, duration=250, loop=0)
 
 
+@torch.no_grad()
 def generate_many(
-    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str
+    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str, decode: Callable = unchanged
 ) -> tuple[Tensor, Tensor]:
     """Images [N, 3, S, S], on the CPU, and unmasking iterations [N] of many labels."""
     images, steps = [], []
     for i, part in enumerate(tqdm(labels.split(256), f"judging {name}", leave=False)):
         tokens, trace = generate(model, part, sampling, seed=(seed, i), trace=True)
-        images.append(to_images(tokens, model.settings).cpu())
+        images.append(decode(to_images(tokens, model.settings)).cpu())
         steps.append(trace.steps)
     return torch.cat(images), torch.cat(steps)
 
@@ -2450,7 +2579,7 @@ def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, floa
 def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
     """The training image next to each of `images` [N, 3, S, S] in [-1, 1], and its distance [N]
     (root mean square, in pixels)."""
-    train = data.training_images()
+    train = data.train.spaced()
     distance, index = torch.cdist(images.clamp(-1, 1).flatten(1), train.flatten(1)).min(1)
     return train[index], distance / images[0].numel() ** 0.5
 
@@ -2459,8 +2588,9 @@ def arms_of_report(models: dict[str, MAR], settings: Settings, data: Data) -> di
     """{name: (model, Sampling)}: besides `models` an untrained one, and the one-step start, which
     is the teacher's weights asked for one step, before GSIM."""
     torch.manual_seed(settings.seed + 1)
-    device = models["student"].device
-    untrained = MAR(settings, data.classes, kind="student").to(device)
+    student = models["student"]
+    image_channels = student.channels // settings.patch**2
+    untrained = MAR(settings, data.classes, "student", image_channels).to(student.device)
     arms = {"untrained": (untrained, Sampling())}
     if "teacher" in models:
         arms["teacher"] = (models["teacher"], Sampling())
@@ -2481,7 +2611,9 @@ def report(
     arms = arms_of_report(models, settings, data)
     images, rows = {"real": judge.real}, {"real": judge.real_row()}
     for name, (model, sampling) in arms.items():
-        images[name], steps = generate_many(model, judge.labels, sampling, settings.seed, name)
+        images[name], steps = generate_many(
+            model, judge.labels, sampling, settings.seed, name, judge.decode
+        )
         rows[name] = judge(images[name]) | {
             "steps": float(steps.float().mean()),
             "steps_std": float(steps.float().std()),
@@ -2662,7 +2794,9 @@ def score(model: MAR, quality, judge: Judge, steps: int | None = None) -> dict[s
     """Means of quality and reward, unmasking iterations and the judge's distance, without
     exploration. steps: None for the model's own schedule, else K of the cosine schedule."""
     settings = model.settings
-    images, count = generate_many(model, judge.labels, Sampling(steps), settings.seed, "schedules")
+    images, count = generate_many(
+        model, judge.labels, Sampling(steps), settings.seed, "schedules", judge.decode
+    )
     q = quality(images.to(judge.device), judge.labels)
     reward = total_reward(q, count, settings)
     return {
@@ -2714,6 +2848,7 @@ MODEL_SETTINGS = (
     "scale",
     "width",
     "depth",
+    "decoder_depth",
     "heads",
     "buffer",
     "head_width",
@@ -2767,7 +2902,13 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
         "--teacher",
         type=Path,
         metavar="teacher.pt",
-        help="a teacher to start from, instead of training one",
+        help="a teacher to start from, instead of training one; also a file in MAR's own format",
+    )
+    add(
+        "--vae",
+        type=Path,
+        metavar="kl16.ckpt",
+        help="an autoencoder: generate its latents, not pixels (MAR's released models need it)",
     )
     return parser
 
@@ -2797,7 +2938,10 @@ def add_settings(parser) -> None:
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     small = ", ".join(f"{name}={value}" for name, value in PRESETS["small"].items())
-    parser.epilog = f"The defaults are those of --preset tiny; small has {small}."
+    parser.epilog = (
+        f"The defaults are those of --preset tiny; small has {small}. The sizes of MAR's released "
+        f"models, on latents (--vae), are {', '.join(RELEASED)}."
+    )
 
 
 def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
@@ -2868,13 +3012,12 @@ def prepare(
         base = read_checkpoint(args.out / there[0])
     settings = settings_from(args, device, base, resume=bool(there))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
-    data = load_data(settings, args.data)
-    settings = data.measure(settings)
+    data, settings = measured_data(args, settings, base, device)
     print(
         f"{len(data.classes)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
         f"for the judge, {len(data.test)} held out; on {hardware(device)}"
     )
-    if base and base["classes"] != data.classes:
+    if base and base["classes"] not in (data.classes, numbered(len(data.classes))):
         raise InputError(
             f"the classes of --data {data.name} ({', '.join(data.classes[:5])}...) are "
             f"not the checkpoint's ({', '.join(base['classes'][:5])}...)"
@@ -2885,6 +3028,21 @@ def prepare(
     return settings, data, device
 
 
+def measured_data(args, settings: Settings, base, device) -> tuple[Data, Settings]:
+    """The data, with latents if there is a --vae, and the Settings with their mean and scale."""
+    image_channels = None
+    if base:
+        image_channels = base["model_ema"]["z_proj.weight"].shape[1] // settings.patch**2
+    elif args.preset in RELEASED:
+        image_channels = 16
+    vae = autoencoder_for(image_channels, args.vae, device)
+    if vae is None:
+        data = load_data(settings, args.data)
+        return data, data.measure(settings)
+    data = with_latents(load_data(settings, args.data, vae.stride), vae, settings.flip)
+    return data, data.measure(replace(settings, scale=settings.scale or vae.scale))
+
+
 def teacher_and_student(
     args, settings: Settings, data: Data, device, critic: Critic
 ) -> tuple[dict[str, MAR], dict[str, float]]:
@@ -2892,8 +3050,9 @@ def teacher_and_student(
     each of them took."""
     minutes, start = {}, time.perf_counter()
     if args.teacher:
-        teacher = load_checkpoint(args.teacher, "teacher", device)
+        teacher = load_model(args.teacher, "teacher", device, settings.heads)
         teacher.settings = settings  # which may differ in what a checkpoint leaves open
+        teacher.classes = data.classes  # MAR's own files do not name them
     else:
         teacher = train_teacher(settings, data, args.out, device, args.resume)
         minutes["teacher"] = (time.perf_counter() - start) / 60
@@ -2919,3 +3078,462 @@ def run(main: Callable) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+# 19 MAR's released weights and the KL-16 autoencoder ----------------------------------------------
+# MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
+# KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
+# in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
+# Nothing else changes: tokens are cut from latents as they are from pixels, and rewards, judge and
+# pictures get what the autoencoder decodes.
+
+KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
+# fmt: off
+MAR_SETTINGS = PRESETS["small"] | {
+    "image_size": 16, "patch": 1, "buffer": 64, "velocity": False, "steps": 256,
+    "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "checkpointing": True,
+}  # trained as `small`, which nobody has tried at this size
+RELEASED = {
+    "mar_b": MAR_SETTINGS | {
+        "width": 768, "depth": 12, "heads": 12, "head_width": 1024, "head_depth": 6,
+        "guidance": 2.9,
+    },
+    "mar_l": MAR_SETTINGS | {
+        "width": 1024, "depth": 16, "heads": 16, "head_width": 1280, "head_depth": 8,
+        "guidance": 3.0,
+    },
+    "mar_h": MAR_SETTINGS | {
+        "width": 1280, "depth": 20, "heads": 16, "head_width": 1536, "head_depth": 12,
+        "guidance": 3.2,
+    },
+}
+# fmt: on
+PRESETS |= RELEASED
+
+
+def numbered(n: int) -> list[str]:
+    """Names of n classes of which only the number is known."""
+    return [str(i) for i in range(n)]
+
+
+def mar_name(name: str) -> str:
+    """The name in MAR's files of a weight of our MAR."""
+    return "diffloss.net." + name.removeprefix("head.") if name.startswith("head.") else name
+
+
+def is_mar_file(content) -> bool:
+    """Whether the content of a file is in MAR's format: weights under MAR's names, and no kind."""
+    if not isinstance(content, dict) or "kind" in content:
+        return False
+    parts = [content.get(part) for part in ("model", "model_ema")]
+    names = [str(name) for part in parts if isinstance(part, dict) for name in part]
+    return any(name.startswith(("diffloss.net.", "z_proj.")) for name in names)
+
+
+def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
+    """The weights under `part` of a file's content; InputError if they are not there."""
+    weights = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"{path} has no weights under {part!r}")
+    for name, value in weights.items():
+        if not (isinstance(name, str) and torch.is_tensor(value)):
+            raise InputError(f"{path}: {name!r} under {part!r} is not a tensor with a name")
+    return weights
+
+
+def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """InputError naming what is missing, unexpected or misshapen in weights of `path`."""
+    wrong = [f"{name} is missing" for name in module if name not in weights]
+    wrong += [f"{name} is unexpected" for name in weights if name not in module]
+    for name, value in weights.items():
+        if name in module and value.shape != module[name].shape:
+            wrong.append(f"{name} is {list(value.shape)}, not {list(module[name].shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
+
+
+def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
+    """The shape of one of the weights; InputError unless it is there and has the dimensions."""
+    if name not in weights:
+        raise InputError(f"{path}: {name} is missing")
+    if weights[name].ndim != dimensions:
+        raise InputError(f"{path}: {name} is {list(weights[name].shape)}: a wrong shape")
+    return weights[name].shape
+
+
+def count_blocks(weights: dict[str, Tensor], prefix: str) -> int:
+    """How many blocks have weights called prefix.<number>.<...>."""
+    start = prefix + "."
+    rest = [name.removeprefix(start) for name in weights if name.startswith(start)]
+    return len({name.split(".")[0] for name in rest})
+
+
+def mar_settings(path, weights: dict[str, Tensor], num_heads: int | None) -> Settings:
+    """The Settings that MAR's weights were made with, as far as shapes tell; else the released."""
+    width, channels = shape_of(path, weights, "z_proj.weight", 2)
+    length = shape_of(path, weights, "diffusion_pos_embed_learned", 3)[1]
+    rows = shape_of(path, weights, "encoder_pos_embed_learned", 3)[1]
+    side, patch = math.isqrt(length), math.isqrt(channels // 16)
+    if side**2 != length or 16 * patch**2 != channels:
+        raise InputError(
+            f"{path}: {length} tokens of {channels} channels are not the square patches of a "
+            "square of 16-channel latents"
+        )
+    known = {size["width"]: size for size in RELEASED.values()}
+    heads = num_heads or known.get(width, {}).get("heads")
+    if heads is None:
+        raise InputError(
+            f"{path}: width {width} is none of the released ones, and the number of attention "
+            "heads cannot be read off the weights: give num_heads (--heads)"
+        )
+    read = {
+        "image_size": side * patch,
+        "patch": patch,
+        "scale": KL16_SCALE,
+        "width": width,
+        "depth": count_blocks(weights, "encoder_blocks"),
+        "decoder_depth": count_blocks(weights, "decoder_blocks"),
+        "heads": heads,
+        "buffer": rows - length,
+        "head_width": shape_of(path, weights, "diffloss.net.input_proj.weight", 2)[0],
+        "head_depth": count_blocks(weights, "diffloss.net.res_blocks"),
+        "steps": min(length, MAR_SETTINGS["steps"]),
+    }
+    try:
+        return Settings(**(known.get(width, MAR_SETTINGS) | read))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_mar(path, ema=True, num_heads=None, classes=None) -> dict:
+    """A file in MAR's format as `read_checkpoint` would give it, its weights under their own names.
+
+    InputError if it is none, or if its shapes say no settings."""
+    content = load_safely(path, lazily=True)
+    if not is_mar_file(content):
+        raise InputError(f"{path} is not a file in MAR's format")
+    part = "model_ema" if ema else "model"
+    weights = tensors_of(path, content, part)
+    number = shape_of(path, weights, "class_emb.weight", 2)[0]
+    if classes is not None and len(classes) != number:
+        raise InputError(f"{path} has {number} classes, and {len(classes)} names are given")
+    settings = mar_settings(path, weights, num_heads)
+    classes = list(classes or numbered(number))
+    return {"kind": "teacher", "settings": settings, "classes": classes, "model_ema": weights}
+
+
+def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
+    """A teacher from a file in MAR's official format, ready for `generate`.
+
+    ema: the averaged weights, which MAR is evaluated with, else those under "model". num_heads:
+    needed where the width is not a released one. classes: names (default "0", "1", ...).
+    InputError names what is missing, unexpected or of the wrong shape; no code in the file is
+    run."""
+    content = read_mar(path, ema, num_heads, classes)
+    model = MAR(content["settings"], content["classes"], image_channels=16)
+    own, weights = model.state_dict(), content["model_ema"]
+    check_names_and_shapes(path, {mar_name(name): own[name] for name in own}, weights)
+    model.load_state_dict({name: weights[mar_name(name)] for name in own})
+    return model.to(device).eval().requires_grad_(False)
+
+
+def save_mar(path, model: MAR, ema: MAR | None = None) -> None:
+    """Write a teacher in MAR's official format; `ema` (default: the model) goes to "model_ema".
+
+    InputError for what that format does not know: a student, a head that predicts velocity, and
+    tokens that are not latents x 0.2325."""
+    settings = model.settings
+    if model.kind != "teacher":
+        raise InputError(f"{path}: MAR's format is for teachers, not for a {model.kind}")
+    if settings.velocity:
+        raise InputError(f"{path}: in MAR's format the head predicts eps (--no-velocity)")
+    if (settings.mean, settings.scale) != (0, KL16_SCALE):
+        raise InputError(
+            f"{path}: in MAR's format tokens are latents x {KL16_SCALE}, with mean 0; this model "
+            f"has --mean {settings.mean} and --scale {settings.scale}"
+        )
+    content = {}
+    for part, network in (("model", model), ("model_ema", ema or model)):
+        content[part] = {mar_name(name): value for name, value in network.state_dict().items()}
+    write_file(path, content)
+
+
+def read_model(path, kind: str | None = None, num_heads: int | None = None) -> dict:
+    """`read_checkpoint` or `read_mar`, as the names of the file's weights say."""
+    if not is_mar_file(load_safely(path, lazily=True)):
+        return read_checkpoint(path, kind)
+    if kind not in (None, "teacher"):
+        raise InputError(f"{path} is a teacher; a {kind} is needed here")
+    return read_mar(path, num_heads=num_heads)
+
+
+def load_model(path, kind=None, device="cpu", num_heads=None) -> MAR:
+    """`load_checkpoint` or `load_mar`, as the names of the file's weights say."""
+    if is_mar_file(load_safely(path, lazily=True)):
+        return load_mar(path, num_heads=num_heads, device=device)
+    return load_checkpoint(path, kind, device)
+
+
+def conv3(inputs: int, outputs: int, **options) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, **options)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ConvBlock(nn.Module):
+    """Residual block: [B, inputs, h, w] -> [B, outputs, h, w]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1 = group_norm(inputs)
+        self.conv1 = conv3(inputs, outputs, padding=1)
+        self.norm2 = group_norm(outputs)
+        self.conv2 = conv3(outputs, outputs, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class ConvAttention(nn.Module):
+    """Every place of x [B, width, h, w] attends to all of them, with one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, h w, width]
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = conv3(width, width, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one row below and one column to the right
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = conv3(width, width, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; Encoder and Decoder give most levels a change of resolution."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention=False):
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(blocks):
+            self.block.append(ConvBlock(outputs if i else inputs, outputs))
+            if attention:
+                self.attn.append(ConvAttention(outputs))
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.upsample(self.downsample(x))
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1 = ConvBlock(width, width)
+        self.attn_1 = ConvAttention(width)
+        self.block_2 = ConvBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, S, S] -> [B, outputs, S / stride, S / stride], by levels of these widths."""
+
+    def __init__(self, width: int, widths: list[int], outputs: int):
+        super().__init__()
+        self.conv_in = conv3(3, width, padding=1)
+        self.down = nn.ModuleList(Level(a, b, 2) for a, b in zip([width, *widths], widths[:-1]))
+        for level, level_width in zip(self.down, widths):
+            level.downsample = Downsample(level_width)
+        self.down.append(Level(([width] + widths)[-2], widths[-1], 2, attention=True))
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3(widths[-1], outputs, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, channels, h, w] -> images [B, 3, S, S], by the encoder's levels backward."""
+
+    def __init__(self, widths: list[int], channels: int):
+        super().__init__()
+        self.conv_in = conv3(channels, widths[-1], padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(Level(a, b, 3) for a, b in zip([*widths[1:], widths[-1]], widths))
+        for level, level_width in zip(self.up[1:], widths[1:]):
+            level.upsample = Upsample(level_width)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv3(widths[0], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def posterior_sample(moments: Tensor, generator) -> Tensor:
+    """Latents [B, C, h, w] drawn from a Gaussian of these moments, mean and log variance [B, 2C, h,
+    w]; generator: on the CPU."""
+    mean, log_variance = moments.chunk(2, 1)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
+
+
+class KL16(nn.Module):
+    """The autoencoder of latent diffusion (2112.10752) that MAR's tokens come from.
+
+    multipliers: width of each level, as a multiple of `width`; each but the first halves the image.
+    channels: of a latent. Names and arithmetic are those of the official code."""
+
+    def __init__(self, width=128, multipliers=(1, 1, 2, 2, 4), channels=16):
+        super().__init__()
+        widths = [width * m for m in multipliers]
+        self.channels = channels
+        self.stride = 2 ** (len(widths) - 1)  # pixels per side of a latent
+        self.scale = KL16_SCALE if (width, *multipliers) == (128, 1, 1, 2, 2, 4) else 0.0  # or open
+        self.encoder = Encoder(width, widths, 2 * channels)
+        self.decoder = Decoder(widths, channels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance [B, 2C, h, w] of the latents of images [B, 3, S, S] in [-1, 1]."""
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor, generator) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, S, S], drawn from their posterior."""
+        return posterior_sample(self.moments(images), generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in about [-1, 1] of latents [B, C, h, w], 16 at a time."""
+        parts = [self.decoder(self.post_quant_conv(part)) for part in latents.split(16)]
+        return torch.cat(parts)
+
+
+def load_kl16(path, device="cpu") -> KL16:
+    """The autoencoder from an official file, {"model": weights}, frozen; its widths are read off
+    the shapes. InputError names what is missing, unexpected or of the wrong shape."""
+    weights = tensors_of(path, load_safely(path, lazily=True), "model")
+    weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
+    width = shape_of(path, weights, "encoder.conv_in.weight", 4)[0]
+    channels = shape_of(path, weights, "post_quant_conv.weight", 4)[0]
+    levels = count_blocks(weights, "encoder.down")
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    widths = [shape_of(path, weights, name, 4)[0] for name in first]
+    fits = width > 0 and width % 32 == 0 and all(w > 0 and w % width == 0 for w in widths)
+    if not (levels and fits):
+        raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
+    vae = KL16(width, [w // width for w in widths], channels)
+    check_names_and_shapes(path, vae.state_dict(), weights)
+    vae.load_state_dict(weights)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def autoencoder_for(image_channels: int | None, path, device) -> KL16 | None:
+    """The autoencoder at --vae `path`, or None for pixels; InputError unless it suits a generator
+    of `image_channels` (None: any)."""
+    if path is None and image_channels not in (None, 3):
+        raise InputError(f"the generator makes latents of {image_channels} channels: give --vae")
+    if path is None:
+        return None
+    if image_channels == 3:
+        raise InputError(f"--vae {path}: the generator makes pixels; leave it out")
+    vae = load_kl16(path, device)
+    if image_channels not in (None, vae.channels):
+        raise InputError(
+            f"--vae {path} has latents of {vae.channels} channels; the generator makes "
+            f"{image_channels}"
+        )
+    return vae
+
+
+@dataclass
+class Latents:
+    """What a Split is to a generator of latents; every batch draws its latents anew."""
+
+    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and of them mirrored
+    labels: Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.moments.shape[2] // 2
+
+    def spaced(self) -> Tensor:
+        """Latents [n, C, h, w] of the images that `Split.spaced` takes."""
+        moments = self.moments[0, :: max(1, len(self) // 10_000)]
+        return posterior_sample(moments.float(), rng("latents"))
+
+    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, h, w] of n random images, and their labels [n]."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        mirrored = torch.randint(2 if flip else 1, (n,), generator=generator)
+        moments = self.moments[mirrored, index].to(device).float()
+        return posterior_sample(moments, generator), self.labels[index].to(device)
+
+
+@torch.no_grad()
+def latents_of(split: Split, vae: KL16, flip=False, batch: int = 32) -> Latents:
+    """The moments of all images of a Split, computed once; flip: also of their mirror images."""
+    views = []
+    for mirrored in (False, True)[: 1 + flip]:
+        parts = []
+        for part in tqdm(split.images.split(batch), "latents", leave=False):
+            images = to_unit(part.to(vae.device))
+            images = images.flip(-1) if mirrored else images
+            parts.append(vae.moments(images).half().cpu())
+        views.append(torch.cat(parts))
+    return Latents(torch.stack(views), split.labels)
+
+
+def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
+    """The data for a generator of latents: it learns them, and what it makes is decoded."""
+    return replace(data, latents=latents_of(data.train, vae, flip), decode=vae.decode)
