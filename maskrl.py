@@ -55,6 +55,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from zipfile import is_zipfile
 
 import torch
@@ -2173,18 +2174,19 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
-        if not torch.is_tensor(self.source):
+        if torch.is_tensor(self.source):
+            return ((self.source[i].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        try:
             return read_image(self.source[i], self.size)
-        return ((self.source[i].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{self.source[i]}: {error}") from None
 
 
-def fid_report(
-    real: str | Path, images: Tensor | str | Path, size: int = 256, weights: str | None = None
-) -> dict[str, float]:
+def fid_report(real: str | Path, images: Tensor | str | Path, size: int = 256) -> dict[str, float]:
     """FID of `images` to a folder of real ones, and their Inception Score with its std.
 
-    images: [N, 3, size, size] in [-1, 1], or a folder. weights: a file of torch-fidelity's
-    Inception weights, which it downloads otherwise. Needs maskrl[fid].
+    images: [N, 3, size, size] in [-1, 1], or a folder. Needs maskrl[fid], which downloads its
+    Inception weights at the first call.
 
     What papers on ImageNet report: 50,000 images, 50 of each of the 1000 classes, against all
     1,281,167 training images, resized to 256 on the short side and cropped to the centre; the
@@ -2208,13 +2210,12 @@ def fid_report(
             isc=True,
             fid=True,
             cuda=torch.cuda.is_available(),
-            feature_extractor_weights_path=weights,
             verbose=False,
         )
-    except OSError as error:
+    except URLError as error:
         raise InputError(
-            f"FID: the Inception weights could not be {'read' if weights else 'downloaded'} "
-            f"({error}); give a file of them as weights"
+            f"FID: torch-fidelity's Inception weights could not be downloaded ({error}); without a "
+            f"network, put their file into {torch.hub.get_dir()}/checkpoints"
         ) from None
     return {
         "fid": values["frechet_inception_distance"],

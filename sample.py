@@ -24,12 +24,8 @@ import maskrl
 from maskrl import InputError
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_generator(parser):
+    """The options that say what generates."""
     add = parser.add_argument
     add("checkpoint", help="teacher.pt, student.pt or policy.pt, or a file in MAR's own format")
     add(
@@ -38,6 +34,16 @@ def parse(argv=None):
         help="the autoencoder of a generator of latents, as MAR's released models are",
     )
     add("--heads", type=int, help="of a file in MAR's format whose width is not a released one")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_generator(parser)
     add(
         "--classes",
         nargs="+",

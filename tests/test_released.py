@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 import types
+from urllib.error import URLError
 
 import budget
 import numpy as np
@@ -607,7 +608,7 @@ def test_fid_without_its_library_or_its_weights(tmp_path, monkeypatch):
         maskrl.fid_report(tmp_path, images, 8)
 
     def offline(**options):
-        raise OSError("no network")
+        raise URLError("no network")
 
     fake = types.SimpleNamespace(calculate_metrics=offline)
     monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
@@ -621,6 +622,7 @@ def test_fid_is_asked_for_bytes_of_one_size(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (20, 10), "white").save(tmp_path / "deep" / "white.png")
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "zz.png").write_text("no image either")
     seen = {}
 
     def calculate(**options):
@@ -632,6 +634,7 @@ def test_fid_is_asked_for_bytes_of_one_size(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
     report = maskrl.fid_report(tmp_path, torch.full((2, 3, 8, 8), -1.0), 8)
     assert report == {"fid": 30.0, "inception_score": 2.0, "inception_score_std": 0.1}
-    assert len(seen["input1"]) == 2 and len(seen["input2"]) == 1
+    assert len(seen["input1"]) == 2 and len(seen["input2"]) == 2
+    assert one_line(lambda: seen["input2"][1], "zz.png")
     assert torch.equal(seen["input1"][1], torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert torch.equal(seen["input2"][0], torch.full((3, 8, 8), 255, dtype=torch.uint8))
