@@ -17,9 +17,9 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                15  Judge        17  Report and pictures
-    13  Training loop       16  Rewards      18  Command line
-    14  Reward network
+    12  Data                15  Judge        18  Command line
+    13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
+    14  Reward network      17  Report and pictures
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -58,8 +58,11 @@ from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.error import URLError
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -67,6 +70,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -107,7 +111,7 @@ class Settings:
     Raises InputError, naming the option, for a value of the wrong type or outside its limits."""
 
     # data
-    image_size: int = option(16, "height and width in pixels", at_least=1)
+    image_size: int = option(16, "height and width, in pixels or latents", at_least=1)
     per_class: int = option(3000, "images per class that the built-in shapes draw", at_least=20)
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
     seed: int = option(0, "of shapes, weights and noise", at_least=0, below=2**63)
@@ -117,11 +121,13 @@ class Settings:
     scale: float = option(0.0, "0: mean and scale are measured on the training images", at_least=0)
     width: int = option(96, "W of the transformer, a multiple of 4 and of --heads", at_least=4)
     depth: int = option(2, "transformer blocks in the encoder, and in the decoder", at_least=1)
+    decoder_depth: int = option(0, "blocks in the decoder, if not --depth (0)", at_least=0)
     heads: int = option(4, "attention heads", at_least=1)
     buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
     head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
     head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
     predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
+    checkpointing: bool = option(False, "compute blocks twice in training, to save memory")
     # generation
     steps: int = option(16, "K, unmasking iterations per image", at_least=1)
     denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
@@ -223,7 +229,7 @@ PRESETS = {
 
 
 def preset(name: str, **overrides) -> Settings:
-    """The Settings of preset `tiny` or `small`, with single fields replaced."""
+    """The Settings of a preset, with single fields replaced."""
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return Settings(**{**PRESETS[name], **overrides})
@@ -429,12 +435,12 @@ class MAR(nn.Module):
         self.z_proj = nn.Linear(self.channels, width)  # MAR's name: it projects tokens, not z
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.encoder_blocks = self.blocks()
+        self.encoder_blocks = self.blocks(settings.depth)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.decoder_blocks = self.blocks()
+        self.decoder_blocks = self.blocks(settings.decoder_depth or settings.depth)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.head = Head(
@@ -443,9 +449,9 @@ class MAR(nn.Module):
         self.schedule = None
         self.init_weights()
 
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self, depth: int) -> nn.ModuleList:
         settings = self.settings
-        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
+        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(depth))
 
     def init_weights(self) -> None:
         """Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs.
@@ -472,6 +478,12 @@ class MAR(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.fake_latent.device
+
+    def apply_block(self, block: Block, *inputs) -> Tensor:
+        """block(*inputs); with --checkpointing the backward pass computes its inside once more."""
+        if self.settings.checkpointing:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def null(self, labels: Tensor) -> Tensor:
         """The null class in place of every label [B]."""
@@ -501,7 +513,7 @@ class MAR(nn.Module):
         ragged = int(count.min()) < most
         keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
         for block in self.encoder_blocks:
-            x = block(x, keys)
+            x = self.apply_block(block, x, keys)
 
         # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
@@ -509,7 +521,7 @@ class MAR(nn.Module):
         x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.apply_block(block, x)
         return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
 
 
@@ -744,8 +756,8 @@ class TeacherTraining:
     shapes clean within minutes; each context serves several draws of noise; and the variance
     channels are not trained."""
 
-    def __init__(self, settings: Settings, classes: list[str], device="cpu"):
-        self.model = MAR(settings, classes).to(device)
+    def __init__(self, settings: Settings, classes: list[str], device="cpu", image_channels=3):
+        self.model = MAR(settings, classes, image_channels=image_channels).to(device)
         self.ema = deepcopy(self.model).requires_grad_(False)
         self.optimizers = teacher_optimizers(self.model)
 
@@ -1628,10 +1640,7 @@ KINDS = ("teacher", "student", "policy")
 
 
 def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=None) -> None:
-    """Write atomically: an interruption leaves the old file or the new one, never half of one.
-
-    training: the state to resume from, where training is not finished."""
-    path = Path(path)
+    """training: the state to resume from, where training is not finished."""
     content = {
         "kind": model.kind,
         "settings": asdict(model.settings),
@@ -1641,6 +1650,12 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
         "model_ema": (ema or model).state_dict(),
         "training": training,
     }
+    write_file(path, content)
+
+
+def write_file(path, content: dict) -> None:
+    """Write atomically: an interruption leaves the old file or the new one, never half of one."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
@@ -1650,20 +1665,39 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
     os.replace(unfinished, path)
 
 
-def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
-    """The content of a checkpoint, its "settings" as Settings. No code in the file is ever run.
+def load_safely(path, device="cpu", lazily=False) -> Any:
+    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none.
 
-    InputError if it is none, if it is of another kind, or if its settings are out of range."""
+    An argparse.Namespace, which MAR's own files hold, is read as data; any other class is refused
+    by its name. lazily: leave weights on the disk until they are used."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = lazily and is_zipfile(path)
+            return torch.load(path, device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:
+        reason = ", ".join([type(error).__name__, *foreign_classes(path)])
         raise InputError(
-            f"{path} is not a checkpoint that can be read safely "
-            f"({type(error).__name__}); expected teacher.pt, student.pt or "
-            "policy.pt"
+            f"{path} is not a checkpoint that can be read safely ({reason}); expected teacher.pt, "
+            "student.pt or policy.pt, or a file in MAR's format"
         ) from None
+
+
+def foreign_classes(path) -> list[str]:
+    """Names of the classes and functions that a file would need to be unpickled, if it has some."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a file that can tell
+        return []
+    return sorted(f"it holds a {name}" for name in names if name != "argparse.Namespace")
+
+
+def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
+    """The content of a checkpoint, its "settings" as Settings.
+
+    InputError if it is none, if it is of another kind, or if its settings are out of range."""
+    content = load_safely(path, device)
     parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
     if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
@@ -1734,6 +1768,20 @@ class Split:
         """A copy of this part's images, uint8 [N, 3, S, S]; of a large one, `take` some first."""
         return self.stored[self.rows]
 
+    @property
+    def channels(self) -> int:
+        return self.stored.shape[1]
+
+    @property
+    def size(self) -> int:
+        """S, height and width of an image."""
+        return self.stored.shape[-1]
+
+    def spaced(self) -> Tensor:
+        """Images in [-1, 1] [n, 3, S, S], every class in its share: all of them, or evenly spaced
+        10,000 to 20,000."""
+        return to_unit(self.take(slice(None, None, max(1, len(self) // 10_000))).images)
+
     def take(self, index) -> "Split":
         return Split(self.stored, self.rows[index], self.labels[index])
 
@@ -1761,6 +1809,11 @@ class Split:
         return self.take(torch.cat(first)), self.take(torch.cat(second))
 
 
+def unchanged(images: Tensor) -> Tensor:
+    """What decodes the images of a generator of pixels."""
+    return images
+
+
 @dataclass
 class Data:
     name: str  # "shapes", or the folder
@@ -1769,11 +1822,18 @@ class Data:
     train: Split
     judge: Split
     test: Split
+    latents: Any = None  # of `train`, as Latents (section 19), if the generator makes latents
+    decode: Callable = unchanged  # what a generator makes -> images in [-1, 1]
 
     @property
     def labels(self) -> Tensor:
         """The labels that occur, ascending."""
         return self.train.labels.unique()
+
+    @property
+    def learned(self) -> Any:
+        """What a generator learns: the training images, or their latents."""
+        return self.train if self.latents is None else self.latents
 
     def labelled_as(self, classes: list[str]) -> "Data":
         """The same images under the labels of a checkpoint's `classes`, of which these are some."""
@@ -1787,20 +1847,14 @@ class Data:
         parts = [replace(p, labels=label[p.labels]) for p in (self.train, self.judge, self.test)]
         return Data(self.name, classes, self.names, *parts)
 
-    def training_images(self) -> Tensor:
-        """Training images in [-1, 1] [N, 3, S, S], every class in its share: all of them, or evenly
-        spaced 10,000 to 20,000."""
-        evenly = slice(None, None, max(1, len(self.train) // 10_000))
-        return to_unit(self.train.take(evenly).images)
-
     def measure(self, settings: Settings) -> Settings:
-        """The Settings with mean and scale measured on the training images, unless scale is given.
+        """The Settings with mean and scale measured on what is learned, unless scale is given.
 
         Tokens that are not centred hide what varies behind a constant, and attention then hardly
         learns to look at them."""
         if settings.scale:
             return settings
-        x = self.training_images()
+        x = self.learned.spaced()
         mean = round(float(x.mean()), 4)
         scale = round(float(1 / x.std().clamp(min=1e-3)), 4)
         return replace(settings, mean=mean, scale=scale)
@@ -1834,26 +1888,27 @@ def draw_shapes(labels: Tensor, size: int, generator=None) -> Tensor:
 
 
 def load_data(
-    settings: Settings, name: str = "shapes", chosen=None, class_names=None, cache=None
+    settings: Settings, name: str = "shapes", chosen=None, class_names=None, cache=None, stride=1
 ) -> Data:
     """Data called `shapes`, or of a folder; 60 / 20 / 20 % of every class to train, judge and test.
 
     chosen: names of the folder's classes, as --classes has them (None: all). class_names: a file,
     as --class-names has it. cache: a folder to keep decoded images in; without one they stay in
-    memory. A class is divided alike for every seed, and whatever other classes there are.
+    memory. stride: pixels per side of a latent, if the generator makes latents. A class is divided
+    alike for every seed, and whatever other classes there are.
     InputError if the folder is missing, or a class has fewer than 20 images."""
-    names = {}
+    names, size = {}, settings.image_size * stride
     if name == "shapes":
         if chosen or class_names:
             raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
-        classes, images, labels = load_shapes(settings)
+        classes, images, labels = load_shapes(settings, size)
     else:
         classes = class_folders(name)
         if class_names:
             names = read_class_names(class_names, classes)
         if chosen:
             classes = [classes[y] for y in sorted(set(find_classes(chosen, classes, names)))]
-        images, labels = load_folder(name, classes, settings.image_size, cache)
+        images, labels = load_folder(name, classes, size, cache)
     parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
     return Data(name, classes, names, *parts)
 
@@ -1886,12 +1941,12 @@ def check_class_size(folder: str, class_name: str, n: int) -> None:
         )
 
 
-def load_shapes(settings: Settings) -> tuple[list[str], Tensor, Tensor]:
-    """Class names, images uint8 [N, 3, S, S] and labels [N] of the built-in shapes."""
+def load_shapes(settings: Settings, size: int) -> tuple[list[str], Tensor, Tensor]:
+    """Class names, images uint8 [N, 3, size, size] and labels [N] of the built-in shapes."""
     classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
     labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
     generator = rng(settings.seed, "shapes")
-    parts = [draw_shapes(y, settings.image_size, generator) for y in labels.split(4096)]
+    parts = [draw_shapes(y, size, generator) for y in labels.split(4096)]
     return classes, torch.cat(parts), labels
 
 
@@ -2022,7 +2077,7 @@ def class_folders(folder: str) -> list[str]:
 
 def files_below(folder) -> Iterator[os.DirEntry]:
     """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+    for entry in sorted(os.scandir(folder), key=attrgetter("name")):
         if entry.is_dir():
             yield from files_below(entry.path)
         else:
@@ -2214,11 +2269,11 @@ def restore(training, path, record: dict) -> int:
 def train_teacher(settings: Settings, data: Data, out, device, resume=False) -> MAR:
     """A teacher from random weights, written to out/teacher.pt."""
     torch.manual_seed(settings.seed)
-    training = TeacherTraining(settings, data.classes, device)
+    training = TeacherTraining(settings, data.classes, device, data.learned.channels)
 
     def update(step):
         generator = rng(settings.seed, "teacher", step)
-        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
         return training.update(step, to_tokens(images, settings), labels, generator)
 
     return train(training, update, Path(out) / "teacher.pt", settings.teacher_iters, resume)
@@ -2230,7 +2285,7 @@ def train_student(training: Distillation, data: Data, out, resume=False, measure
 
     def update(step):
         generator = rng(settings.seed, "gsim", step)
-        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
         return training.update(step, to_tokens(images, settings), labels, generator)
 
     path = Path(out) / "student.pt"
@@ -2244,8 +2299,12 @@ def train_policy(
     policy and whose `reference` is the policy at its start."""
     torch.manual_seed(settings.seed)
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
-    training = method(student, settings, quality, mean_image(data, settings).to(student.device))
-    occurring = data.labels
+    occurring, mean = data.labels, mean_image(data, settings).to(student.device)
+
+    def quality_of_made(made, labels):
+        return quality(data.decode(made), labels)
+
+    training = method(student, settings, quality_of_made, mean)
 
     def update(step):
         generator = rng(settings.seed, "rl", step)
@@ -2260,7 +2319,7 @@ def train_policy(
 
 def mean_image(data: Data, settings: Settings) -> Tensor:
     """Tokens of the mean training image [1, L, D], which the information gain subtracts."""
-    return to_tokens(data.training_images().mean(0, keepdim=True), settings)
+    return to_tokens(data.learned.spaced().mean(0, keepdim=True), settings)
 
 
 # 14 Reward network --------------------------------------------------------------------------------
@@ -2299,6 +2358,11 @@ def damage(x: Tensor, labels: Tensor, patch: int, generator) -> tuple[Tensor, Te
     return damaged, kind * changed
 
 
+def patch_in_pixels(images: Tensor, settings: Settings) -> int:
+    """Side of a token in these images, which may be larger than the latents that were cut."""
+    return settings.patch * images.shape[-1] // settings.image_size
+
+
 class Critic(nn.Module):
     """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits; `reward` or `judge`.
 
@@ -2335,17 +2399,16 @@ def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
     """The network `name` (reward or judge) trained on the images of `split`, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
     classes = int(split.labels.max()) + 1  # some may not occur, where a checkpoint knows more
-    learns_damage = (
-        name == "reward" or len(split.labels.unique()) == 1
-    )  # one class alone would teach nothing
-    critic = Critic(name, settings.image_size, classes + learns_damage).to(device)
+    alone = len(split.labels.unique()) == 1  # one class alone would teach nothing
+    learns_damage = name == "reward" or alone
+    critic = Critic(name, split.size, classes + learns_damage).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
     for step in tqdm(range(settings.judge_iters), name, leave=False):
         generator = rng(settings.seed, name, step)
         x, labels = split.batch(128, generator, device, settings.flip)
         if learns_damage:
-            x, kind = damage(x, labels, settings.patch, generator)
+            x, kind = damage(x, labels, patch_in_pixels(x, settings), generator)
             labels = torch.where(kind > 0, classes, labels)
         _, logits = critic(x)
         descend(F.cross_entropy(logits, labels), optimizer)
@@ -2400,7 +2463,7 @@ class Judge:
 
     def __init__(self, data: Data, settings: Settings, device, draws: int = 5):
         self.critic = train_critic("judge", data.judge, settings, device)
-        self.device = device
+        self.device, self.decode = device, data.decode
         self.halves = [
             data.test.balanced_halves(settings.judge_n, rng(settings.seed, "halves", i))
             for i in range(draws)
@@ -2449,6 +2512,69 @@ class Judge:
         }
 
 
+class Pictures(torch.utils.data.Dataset):
+    """uint8 [3, size, size] of images in [-1, 1] [N, 3, size, size], or of all in a folder and its
+    sub-folders, resized and centre-cropped. InputError if there are none."""
+
+    def __init__(self, source: Tensor | str | Path, size: int):
+        self.size, self.source = size, source
+        if not torch.is_tensor(source):
+            files = sorted(Path(source).rglob("*"))
+            self.source = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        if len(self.source) == 0:
+            raise InputError(f"there are no images in {source}")
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        if torch.is_tensor(self.source):
+            return ((self.source[i].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return middle_square(read_rgb(self.source[i]), self.size)
+
+
+def fid_report(real: str | Path, images: Tensor | str | Path, size: int = 256) -> dict[str, float]:
+    """FID of `images` to a folder of real ones, and their Inception Score with its std.
+
+    images: [N, 3, size, size] in [-1, 1], or a folder. Needs maskrl[fid], which downloads its
+    Inception weights at the first call.
+
+    What papers on ImageNet report: 50,000 images, 50 of each of the 1000 classes, against all
+    1,281,167 training images, resized to 256 on the short side and cropped to the centre; the
+    Inception Score in 10 parts. As 50,000 images fit no memory, write them to files by
+
+        for i in $(seq 50); do
+            python sample.py mar_b.pth --vae kl16.ckpt --n 1000 --seed $i --files pictures/$i
+        done
+
+    FID falls with the number of images: compare like with like.
+    InputError if torch-fidelity or its weights are not there."""
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise InputError("FID needs torch-fidelity: pip install maskrl[fid]") from None
+    generated, given = Pictures(images, size), Pictures(real, size)
+    try:
+        values = torch_fidelity.calculate_metrics(
+            input1=generated,
+            input2=given,
+            isc=True,
+            fid=True,
+            cuda=torch.cuda.is_available(),
+            verbose=False,
+        )
+    except URLError as error:
+        raise InputError(
+            f"FID: torch-fidelity's Inception weights could not be downloaded ({error}); without a "
+            f"network, put their file into {torch.hub.get_dir()}/checkpoints"
+        ) from None
+    return {
+        "fid": values["frechet_inception_distance"],
+        "inception_score": values["inception_score_mean"],
+        "inception_score_std": values["inception_score_std"],
+    }
+
+
 class Progress:
     """A yardstick for training that is not the judge: Fréchet distances of n images of fixed
     labels, order and noise to training images.
@@ -2458,10 +2584,10 @@ class Progress:
     to diverse ones."""
 
     def __init__(self, critic: Critic, data: Data, settings: Settings, device, n: int = 1024):
-        self.critic, self.settings = critic, settings
+        self.critic, self.settings, self.decode = critic, settings, data.decode
         evenly = torch.linspace(0, len(data.train) - 1, n).long()
         self.labels = data.train.labels[evenly].to(device)  # every class in its share
-        views = [self.views(x.to(device)) for x in data.training_images().split(512)]
+        views = [self.views(x.to(device)) for x in data.train.spaced().split(512)]
         self.reference = [torch.cat(parts) for parts in zip(*views)]
 
     @torch.no_grad()
@@ -2475,7 +2601,7 @@ class Progress:
             generate(model, y, sampling, seed=(self.settings.seed, "progress", i))
             for i, y in enumerate(self.labels.split(256))
         ]
-        views = self.views(to_images(torch.cat(parts), self.settings))
+        views = self.views(self.decode(to_images(torch.cat(parts), self.settings)))
         distances = [frechet_distance(a, b) for a, b in zip(views, self.reference)]
         return {"progress": distances[0], "reward_features": distances[1]}
 
@@ -2493,7 +2619,7 @@ class Watch:
     @torch.no_grad()
     def __call__(self, model: MAR) -> dict[str, float]:
         tokens = generate(model, self.labels, seed=(self.settings.seed, "watch"))
-        images = to_images(tokens, self.settings)
+        images = self.judge.decode(to_images(tokens, self.settings))
         features, _ = self.judge.features(images)
         values = {
             "quality_mean": float(self.quality(images, self.labels).mean()),
@@ -2700,16 +2826,15 @@ def make_reward(
     if name == "embedded":
         quality = critic.quality
     elif name == "fit":
-        quality = ShapeFit(settings.image_size, device)
+        quality = ShapeFit(data.train.size, device)
     elif name == "clip":
-        quality = clip_reward(
-            clip or ClipOptions(), display_names(data.classes, data.names), device
-        )
+        names = display_names(data.classes, data.names)
+        quality = clip_reward(clip or ClipOptions(), names, device)
     else:
         quality = function_reward(name)
     generator = rng(settings.seed, "reward check")
     x, labels = data.train.batch(32, generator, device)
-    x, _ = damage(x, labels, settings.patch, generator)  # images that a reward should tell apart
+    x, _ = damage(x, labels, patch_in_pixels(x, settings), generator)  # a reward tells them apart
     quality = checked_reward(name, quality, x, labels)
     if settings.method == "backprop":
         if not quality(x.clone().requires_grad_(), labels).requires_grad:
@@ -2755,19 +2880,20 @@ def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:
     save_picture(path, sheet)
 
 
-def pixel_mask(mask: Tensor, settings: Settings) -> Tensor:
-    """mask [..., L] of tokens -> of pixels [..., 1, S, S]."""
-    side = settings.image_size // settings.patch
+def pixel_mask(mask: Tensor, size: int) -> Tensor:
+    """mask [..., L] of tokens -> of pixels [..., 1, S, S], S being `size`."""
+    side = math.isqrt(mask.shape[-1])
     mask = mask.cpu().unflatten(-1, (side, side))[..., None, :, :]
-    return mask.repeat_interleave(settings.patch, -1).repeat_interleave(settings.patch, -2)
+    return mask.repeat_interleave(size // side, -1).repeat_interleave(size // side, -2)
 
 
-def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
+def film(path, tokens: Tensor, trace: Trace, settings: Settings, decode=unchanged) -> None:
     """The unmasking of up to 8 images, hidden tokens grey: a .gif moves, else one row an image."""
     hidden = trace.masks()[0][:8]  # [8, T, L]
     hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)  # and at the end none
-    images = to_images(tokens[:8], settings).cpu()[:, None]  # a revealed token never changes
-    frames = torch.where(pixel_mask(hidden, settings), 0.0, images)  # [8, T + 1, 3, S, S]
+    images = decode(to_images(tokens[:8], settings)).cpu()  # a revealed token never changes
+    hidden_pixels = pixel_mask(hidden, images.shape[-1])
+    frames = torch.where(hidden_pixels, 0.0, images[:, None])  # [8, T + 1, 3, S, S]
     if Path(path).suffix.lower() != ".gif":
         save_picture(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
         return
@@ -2776,14 +2902,15 @@ def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
     save_picture(path, pictures[0], save_all=True, append_images=rest, duration=250, loop=0)
 
 
+@torch.no_grad()
 def generate_many(
-    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str
+    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str, decode: Callable = unchanged
 ) -> tuple[Tensor, Tensor]:
     """Images [N, 3, S, S], on the CPU, and unmasking iterations [N] of many labels."""
     images, steps = [], []
     for i, part in enumerate(tqdm(labels.split(256), f"judging {name}", leave=False)):
         tokens, trace = generate(model, part, sampling, seed=(seed, i), trace=True)
-        images.append(to_images(tokens, model.settings).cpu())
+        images.append(decode(to_images(tokens, model.settings)).cpu())
         steps.append(trace.steps)
     return torch.cat(images), torch.cat(steps)
 
@@ -2805,7 +2932,7 @@ def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, floa
 def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
     """The training image next to each of `images` [N, 3, S, S] in [-1, 1], and its distance [N]
     (root mean square, in pixels)."""
-    train = data.training_images()
+    train = data.train.spaced()
     distance, index = torch.cdist(images.clamp(-1, 1).flatten(1), train.flatten(1)).min(1)
     return train[index], distance / images[0].numel() ** 0.5
 
@@ -2814,8 +2941,9 @@ def arms_of_report(models: dict[str, MAR], settings: Settings, data: Data) -> di
     """{name: (model, Sampling)}: besides `models` an untrained one, and the one-step start, which
     is the teacher's weights asked for one step, before GSIM."""
     torch.manual_seed(settings.seed + 1)
-    device = models["student"].device
-    untrained = MAR(settings, data.classes, kind="student").to(device)
+    student = models["student"]
+    image_channels = student.channels // settings.patch**2
+    untrained = MAR(settings, data.classes, "student", image_channels).to(student.device)
     arms = {"untrained": (untrained, Sampling())}
     if "teacher" in models:
         arms["teacher"] = (models["teacher"], Sampling())
@@ -2836,7 +2964,9 @@ def report(
     arms = arms_of_report(models, settings, data)
     images, rows = {"real": judge.real_images}, {"real": judge.real_row()}
     for name, (model, sampling) in arms.items():
-        images[name], steps = generate_many(model, judge.labels, sampling, settings.seed, name)
+        images[name], steps = generate_many(
+            model, judge.labels, sampling, settings.seed, name, judge.decode
+        )
         rows[name] = judge(images[name]) | {
             "steps": float(steps.float().mean()),
             "steps_std": float(steps.float().std()),
@@ -3020,7 +3150,9 @@ def score(model: MAR, quality, judge: Judge, steps: int | None = None) -> dict[s
     """Means of quality and reward, unmasking iterations and the judge's distance, without
     exploration. steps: None for the model's own schedule, else K of the cosine schedule."""
     settings = model.settings
-    images, count = generate_many(model, judge.labels, Sampling(steps), settings.seed, "schedules")
+    images, count = generate_many(
+        model, judge.labels, Sampling(steps), settings.seed, "schedules", judge.decode
+    )
     q = quality(images.to(judge.device), judge.labels)
     reward = total_reward(q, count, settings)
     return {
@@ -3076,6 +3208,7 @@ MODEL_SETTINGS = (
     "scale",
     "width",
     "depth",
+    "decoder_depth",
     "heads",
     "buffer",
     "head_width",
@@ -3141,7 +3274,13 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
         "--teacher",
         type=Path,
         metavar="teacher.pt",
-        help="a teacher to start from, instead of training one",
+        help="a teacher to start from, instead of training one; also a file in MAR's own format",
+    )
+    add(
+        "--vae",
+        type=Path,
+        metavar="kl16.ckpt",
+        help="an autoencoder: generate its latents, not pixels (MAR's released models need it)",
     )
     return parser
 
@@ -3171,7 +3310,10 @@ def add_settings(parser) -> None:
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     small = ", ".join(f"{name}={value}" for name, value in PRESETS["small"].items())
-    parser.epilog = f"The defaults are those of --preset tiny; small has {small}."
+    parser.epilog = (
+        f"The defaults are those of --preset tiny; small has {small}. The sizes of MAR's released "
+        f"models, on latents (--vae), are {', '.join(RELEASED)}."
+    )
 
 
 def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
@@ -3228,7 +3370,7 @@ def describe(data: Data, settings: Settings) -> str:
     if n < 500:
         text += " (few: its distances are rough)"
     if data.name != "shapes":
-        side = settings.image_size
+        side = data.train.size
         text += f"; resized to {side} x {side} pixels (--image-size; more of them want a GPU)"
     return text
 
@@ -3257,11 +3399,7 @@ def prepare(
         base = read_checkpoint(args.out / there[0])
     settings = settings_from(args, device, base, resume=bool(there))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
-    cache = args.out.parent / "cache"
-    data = load_data(settings, args.data, args.classes, args.class_names, cache)
-    if base:
-        data = data.labelled_as(base["classes"])
-    settings = data.measure(settings)
+    data, settings = measured_data(args, settings, base, device)
     print(f"{describe(data, settings)}; on {hardware(device)}")
     if args.resume and not there:
         print(f"nothing to resume in {args.out}: starting afresh")
@@ -3270,21 +3408,48 @@ def prepare(
     return settings, data, device
 
 
-def remember_choices(args, resume: bool) -> None:
-    """Keep --data and --reward in out/choices.json; InputError where a resumed run has others.
+def measured_data(args, settings: Settings, base, device) -> tuple[Data, Settings]:
+    """The data, with latents if there is a --vae, and the Settings with their mean and scale."""
+    image_channels = None
+    if base:
+        image_channels = base["model_ema"]["z_proj.weight"].shape[1] // settings.patch**2
+    elif args.preset in RELEASED:
+        image_channels = 16
+    vae = autoencoder_for(image_channels, args.vae, device)
+    cache, stride = args.out.parent / "cache", vae.stride if vae else 1
+    data = load_data(settings, args.data, args.classes, args.class_names, cache, stride)
+    if base:
+        data = data.labelled_as(named_classes(base["classes"], data))
+    if vae:
+        data = with_latents(data, vae, settings.flip)
+        settings = replace(settings, scale=settings.scale or vae.scale)
+    return data, data.measure(settings)
 
-    They name folders and code: what a file says is compared with them, and never used."""
+
+def named_classes(classes: list[str], data: Data) -> list[str]:
+    """A checkpoint's classes; where MAR's file only counts them, the folder's, in their order."""
+    there = data.classes if data.name == "shapes" else class_folders(data.name)
+    return there if classes == numbered(len(there)) else classes
+
+
+def remember_choices(args, resume: bool) -> None:
+    """Keep --data, --classes, --vae and --reward in out/choices.json; InputError where a resumed
+    run has others.
+
+    They name files and code: what a file says is compared with them, and never used."""
     path = args.out / "choices.json"
-    given = {"data": str(Path(args.data)), "reward": getattr(args, "reward", None)}
+    given = {"data": str(Path(args.data)), "classes": " ".join(args.classes or [])}
+    given["vae"] = str(args.vae or "")
+    if "reward" in args:  # train_distill.py has none
+        given["reward"] = args.reward
     kept = json.loads(path.read_text()) if resume and path.exists() else {}
-    for name, value in kept.items():
-        given[name] = given[name] or value  # train_distill.py has no --reward
-        if value and value != given[name]:
+    for name in given:
+        if kept.get(name) not in (None, given[name]):
             raise InputError(
-                f"{args.out} was begun with {flag(name)} {value}, not {given[name]}: give it "
-                "again, or another --out"
+                f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
+                f"{given[name] or None}: give it again, or another --out"
             )
-    path.write_text(json.dumps(given))
+    path.write_text(json.dumps(kept | given))
 
 
 def teacher_and_student(
@@ -3294,8 +3459,9 @@ def teacher_and_student(
     each of them took."""
     minutes, start = {}, time.perf_counter()
     if args.teacher:
-        teacher = load_checkpoint(args.teacher, "teacher", device)
+        teacher = load_model(args.teacher, "teacher", device, settings.heads)
         teacher.settings = settings  # which may differ in what a checkpoint leaves open
+        teacher.classes = data.classes  # MAR's own files do not name them
     else:
         teacher = train_teacher(settings, data, args.out, device, args.resume)
         minutes["teacher"] = (time.perf_counter() - start) / 60
@@ -3321,3 +3487,458 @@ def run(main: Callable) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+# 19 MAR's released weights and the KL-16 autoencoder ----------------------------------------------
+# MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
+# KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
+# in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
+# Nothing else changes: tokens are cut from latents as they are from pixels, and rewards, judge and
+# pictures get what the autoencoder decodes.
+
+KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
+# fmt: off
+MAR_SETTINGS = PRESETS["small"] | {
+    "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256,
+    "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
+}  # trained as `small`, which nobody has tried at this size
+RELEASED = {
+    "mar_b": MAR_SETTINGS | {
+        "width": 768, "depth": 12, "heads": 12, "head_width": 1024, "head_depth": 6,
+        "guidance": 2.9,
+    },
+    "mar_l": MAR_SETTINGS | {
+        "width": 1024, "depth": 16, "heads": 16, "head_width": 1280, "head_depth": 8,
+        "guidance": 3.0,
+    },
+    "mar_h": MAR_SETTINGS | {
+        "width": 1280, "depth": 20, "heads": 16, "head_width": 1536, "head_depth": 12,
+        "guidance": 3.2,
+    },
+}
+# fmt: on
+PRESETS |= RELEASED
+
+
+def numbered(n: int) -> list[str]:
+    """Names of n classes of which only the number is known."""
+    return [str(i) for i in range(n)]
+
+
+def mar_name(name: str) -> str:
+    """The name in MAR's files of a weight of our MAR."""
+    return "diffloss.net." + name.removeprefix("head.") if name.startswith("head.") else name
+
+
+def is_mar_file(content) -> bool:
+    """Whether the content of a file is in MAR's format: weights under MAR's names, and no kind."""
+    if not isinstance(content, dict) or "kind" in content:
+        return False
+    parts = [content.get(part) for part in ("model", "model_ema")]
+    names = [str(name) for part in parts if isinstance(part, dict) for name in part]
+    return any(name.startswith(("diffloss.net.", "z_proj.")) for name in names)
+
+
+def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
+    """The weights under `part` of a file's content; InputError if they are not there."""
+    weights = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"{path} has no weights under {part!r}")
+    for name, value in weights.items():
+        if not (isinstance(name, str) and torch.is_tensor(value)):
+            raise InputError(f"{path}: {name!r} under {part!r} is not a tensor with a name")
+    return weights
+
+
+def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """InputError naming what is missing, unexpected or misshapen in weights of `path`."""
+    wrong = [f"{name} is missing" for name in module if name not in weights]
+    wrong += [f"{name} is unexpected" for name in weights if name not in module]
+    for name, value in weights.items():
+        if name in module and value.shape != module[name].shape:
+            wrong.append(f"{name} is {list(value.shape)}, not {list(module[name].shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
+
+
+def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
+    """The shape of one of the weights; InputError unless it is there and has the dimensions."""
+    if name not in weights:
+        raise InputError(f"{path}: {name} is missing")
+    if weights[name].ndim != dimensions:
+        raise InputError(f"{path}: {name} is {list(weights[name].shape)}: a wrong shape")
+    return weights[name].shape
+
+
+def count_blocks(weights: dict[str, Tensor], prefix: str) -> int:
+    """How many blocks have weights called prefix.<number>.<...>."""
+    start = prefix + "."
+    rest = [name.removeprefix(start) for name in weights if name.startswith(start)]
+    return len({name.split(".")[0] for name in rest})
+
+
+def mar_settings(path, weights: dict[str, Tensor], num_heads: int | None) -> Settings:
+    """The Settings that MAR's weights were made with, as far as shapes tell; else the released."""
+    width, channels = shape_of(path, weights, "z_proj.weight", 2)
+    length = shape_of(path, weights, "diffusion_pos_embed_learned", 3)[1]
+    rows = shape_of(path, weights, "encoder_pos_embed_learned", 3)[1]
+    side, patch = math.isqrt(length), math.isqrt(channels // 16)
+    if side**2 != length or 16 * patch**2 != channels:
+        raise InputError(
+            f"{path}: {length} tokens of {channels} channels are not the square patches of a "
+            "square of 16-channel latents"
+        )
+    known = {size["width"]: size for size in RELEASED.values()}
+    heads = num_heads or known.get(width, {}).get("heads")
+    if heads is None:
+        raise InputError(
+            f"{path}: width {width} is none of the released ones, and the number of attention "
+            "heads cannot be read off the weights: give num_heads (--heads)"
+        )
+    read = {
+        "image_size": side * patch,
+        "patch": patch,
+        "scale": KL16_SCALE,
+        "width": width,
+        "depth": count_blocks(weights, "encoder_blocks"),
+        "decoder_depth": count_blocks(weights, "decoder_blocks"),
+        "heads": heads,
+        "buffer": rows - length,
+        "head_width": shape_of(path, weights, "diffloss.net.input_proj.weight", 2)[0],
+        "head_depth": count_blocks(weights, "diffloss.net.res_blocks"),
+        "steps": min(length, MAR_SETTINGS["steps"]),
+    }
+    try:
+        return Settings(**(known.get(width, MAR_SETTINGS) | read))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_mar(path, ema=True, num_heads=None, classes=None) -> dict:
+    """A file in MAR's format as `read_checkpoint` would give it, its weights under their own names.
+
+    InputError if it is none, or if its shapes say no settings."""
+    content = load_safely(path, lazily=True)
+    if not is_mar_file(content):
+        raise InputError(f"{path} is not a file in MAR's format")
+    part = "model_ema" if ema else "model"
+    weights = tensors_of(path, content, part)
+    number = shape_of(path, weights, "class_emb.weight", 2)[0]
+    if classes is not None and len(classes) != number:
+        raise InputError(f"{path} has {number} classes, and {len(classes)} names are given")
+    settings = mar_settings(path, weights, num_heads)
+    classes = list(classes or numbered(number))
+    return {"kind": "teacher", "settings": settings, "classes": classes, "model_ema": weights}
+
+
+def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
+    """A teacher from a file in MAR's official format, ready for `generate`.
+
+    ema: the averaged weights, which MAR is evaluated with, else those under "model". num_heads:
+    needed where the width is not a released one. classes: names (default "0", "1", ...).
+    InputError names what is missing, unexpected or of the wrong shape; no code in the file is
+    run."""
+    content = read_mar(path, ema, num_heads, classes)
+    model = MAR(content["settings"], content["classes"], image_channels=16)
+    own, weights = model.state_dict(), content["model_ema"]
+    check_names_and_shapes(path, {mar_name(name): own[name] for name in own}, weights)
+    model.load_state_dict({name: weights[mar_name(name)] for name in own})
+    return model.to(device).eval().requires_grad_(False)
+
+
+def save_mar(path, model: MAR, ema: MAR | None = None) -> None:
+    """Write a teacher in MAR's official format; `ema` (default: the model) goes to "model_ema".
+
+    InputError for what that format does not know: a student, a head that predicts anything but
+    eps, and tokens that are not latents x 0.2325."""
+    settings = model.settings
+    if model.kind != "teacher":
+        raise InputError(f"{path}: MAR's format is for teachers, not for a {model.kind}")
+    if settings.predicts != "eps":
+        raise InputError(f"{path}: in MAR's format the head predicts eps (--predicts eps)")
+    if (settings.mean, settings.scale) != (0, KL16_SCALE):
+        raise InputError(
+            f"{path}: in MAR's format tokens are latents x {KL16_SCALE}, with mean 0; this model "
+            f"has --mean {settings.mean} and --scale {settings.scale}"
+        )
+    content = {}
+    for part, network in (("model", model), ("model_ema", ema or model)):
+        content[part] = {mar_name(name): value for name, value in network.state_dict().items()}
+    write_file(path, content)
+
+
+def read_model(path, kind: str | None = None, num_heads: int | None = None) -> dict:
+    """`read_checkpoint` or `read_mar`, as the names of the file's weights say."""
+    if not is_mar_file(load_safely(path, lazily=True)):
+        return read_checkpoint(path, kind)
+    if kind not in (None, "teacher"):
+        raise InputError(f"{path} is a teacher; a {kind} is needed here")
+    return read_mar(path, num_heads=num_heads)
+
+
+def load_model(path, kind=None, device="cpu", num_heads=None) -> MAR:
+    """`load_checkpoint` or `load_mar`, as the names of the file's weights say."""
+    if is_mar_file(load_safely(path, lazily=True)):
+        return load_mar(path, num_heads=num_heads, device=device)
+    return load_checkpoint(path, kind, device)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ConvBlock(nn.Module):
+    """Residual block: [B, inputs, h, w] -> [B, outputs, h, w]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1 = group_norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = group_norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class ConvAttention(nn.Module):
+    """Every place of x [B, width, h, w] attends to all of them, with one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, h w, width]
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one row below and one column to the right
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; Encoder and Decoder give most levels a change of resolution."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention=False):
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(blocks):
+            self.block.append(ConvBlock(outputs if i else inputs, outputs))
+            if attention:
+                self.attn.append(ConvAttention(outputs))
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.upsample(self.downsample(x))
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1 = ConvBlock(width, width)
+        self.attn_1 = ConvAttention(width)
+        self.block_2 = ConvBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, S, S] -> [B, outputs, S / stride, S / stride], by levels of these widths."""
+
+    def __init__(self, width: int, widths: list[int], outputs: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList(Level(a, b, 2) for a, b in zip([width, *widths], widths[:-1]))
+        for level, level_width in zip(self.down, widths):
+            level.downsample = Downsample(level_width)
+        self.down.append(Level(([width] + widths)[-2], widths[-1], 2, attention=True))
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, channels, h, w] -> images [B, 3, S, S], by the encoder's levels backward."""
+
+    def __init__(self, widths: list[int], channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(Level(a, b, 3) for a, b in zip([*widths[1:], widths[-1]], widths))
+        for level, level_width in zip(self.up[1:], widths[1:]):
+            level.upsample = Upsample(level_width)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def posterior_sample(moments: Tensor, generator) -> Tensor:
+    """Latents [B, C, h, w] drawn from a Gaussian of these moments, mean and log variance [B, 2C, h,
+    w]; generator: on the CPU."""
+    mean, log_variance = moments.chunk(2, 1)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
+
+
+class KL16(nn.Module):
+    """The autoencoder of latent diffusion (2112.10752) that MAR's tokens come from.
+
+    multipliers: width of each level, as a multiple of `width`; each but the first halves the image.
+    channels: of a latent. Names and arithmetic are those of the official code."""
+
+    def __init__(self, width=128, multipliers=(1, 1, 2, 2, 4), channels=16):
+        super().__init__()
+        widths = [width * m for m in multipliers]
+        self.channels = channels
+        self.stride = 2 ** (len(widths) - 1)  # pixels per side of a latent
+        self.scale = KL16_SCALE if (width, *multipliers) == (128, 1, 1, 2, 2, 4) else 0.0  # or open
+        self.encoder = Encoder(width, widths, 2 * channels)
+        self.decoder = Decoder(widths, channels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance [B, 2C, h, w] of the latents of images [B, 3, S, S] in [-1, 1]."""
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor, generator) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, S, S], drawn from their posterior."""
+        return posterior_sample(self.moments(images), generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in about [-1, 1] of latents [B, C, h, w], 16 at a time."""
+        parts = [self.decoder(self.post_quant_conv(part)) for part in latents.split(16)]
+        return torch.cat(parts)
+
+
+def load_kl16(path, device="cpu") -> KL16:
+    """The autoencoder from an official file, {"model": weights}, frozen; its widths are read off
+    the shapes. InputError names what is missing, unexpected or of the wrong shape."""
+    weights = tensors_of(path, load_safely(path, lazily=True), "model")
+    weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
+    width = shape_of(path, weights, "encoder.conv_in.weight", 4)[0]
+    channels = shape_of(path, weights, "post_quant_conv.weight", 4)[0]
+    levels = count_blocks(weights, "encoder.down")
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    widths = [shape_of(path, weights, name, 4)[0] for name in first]
+    fits = width > 0 and width % 32 == 0 and all(w > 0 and w % width == 0 for w in widths)
+    if not (levels and fits):
+        raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
+    vae = KL16(width, [w // width for w in widths], channels)
+    check_names_and_shapes(path, vae.state_dict(), weights)
+    vae.load_state_dict(weights)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def autoencoder_for(image_channels: int | None, path, device) -> KL16 | None:
+    """The autoencoder at --vae `path`, or None for pixels; InputError unless it suits a generator
+    of `image_channels` (None: any)."""
+    if path is None and image_channels not in (None, 3):
+        raise InputError(f"the generator makes latents of {image_channels} channels: give --vae")
+    if path is None:
+        return None
+    if image_channels == 3:
+        raise InputError(f"--vae {path}: the generator makes pixels; leave it out")
+    vae = load_kl16(path, device)
+    if image_channels not in (None, vae.channels):
+        raise InputError(
+            f"--vae {path} has latents of {vae.channels} channels; the generator makes "
+            f"{image_channels}"
+        )
+    return vae
+
+
+@dataclass
+class Latents:
+    """What a Split is to a generator of latents; every batch draws its latents anew."""
+
+    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and of them mirrored
+    labels: Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.moments.shape[2] // 2
+
+    def spaced(self) -> Tensor:
+        """Latents [n, C, h, w] of the images that `Split.spaced` takes."""
+        moments = self.moments[0, :: max(1, len(self) // 10_000)]
+        return posterior_sample(moments.float(), rng("latents"))
+
+    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, h, w] of n random images, and their labels [n]."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        mirrored = torch.randint(2 if flip else 1, (n,), generator=generator)
+        moments = self.moments[mirrored, index].to(device).float()
+        return posterior_sample(moments, generator), self.labels[index].to(device)
+
+
+@torch.no_grad()
+def latents_of(split: Split, vae: KL16, flip=False, batch: int = 32) -> Latents:
+    """The moments of all images of a Split, computed once; flip: also of their mirror images."""
+    views = []
+    for mirrored in (False, True)[: 1 + flip]:
+        parts = []
+        for rows in tqdm(split.rows.split(batch), "latents", leave=False):
+            images = to_unit(split.stored[rows].to(vae.device))
+            images = images.flip(-1) if mirrored else images
+            parts.append(vae.moments(images).half().cpu())
+        views.append(torch.cat(parts))
+    return Latents(torch.stack(views), split.labels)
+
+
+def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
+    """The data for a generator of latents: it learns them, and what it makes is decoded."""
+    return replace(data, latents=latents_of(data.train, vae, flip), decode=vae.decode)

@@ -238,7 +238,7 @@ def test_mapped_batches_equal_those_in_memory(photos, load):
             getattr(data, part).batch(16, maskrl.rng(3), flip=True) for data in (mapped, in_memory)
         ]
         assert all(torch.equal(a, b) for a, b in zip(*batches))
-    assert torch.equal(mapped.training_images(), in_memory.training_images())
+    assert torch.equal(mapped.train.spaced(), in_memory.train.spaced())
 
 
 def test_images_are_decoded_once(load, tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_no_more_than_20_000_images_become_floats():
     labels = torch.arange(100_000) // 100
     part = maskrl.Split(many, torch.arange(100_000), labels)
     images = maskrl.Data("many", [str(y) for y in range(1000)], {}, part, part, part)
-    assert 10_000 <= len(images.training_images()) <= 20_000
+    assert 10_000 <= len(images.train.spaced()) <= 20_000
 
 
 # Some of the classes

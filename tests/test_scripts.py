@@ -131,12 +131,12 @@ def test_backpropagation_runs_on_a_given_student(run, more, tmp_path):
 
 def test_what_is_held_out_is_not_what_is_trained(run):
     """Or reward hacking would go unseen."""
-    settings, device = tiny(), torch.device("cpu")
-    shapes = maskrl.load_data(settings)
+    device = torch.device("cpu")
+    shapes = maskrl.load_data(tiny())
     critic = maskrl.Critic("reward", 8, 10)
 
     def held_out(name, data):
-        return train_rl.held_out_reward(name, settings, data, critic, device)
+        return train_rl.held_out_reward(name, data, critic, device)
 
     assert isinstance(held_out("embedded", shapes), maskrl.ShapeFit)
     assert held_out("fit", shapes) == critic.quality
