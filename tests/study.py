@@ -431,10 +431,7 @@ README_ROWS = (
     *("real", "teacher", "one-step start", "student", "policy"),
     *(f"policy's generator, K = {K}" for K in (8, 6, 4)),
 )
-README_COLUMNS = (
-    *("frechet", "accuracy", "recall", "quality", "held_out", "reward", "steps"),
-    "image_ms",
-)
+README_COLUMNS = ("frechet", "precision", "quality", "held_out", "reward", "steps", "image_ms")
 
 
 def L1_alone(*args):
