@@ -17,9 +17,9 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                15  Judge        17  Report and pictures
-    13  Training loop       16  Rewards      18  Command line
-    14  Reward network
+    12  Data                15  Judge        18  Command line
+    13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
+    14  Reward network      17  Report and pictures
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -39,29 +39,38 @@ weight of the KL divergence.
 """
 
 import argparse
+import hashlib
 import importlib
+import io
 import json
 import logging
 import math
 import os
 import platform
 import sys
+import tempfile
 import time
+import warnings
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
+from multiprocessing.pool import ThreadPool
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.error import URLError
+from zipfile import is_zipfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from torchvision import datasets
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -102,7 +111,7 @@ class Settings:
     Raises InputError, naming the option, for a value of the wrong type or outside its limits."""
 
     # data
-    image_size: int = option(16, "height and width in pixels", at_least=1)
+    image_size: int = option(16, "height and width, in pixels or latents", at_least=1)
     per_class: int = option(3000, "images per class that the built-in shapes draw", at_least=20)
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
     seed: int = option(0, "of shapes, weights and noise", at_least=0, below=2**63)
@@ -112,11 +121,13 @@ class Settings:
     scale: float = option(0.0, "0: mean and scale are measured on the training images", at_least=0)
     width: int = option(96, "W of the transformer, a multiple of 4 and of --heads", at_least=4)
     depth: int = option(2, "transformer blocks in the encoder, and in the decoder", at_least=1)
+    decoder_depth: int = option(0, "blocks in the decoder, if not --depth (0)", at_least=0)
     heads: int = option(4, "attention heads", at_least=1)
     buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
     head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
     head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
     predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
+    checkpointing: bool = option(False, "compute blocks twice in training, to save memory")
     # generation
     steps: int = option(16, "K, unmasking iterations per image", at_least=1)
     denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
@@ -218,7 +229,7 @@ PRESETS = {
 
 
 def preset(name: str, **overrides) -> Settings:
-    """The Settings of preset `tiny` or `small`, with single fields replaced."""
+    """The Settings of a preset, with single fields replaced."""
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return Settings(**{**PRESETS[name], **overrides})
@@ -424,12 +435,12 @@ class MAR(nn.Module):
         self.z_proj = nn.Linear(self.channels, width)  # MAR's name: it projects tokens, not z
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.encoder_blocks = self.blocks()
+        self.encoder_blocks = self.blocks(settings.depth)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.decoder_blocks = self.blocks()
+        self.decoder_blocks = self.blocks(settings.decoder_depth or settings.depth)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.head = Head(
@@ -438,9 +449,9 @@ class MAR(nn.Module):
         self.schedule = None
         self.init_weights()
 
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self, depth: int) -> nn.ModuleList:
         settings = self.settings
-        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(settings.depth))
+        return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(depth))
 
     def init_weights(self) -> None:
         """Differs from MAR, which starts all embeddings at std 0.02 and trains for 400 epochs.
@@ -467,6 +478,12 @@ class MAR(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.fake_latent.device
+
+    def apply_block(self, block: Block, *inputs) -> Tensor:
+        """block(*inputs); with --checkpointing the backward pass computes its inside once more."""
+        if self.settings.checkpointing:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def null(self, labels: Tensor) -> Tensor:
         """The null class in place of every label [B]."""
@@ -496,7 +513,7 @@ class MAR(nn.Module):
         ragged = int(count.min()) < most
         keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
         for block in self.encoder_blocks:
-            x = block(x, keys)
+            x = self.apply_block(block, x, keys)
 
         # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
@@ -504,7 +521,7 @@ class MAR(nn.Module):
         x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.apply_block(block, x)
         return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
 
 
@@ -739,8 +756,8 @@ class TeacherTraining:
     shapes clean within minutes; each context serves several draws of noise; and the variance
     channels are not trained."""
 
-    def __init__(self, settings: Settings, classes: list[str], device="cpu"):
-        self.model = MAR(settings, classes).to(device)
+    def __init__(self, settings: Settings, classes: list[str], device="cpu", image_channels=3):
+        self.model = MAR(settings, classes, image_channels=image_channels).to(device)
         self.ema = deepcopy(self.model).requires_grad_(False)
         self.optimizers = teacher_optimizers(self.model)
 
@@ -1623,10 +1640,7 @@ KINDS = ("teacher", "student", "policy")
 
 
 def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=None) -> None:
-    """Write atomically: an interruption leaves the old file or the new one, never half of one.
-
-    training: the state to resume from, where training is not finished."""
-    path = Path(path)
+    """training: the state to resume from, where training is not finished."""
     content = {
         "kind": model.kind,
         "settings": asdict(model.settings),
@@ -1636,6 +1650,12 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
         "model_ema": (ema or model).state_dict(),
         "training": training,
     }
+    write_file(path, content)
+
+
+def write_file(path, content: dict) -> None:
+    """Write atomically: an interruption leaves the old file or the new one, never half of one."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
@@ -1645,20 +1665,39 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
     os.replace(unfinished, path)
 
 
-def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
-    """The content of a checkpoint, its "settings" as Settings. No code in the file is ever run.
+def load_safely(path, device="cpu", lazily=False) -> Any:
+    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none.
 
-    InputError if it is none, if it is of another kind, or if its settings are out of range."""
+    An argparse.Namespace, which MAR's own files hold, is read as data; any other class is refused
+    by its name. lazily: leave weights on the disk until they are used."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = lazily and is_zipfile(path)
+            return torch.load(path, device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
     except Exception as error:
+        reason = ", ".join([type(error).__name__, *foreign_classes(path)])
         raise InputError(
-            f"{path} is not a checkpoint that can be read safely "
-            f"({type(error).__name__}); expected teacher.pt, student.pt or "
-            "policy.pt"
+            f"{path} is not a checkpoint that can be read safely ({reason}); expected teacher.pt, "
+            "student.pt or policy.pt, or a file in MAR's format"
         ) from None
+
+
+def foreign_classes(path) -> list[str]:
+    """Names of the classes and functions that a file would need to be unpickled, if it has some."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a file that can tell
+        return []
+    return sorted(f"it holds a {name}" for name in names if name != "argparse.Namespace")
+
+
+def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
+    """The content of a checkpoint, its "settings" as Settings.
+
+    InputError if it is none, if it is of another kind, or if its settings are out of range."""
+    content = load_safely(path, device)
     parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
     if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
         raise InputError(f"{path} is not a maskrl checkpoint")
@@ -1700,8 +1739,9 @@ def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
 
 # 12 Data ------------------------------------------------------------------------------------------
 # Either shapes that anybody can draw, or a folder with one sub-folder of images per class. Both end
-# as bytes in memory, in three parts: `train` (generator and reward), `judge` (the judge alone) and
-# `test` (what the judge compares with).
+# as bytes, in three parts: `train` (generator and reward), `judge` (the judge alone) and `test`
+# (what the judge compares with). A folder is decoded once, into a file that is then mapped: it may
+# hold more images than fit into memory.
 
 COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230)}
 FORMS = ("circle", "square", "triangle")
@@ -1716,56 +1756,105 @@ def to_unit(images: Tensor) -> Tensor:
 class Split:
     """Some of the images of a data set, and their labels."""
 
-    images: Tensor  # uint8 [N, 3, S, S]
+    stored: Tensor  # uint8 [M, 3, S, S], all images of the data set, perhaps mapped from a file
+    rows: Tensor  # [N], which of them belong to this part
     labels: Tensor  # [N]
 
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """A copy of this part's images, uint8 [N, 3, S, S]; of a large one, `take` some first."""
+        return self.stored[self.rows]
+
+    @property
+    def channels(self) -> int:
+        return self.stored.shape[1]
+
+    @property
+    def size(self) -> int:
+        """S, height and width of an image."""
+        return self.stored.shape[-1]
+
+    def spaced(self) -> Tensor:
+        """Images in [-1, 1] [n, 3, S, S], every class in its share: all of them, or evenly spaced
+        10,000 to 20,000."""
+        return to_unit(self.take(slice(None, None, max(1, len(self) // 10_000))).images)
+
     def take(self, index) -> "Split":
-        return Split(self.images[index], self.labels[index])
+        return Split(self.stored, self.rows[index], self.labels[index])
 
     def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
         """n random images in [-1, 1] [n, 3, S, S] and their labels [n]."""
         index = torch.randint(len(self), (n,), generator=generator)
-        x = to_unit(self.images[index].to(device))
+        x = to_unit(self.stored[self.rows[index]].to(device))
         if flip:
             mirrored = torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5
             x = torch.where(mirrored, x.flip(-1), x)
         return x, self.labels[index].to(device)
 
+    def balanced_half(self, most: int) -> int:
+        """Images of each class in either of the `balanced_halves`."""
+        counts = self.labels.unique(return_counts=True)[1]
+        return max(2, min(int(counts.min()) // 2, most // len(counts)))
+
     def balanced_halves(self, most: int, generator) -> tuple["Split", "Split"]:
         """Two disjoint halves with equally many images of every class: at most `most` images each,
         but at least two of each class."""
+        m = self.balanced_half(most)
         rows = [(self.labels == y).nonzero().squeeze(1) for y in self.labels.unique()]
-        m = min(len(r) for r in rows) // 2
-        m = max(2, min(m, most // len(rows)))
         rows = [r[torch.randperm(len(r), generator=generator)] for r in rows]
         first, second = [r[:m] for r in rows], [r[m : 2 * m] for r in rows]
         return self.take(torch.cat(first)), self.take(torch.cat(second))
 
 
+def unchanged(images: Tensor) -> Tensor:
+    """What decodes the images of a generator of pixels."""
+    return images
+
+
 @dataclass
 class Data:
     name: str  # "shapes", or the folder
-    classes: list[str]
+    classes: list[str]  # what labels stand for; a checkpoint's, which may be more than occur here
+    names: dict[str, str]  # {class: what people call it}, of --class-names
     train: Split
     judge: Split
     test: Split
+    latents: Any = None  # of `train`, as Latents (section 19), if the generator makes latents
+    decode: Callable = unchanged  # what a generator makes -> images in [-1, 1]
 
-    def training_images(self) -> Tensor:
-        """Training images in [-1, 1] [N, 3, S, S], every class in its share: all of them, or evenly
-        spaced 10,000 to 20,000."""
-        return to_unit(self.train.images[:: max(1, len(self.train) // 10_000)])
+    @property
+    def labels(self) -> Tensor:
+        """The labels that occur, ascending."""
+        return self.train.labels.unique()
+
+    @property
+    def learned(self) -> Any:
+        """What a generator learns: the training images, or their latents."""
+        return self.train if self.latents is None else self.latents
+
+    def labelled_as(self, classes: list[str]) -> "Data":
+        """The same images under the labels of a checkpoint's `classes`, of which these are some."""
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise InputError(
+                f"--data {self.name} has classes that the checkpoint has not: {some(unknown)}; "
+                f"its own are {some(classes)}. Choose by --classes"
+            )
+        label = torch.tensor([classes.index(name) for name in self.classes])
+        parts = [replace(p, labels=label[p.labels]) for p in (self.train, self.judge, self.test)]
+        return Data(self.name, classes, self.names, *parts)
 
     def measure(self, settings: Settings) -> Settings:
-        """The Settings with mean and scale measured on the training images, unless scale is given.
+        """The Settings with mean and scale measured on what is learned, unless scale is given.
 
         Tokens that are not centred hide what varies behind a constant, and attention then hardly
         learns to look at them."""
         if settings.scale:
             return settings
-        x = self.training_images()
+        x = self.learned.spaced()
         mean = round(float(x.mean()), 4)
         scale = round(float(1 / x.std().clamp(min=1e-3)), 4)
         return replace(settings, mean=mean, scale=scale)
@@ -1798,70 +1887,311 @@ def draw_shapes(labels: Tensor, size: int, generator=None) -> Tensor:
     return (inside * paint + (1 - inside) * background).round().to(torch.uint8)
 
 
-def load_data(settings: Settings, name: str = "shapes") -> Data:
+def load_data(
+    settings: Settings, name: str = "shapes", chosen=None, class_names=None, cache=None, stride=1
+) -> Data:
     """Data called `shapes`, or of a folder; 60 / 20 / 20 % of every class to train, judge and test.
 
-    A folder's parts are the same for every seed. A broken image is named, skipped and counted.
+    chosen: names of the folder's classes, as --classes has them (None: all). class_names: a file,
+    as --class-names has it. cache: a folder to keep decoded images in; without one they stay in
+    memory. stride: pixels per side of a latent, if the generator makes latents. A class is divided
+    alike for every seed, and whatever other classes there are.
     InputError if the folder is missing, or a class has fewer than 20 images."""
+    names, size = {}, settings.image_size * stride
     if name == "shapes":
-        classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
-        labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
-        generator = rng(settings.seed, "shapes")
-        parts = [draw_shapes(y, settings.image_size, generator) for y in labels.split(4096)]
-        images = torch.cat(parts)
+        if chosen or class_names:
+            raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
+        classes, images, labels = load_shapes(settings, size)
     else:
-        classes, images, labels = load_folder(name, settings.image_size)
+        classes = class_folders(name)
+        if class_names:
+            names = read_class_names(class_names, classes)
+        if chosen:
+            classes = [classes[y] for y in sorted(set(find_classes(chosen, classes, names)))]
+        images, labels = load_folder(name, classes, size, cache)
+    parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
+    return Data(name, classes, names, *parts)
+
+
+def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
+    """Rows of `labels` [N] for train, judge and test; labels that are no class are in none.
+
+    The seed has no part in it: no stage meets what another one held out."""
     train, judge, test = [], [], []
-    generator = rng("split")  # without the seed: no stage meets what another one held out
+    generator = rng("split")
     for y, class_name in enumerate(classes):
         rows = (labels == y).nonzero().squeeze(1)
         n = len(rows)
-        if n < 20:
-            raise InputError(
-                f"class {class_name!r} in --data {name} has {n} readable images; at "
-                "least 20 are needed"
-            )
+        if name != "shapes":
+            check_class_size(name, class_name, n)
+            generator = rng("split", class_name)
         rows = rows[torch.randperm(n, generator=generator)]
         train.append(rows[: int(0.6 * n)])
         judge.append(rows[int(0.6 * n) : int(0.8 * n)])
         test.append(rows[int(0.8 * n) :])
-    splits = [Split(images[rows], labels[rows]) for rows in map(torch.cat, (train, judge, test))]
-    return Data(name, classes, *splits)
+    return [torch.cat(part) for part in (train, judge, test)]
 
 
-def read_image(path, size: int) -> Tensor:
-    """An image file, resized and centre-cropped to uint8 [3, size, size]."""
-    with Image.open(path) as image:
-        image = TF.resize(image.convert("RGB"), size, antialias=True)
-        return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
-
-
-def load_folder(folder: str, size: int) -> tuple[list[str], Tensor, Tensor]:
-    """Class names, images uint8 [N, 3, size, size] and labels [N] of a folder of folders."""
-    try:
-        found = datasets.ImageFolder(folder)
-    except OSError as error:
+def check_class_size(folder: str, class_name: str, n: int) -> None:
+    """InputError unless n images are enough to be divided."""
+    if n < 20:
         raise InputError(
-            f"--data {folder}: {error}. Expected one sub-folder of images per class"
-        ) from None
+            f"class {class_name!r} in --data {folder} has {n} readable images; at least 20 are "
+            "needed, or --classes without it"
+        )
 
-    def read(sample):
-        path, label = sample
+
+def load_shapes(settings: Settings, size: int) -> tuple[list[str], Tensor, Tensor]:
+    """Class names, images uint8 [N, 3, size, size] and labels [N] of the built-in shapes."""
+    classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+    labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
+    generator = rng(settings.seed, "shapes")
+    parts = [draw_shapes(y, size, generator) for y in labels.split(4096)]
+    return classes, torch.cat(parts), labels
+
+
+def some(texts: list[str], most: int = 10) -> str:
+    """The first of `texts`, and how many there are where these are not all."""
+    more = f", ... ({len(texts)} in all)" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def read_lines(option: str, path) -> list[str]:
+    """The lines of a text file; InputError if it is none."""
+    try:
+        return Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path}: {error}") from None
+
+
+def read_class_names(path, classes: list[str]) -> dict[str, str]:
+    """{class: what people call it} of a file with lines such as `n01440764 tench, Tinca tinca`.
+
+    InputError if it names none of the `classes`."""
+    words = [line.split(maxsplit=1) for line in read_lines("--class-names", path)]
+    names = {pair[0]: pair[1].strip() for pair in words if len(pair) == 2}
+    if not names.keys() & set(classes):
+        raise InputError(
+            f"--class-names {path} names none of the classes {some(classes, 3)}; expected lines "
+            "such as 'n01440764 tench, Tinca tinca'"
+        )
+    return names
+
+
+def display_names(classes: list[str], names: dict[str, str]) -> list[str]:
+    """What to call the `classes`: the first of several names; the class itself if it has none."""
+    first = {name: called.split(",")[0] for name, called in names.items()}
+    return [first.get(name, name) for name in classes]
+
+
+def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) -> list[int]:
+    """Positions in `classes` of those that --classes asks for.
+
+    texts: classes or their `names`, several of them apart by commas, or files with one a line.
+    InputError if there is no such class, or if a name is that of several."""
+    meant = {}
+    for y, name in enumerate(classes):
+        called = names.get(name, "")
+        for spelling in {called, *map(str.strip, called.split(","))}:
+            meant.setdefault(spelling, []).append(y)
+    meant |= {name: [y] for y, name in enumerate(classes)}
+    wanted = []
+    for text in texts:
+        if text in meant:
+            wanted.append(text)
+        elif os.path.isfile(text):
+            wanted += read_lines("--classes", text)
+        else:
+            wanted += text.split(",")
+    wanted = [name.strip() for name in wanted if name.strip()]
+    if not wanted:
+        raise InputError("--classes names no class")
+    for name in wanted:
+        if name not in meant:
+            raise InputError(f"--classes: there is no class {name!r}; there are: {some(classes)}")
+        if len(meant[name]) > 1:
+            several = some([classes[y] for y in meant[name]])
+            raise InputError(f"--classes: {name!r} may be any of {several}: name one of these")
+    return [meant[name][0] for name in wanted]
+
+
+# Image files: each as a person sees it, and a folder of them as bytes.
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = {end: name for end, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def read_rgb(path, side: int | None = None) -> Image.Image:
+    """The first frame of an image file in 8 bits, upright, and on white where it is transparent.
+
+    side: the side of the square that will be made of it; a JPEG is decoded no larger than that
+    takes. InputError says why a file cannot be read."""
+    try:
+        with Image.open(path, formats=tuple(set(EXTENSIONS.values()))) as image:
+            if side:
+                image.draft(None, (2 * side, 2 * side))
+            ImageOps.exif_transpose(image, in_place=True)
+            return on_white(eight_bits(image))
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: no image, or a damaged one") from None
+    except Exception as error:  # over a damaged file Pillow raises nearly anything
+        raise InputError(f"{path}: {error or type(error).__name__}") from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Pixels of 16 bits and floats scaled to 0...255, where Pillow would clip them.
+
+    White is 65535; of floats 1, unless some are larger: then 255, or 65535."""
+    if image.mode not in ("F", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+        return image
+    x = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    white = 65535
+    if image.mode == "F":
+        white = next((level for level in (1, 255) if x.max() <= level), white)
+    return Image.fromarray((x / white * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Any image in RGB, transparent pixels composited on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def middle_square(image: Image.Image, size: int) -> Tensor:
+    """The middle of an RGB image, resized to uint8 [3, size, size]."""
+    return TF.pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+
+
+def class_folders(folder: str) -> list[str]:
+    """The names of the sub-folders, sorted; hidden ones are no classes."""
+    try:
+        found = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"--data {folder}: {error.strerror}") from None
+    if not found:
+        raise InputError(f"--data {folder} has no sub-folders; expected one of images per class")
+    return sorted(found)
+
+
+def files_below(folder) -> Iterator[os.DirEntry]:
+    """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed."""
+    for entry in sorted(os.scandir(folder), key=attrgetter("name")):
+        if entry.is_dir():
+            yield from files_below(entry.path)
+        else:
+            yield entry
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """What tells the kind of a file: how its name ends, e.g. `.jpg`."""
+    kind = Path(entry.name).suffix.lower() or entry.name
+    return kind if entry.is_file() else f"{kind} (a broken link)"
+
+
+def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str]:
+    """Paths and labels [N] of the images of the `classes`, and a digest that changes when a file is
+    added, removed or changed. Says how many other files there are, of which kinds."""
+    paths, labels, digest = [], [], hashlib.sha256(b"upright, white behind, middle square")
+    root = os.path.abspath(folder)
+    beside = [kind_of(entry) for entry in os.scandir(root) if not entry.is_dir()]
+    ignored = Counter(f"{kind} beside the sub-folders" for kind in beside)
+    for y, name in enumerate(classes):
+        for entry in files_below(os.path.join(root, name)):
+            kind = kind_of(entry)
+            if kind not in EXTENSIONS:
+                ignored[kind] += 1
+                continue
+            stat = entry.stat()
+            about = entry.path.removeprefix(root), stat.st_size, stat.st_mtime_ns
+            digest.update(f"{about}\n".encode())
+            paths.append(entry.path)
+            labels.append(y)
+    if ignored:
+        kinds = some([f"{count} {kind}" for kind, count in ignored.most_common()])
+        print(f"ignored in {folder}: {kinds}", file=sys.stderr)
+    return paths, torch.tensor(labels, dtype=torch.long), digest.hexdigest()
+
+
+def decode(paths: list[str], size: int, file: BinaryIO) -> dict[int, str]:
+    """Write the images as 3 x size x size bytes each, in order. Returns {index: reason} of those
+    that cannot be read, in whose place are zeros.
+
+    Threads, since Pillow lets others run while it decodes and resizes."""
+    reasons = {}
+
+    def read(path):
         try:
-            return read_image(path, size), label
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+            return middle_square(read_rgb(path, size), size).numpy().tobytes()
+        except InputError as error:
+            return str(error)
 
-    with ThreadPoolExecutor() as pool:
-        work = pool.map(read, found.samples)
-        pairs = [pair for pair in tqdm(work, "images", len(found.samples), leave=False) if pair]
-    skipped = len(found.samples) - len(pairs)
-    if skipped:
-        print(f"skipped {skipped} of {len(found.samples)} images in {folder}", file=sys.stderr)
-    if not pairs:
-        raise InputError(f"--data {folder}: none of its images could be read")
-    images, labels = zip(*pairs)
-    return found.classes, torch.stack(images), torch.tensor(labels)
+    pool = ThreadPool(os.cpu_count())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # odd metadata, or merely large
+            results = tqdm(pool.imap(read, paths, 32), "decoding", len(paths), leave=False)
+            for i, result in enumerate(results):
+                if isinstance(result, str):
+                    reasons[i], result = result, bytes(3 * size * size)
+                file.write(result)
+    finally:
+        pool.terminate()
+        pool.join()  # after Ctrl-C too, a thread still at work would crash Python's exit
+    return reasons
+
+
+def decode_to(place: Path, folder: str, paths: list[str], size: int) -> None:
+    """The folder `place`, with the decoded images and key.json, which tells of them.
+
+    It gets its name when it is complete, so that nobody finds half of one; two runs that make it at
+    the same time make the same."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    print(f"decoding {len(paths)} images of {folder}, once, into {place}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=place.parent) as unfinished:
+        part = Path(unfinished, "part")
+        part.mkdir()
+        with open(part / "images.bytes", "wb") as file:
+            reasons = decode(paths, size, file)
+            file.flush()
+            os.fsync(file.fileno())
+        key = {"folder": folder, "image_size": size, "files": len(paths)}
+        key["unreadable"] = list(reasons.items())
+        (part / "key.json").write_text(json.dumps(key, indent=1))
+        try:
+            part.rename(place)
+        except OSError:
+            if not place.exists():  # else another run was first
+                raise
+
+
+def load_folder(folder: str, classes: list[str], size: int, cache=None) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 3, size, size] and labels [N] of a folder of folders, -1 where unreadable.
+
+    cache: where the bytes are kept from run to run, and mapped from; None: they are in memory."""
+    try:
+        paths, labels, digest = list_images(folder, classes)
+        for name, n in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
+            check_class_size(folder, name, n)  # before long work
+        if cache is None:
+            file = io.BytesIO()
+            reasons = decode(paths, size, file)
+            pixels = np.frombuffer(file.getbuffer(), np.uint8)
+        else:
+            place = Path(cache, f"{digest[:20]}-{size}")
+            if not place.exists():
+                decode_to(place, folder, paths, size)
+            reasons = dict(json.loads((place / "key.json").read_text())["unreadable"])
+            pixels = np.memmap(place / "images.bytes", np.uint8, "c")
+    except OSError as error:
+        raise InputError(f"--data {folder}: {error}") from None
+    for reason in list(reasons.values())[:10]:
+        print(f"skipped {reason}", file=sys.stderr)
+    if reasons:
+        print(f"skipped {len(reasons)} of {len(paths)} images in {folder}", file=sys.stderr)
+    labels[list(reasons)] = -1
+    return torch.from_numpy(pixels).view(-1, 3, size, size), labels
 
 
 # 13 Training loop ---------------------------------------------------------------------------------
@@ -1939,11 +2269,11 @@ def restore(training, path, record: dict) -> int:
 def train_teacher(settings: Settings, data: Data, out, device, resume=False) -> MAR:
     """A teacher from random weights, written to out/teacher.pt."""
     torch.manual_seed(settings.seed)
-    training = TeacherTraining(settings, data.classes, device)
+    training = TeacherTraining(settings, data.classes, device, data.learned.channels)
 
     def update(step):
         generator = rng(settings.seed, "teacher", step)
-        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
         return training.update(step, to_tokens(images, settings), labels, generator)
 
     return train(training, update, Path(out) / "teacher.pt", settings.teacher_iters, resume)
@@ -1955,7 +2285,7 @@ def train_student(training: Distillation, data: Data, out, resume=False, measure
 
     def update(step):
         generator = rng(settings.seed, "gsim", step)
-        images, labels = data.train.batch(settings.batch, generator, device, settings.flip)
+        images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
         return training.update(step, to_tokens(images, settings), labels, generator)
 
     path = Path(out) / "student.pt"
@@ -1969,11 +2299,17 @@ def train_policy(
     policy and whose `reference` is the policy at its start."""
     torch.manual_seed(settings.seed)
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
-    training = method(student, settings, quality, mean_image(data, settings).to(student.device))
+    occurring, mean = data.labels, mean_image(data, settings).to(student.device)
+
+    def quality_of_made(made, labels):
+        return quality(data.decode(made), labels)
+
+    training = method(student, settings, quality_of_made, mean)
 
     def update(step):
         generator = rng(settings.seed, "rl", step)
-        labels = torch.randint(len(data.classes), (settings.prompts,), generator=generator)
+        index = torch.randint(len(occurring), (settings.prompts,), generator=generator)
+        labels = occurring[index]
         return training.update(labels.to(student.device), (settings.seed, "rollout", step))
 
     train(training, update, Path(out) / "policy.pt", settings.rl_iters, resume, measure, every=25)
@@ -1983,7 +2319,7 @@ def train_policy(
 
 def mean_image(data: Data, settings: Settings) -> Tensor:
     """Tokens of the mean training image [1, L, D], which the information gain subtracts."""
-    return to_tokens(data.training_images().mean(0, keepdim=True), settings)
+    return to_tokens(data.learned.spaced().mean(0, keepdim=True), settings)
 
 
 # 14 Reward network --------------------------------------------------------------------------------
@@ -2022,6 +2358,11 @@ def damage(x: Tensor, labels: Tensor, patch: int, generator) -> tuple[Tensor, Te
     return damaged, kind * changed
 
 
+def patch_in_pixels(images: Tensor, settings: Settings) -> int:
+    """Side of a token in these images, which may be larger than the latents that were cut."""
+    return settings.patch * images.shape[-1] // settings.image_size
+
+
 class Critic(nn.Module):
     """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits; `reward` or `judge`.
 
@@ -2057,16 +2398,17 @@ class Critic(nn.Module):
 def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
     """The network `name` (reward or judge) trained on the images of `split`, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
-    classes = int(split.labels.max()) + 1
-    learns_damage = name == "reward" or classes == 1  # one class alone would teach nothing
-    critic = Critic(name, settings.image_size, classes + learns_damage).to(device)
+    classes = int(split.labels.max()) + 1  # some may not occur, where a checkpoint knows more
+    alone = len(split.labels.unique()) == 1  # one class alone would teach nothing
+    learns_damage = name == "reward" or alone
+    critic = Critic(name, split.size, classes + learns_damage).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
     for step in tqdm(range(settings.judge_iters), name, leave=False):
         generator = rng(settings.seed, name, step)
         x, labels = split.batch(128, generator, device, settings.flip)
         if learns_damage:
-            x, kind = damage(x, labels, settings.patch, generator)
+            x, kind = damage(x, labels, patch_in_pixels(x, settings), generator)
             labels = torch.where(kind > 0, classes, labels)
         _, logits = critic(x)
         descend(F.cross_entropy(logits, labels), optimizer)
@@ -2121,7 +2463,7 @@ class Judge:
 
     def __init__(self, data: Data, settings: Settings, device, draws: int = 5):
         self.critic = train_critic("judge", data.judge, settings, device)
-        self.device = device
+        self.device, self.decode = device, data.decode
         self.halves = [
             data.test.balanced_halves(settings.judge_n, rng(settings.seed, "halves", i))
             for i in range(draws)
@@ -2170,6 +2512,69 @@ class Judge:
         }
 
 
+class Pictures(torch.utils.data.Dataset):
+    """uint8 [3, size, size] of images in [-1, 1] [N, 3, size, size], or of all in a folder and its
+    sub-folders, resized and centre-cropped. InputError if there are none."""
+
+    def __init__(self, source: Tensor | str | Path, size: int):
+        self.size, self.source = size, source
+        if not torch.is_tensor(source):
+            files = sorted(Path(source).rglob("*"))
+            self.source = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        if len(self.source) == 0:
+            raise InputError(f"there are no images in {source}")
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        if torch.is_tensor(self.source):
+            return ((self.source[i].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return middle_square(read_rgb(self.source[i]), self.size)
+
+
+def fid_report(real: str | Path, images: Tensor | str | Path, size: int = 256) -> dict[str, float]:
+    """FID of `images` to a folder of real ones, and their Inception Score with its std.
+
+    images: [N, 3, size, size] in [-1, 1], or a folder. Needs maskrl[fid], which downloads its
+    Inception weights at the first call.
+
+    What papers on ImageNet report: 50,000 images, 50 of each of the 1000 classes, against all
+    1,281,167 training images, resized to 256 on the short side and cropped to the centre; the
+    Inception Score in 10 parts. As 50,000 images fit no memory, write them to files by
+
+        for i in $(seq 50); do
+            python sample.py mar_b.pth --vae kl16.ckpt --n 1000 --seed $i --files pictures/$i
+        done
+
+    FID falls with the number of images: compare like with like.
+    InputError if torch-fidelity or its weights are not there."""
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise InputError("FID needs torch-fidelity: pip install maskrl[fid]") from None
+    generated, given = Pictures(images, size), Pictures(real, size)
+    try:
+        values = torch_fidelity.calculate_metrics(
+            input1=generated,
+            input2=given,
+            isc=True,
+            fid=True,
+            cuda=torch.cuda.is_available(),
+            verbose=False,
+        )
+    except URLError as error:
+        raise InputError(
+            f"FID: torch-fidelity's Inception weights could not be downloaded ({error}); without a "
+            f"network, put their file into {torch.hub.get_dir()}/checkpoints"
+        ) from None
+    return {
+        "fid": values["frechet_inception_distance"],
+        "inception_score": values["inception_score_mean"],
+        "inception_score_std": values["inception_score_std"],
+    }
+
+
 class Progress:
     """A yardstick for training that is not the judge: Fréchet distances of n images of fixed
     labels, order and noise to training images.
@@ -2179,10 +2584,10 @@ class Progress:
     to diverse ones."""
 
     def __init__(self, critic: Critic, data: Data, settings: Settings, device, n: int = 1024):
-        self.critic, self.settings = critic, settings
+        self.critic, self.settings, self.decode = critic, settings, data.decode
         evenly = torch.linspace(0, len(data.train) - 1, n).long()
         self.labels = data.train.labels[evenly].to(device)  # every class in its share
-        views = [self.views(x.to(device)) for x in data.training_images().split(512)]
+        views = [self.views(x.to(device)) for x in data.train.spaced().split(512)]
         self.reference = [torch.cat(parts) for parts in zip(*views)]
 
     @torch.no_grad()
@@ -2196,7 +2601,7 @@ class Progress:
             generate(model, y, sampling, seed=(self.settings.seed, "progress", i))
             for i, y in enumerate(self.labels.split(256))
         ]
-        views = self.views(to_images(torch.cat(parts), self.settings))
+        views = self.views(self.decode(to_images(torch.cat(parts), self.settings)))
         distances = [frechet_distance(a, b) for a, b in zip(views, self.reference)]
         return {"progress": distances[0], "reward_features": distances[1]}
 
@@ -2214,7 +2619,7 @@ class Watch:
     @torch.no_grad()
     def __call__(self, model: MAR) -> dict[str, float]:
         tokens = generate(model, self.labels, seed=(self.settings.seed, "watch"))
-        images = to_images(tokens, self.settings)
+        images = self.judge.decode(to_images(tokens, self.settings))
         features, _ = self.judge.features(images)
         values = {
             "quality_mean": float(self.quality(images, self.labels).mean()),
@@ -2421,14 +2826,15 @@ def make_reward(
     if name == "embedded":
         quality = critic.quality
     elif name == "fit":
-        quality = ShapeFit(settings.image_size, device)
+        quality = ShapeFit(data.train.size, device)
     elif name == "clip":
-        quality = clip_reward(clip or ClipOptions(), data.classes, device)
+        names = display_names(data.classes, data.names)
+        quality = clip_reward(clip or ClipOptions(), names, device)
     else:
         quality = function_reward(name)
     generator = rng(settings.seed, "reward check")
     x, labels = data.train.batch(32, generator, device)
-    x, _ = damage(x, labels, settings.patch, generator)  # images that a reward should tell apart
+    x, _ = damage(x, labels, patch_in_pixels(x, settings), generator)  # a reward tells them apart
     quality = checked_reward(name, quality, x, labels)
     if settings.method == "backprop":
         if not quality(x.clone().requires_grad_(), labels).requires_grad:
@@ -2474,19 +2880,20 @@ def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:
     save_picture(path, sheet)
 
 
-def pixel_mask(mask: Tensor, settings: Settings) -> Tensor:
-    """mask [..., L] of tokens -> of pixels [..., 1, S, S]."""
-    side = settings.image_size // settings.patch
+def pixel_mask(mask: Tensor, size: int) -> Tensor:
+    """mask [..., L] of tokens -> of pixels [..., 1, S, S], S being `size`."""
+    side = math.isqrt(mask.shape[-1])
     mask = mask.cpu().unflatten(-1, (side, side))[..., None, :, :]
-    return mask.repeat_interleave(settings.patch, -1).repeat_interleave(settings.patch, -2)
+    return mask.repeat_interleave(size // side, -1).repeat_interleave(size // side, -2)
 
 
-def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
+def film(path, tokens: Tensor, trace: Trace, settings: Settings, decode=unchanged) -> None:
     """The unmasking of up to 8 images, hidden tokens grey: a .gif moves, else one row an image."""
     hidden = trace.masks()[0][:8]  # [8, T, L]
     hidden = torch.cat([hidden, torch.zeros_like(hidden[:, :1])], 1)  # and at the end none
-    images = to_images(tokens[:8], settings).cpu()[:, None]  # a revealed token never changes
-    frames = torch.where(pixel_mask(hidden, settings), 0.0, images)  # [8, T + 1, 3, S, S]
+    images = decode(to_images(tokens[:8], settings)).cpu()  # a revealed token never changes
+    hidden_pixels = pixel_mask(hidden, images.shape[-1])
+    frames = torch.where(hidden_pixels, 0.0, images[:, None])  # [8, T + 1, 3, S, S]
     if Path(path).suffix.lower() != ".gif":
         save_picture(path, picture(frames.flatten(0, 1), frames.shape[1], 48))
         return
@@ -2495,14 +2902,15 @@ def film(path, tokens: Tensor, trace: Trace, settings: Settings) -> None:
     save_picture(path, pictures[0], save_all=True, append_images=rest, duration=250, loop=0)
 
 
+@torch.no_grad()
 def generate_many(
-    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str
+    model: MAR, labels: Tensor, sampling: Sampling, seed, name: str, decode: Callable = unchanged
 ) -> tuple[Tensor, Tensor]:
     """Images [N, 3, S, S], on the CPU, and unmasking iterations [N] of many labels."""
     images, steps = [], []
     for i, part in enumerate(tqdm(labels.split(256), f"judging {name}", leave=False)):
         tokens, trace = generate(model, part, sampling, seed=(seed, i), trace=True)
-        images.append(to_images(tokens, model.settings).cpu())
+        images.append(decode(to_images(tokens, model.settings)).cpu())
         steps.append(trace.steps)
     return torch.cat(images), torch.cat(steps)
 
@@ -2524,7 +2932,7 @@ def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, floa
 def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
     """The training image next to each of `images` [N, 3, S, S] in [-1, 1], and its distance [N]
     (root mean square, in pixels)."""
-    train = data.training_images()
+    train = data.train.spaced()
     distance, index = torch.cdist(images.clamp(-1, 1).flatten(1), train.flatten(1)).min(1)
     return train[index], distance / images[0].numel() ** 0.5
 
@@ -2533,8 +2941,9 @@ def arms_of_report(models: dict[str, MAR], settings: Settings, data: Data) -> di
     """{name: (model, Sampling)}: besides `models` an untrained one, and the one-step start, which
     is the teacher's weights asked for one step, before GSIM."""
     torch.manual_seed(settings.seed + 1)
-    device = models["student"].device
-    untrained = MAR(settings, data.classes, kind="student").to(device)
+    student = models["student"]
+    image_channels = student.channels // settings.patch**2
+    untrained = MAR(settings, data.classes, "student", image_channels).to(student.device)
     arms = {"untrained": (untrained, Sampling())}
     if "teacher" in models:
         arms["teacher"] = (models["teacher"], Sampling())
@@ -2555,7 +2964,9 @@ def report(
     arms = arms_of_report(models, settings, data)
     images, rows = {"real": judge.real_images}, {"real": judge.real_row()}
     for name, (model, sampling) in arms.items():
-        images[name], steps = generate_many(model, judge.labels, sampling, settings.seed, name)
+        images[name], steps = generate_many(
+            model, judge.labels, sampling, settings.seed, name, judge.decode
+        )
         rows[name] = judge(images[name]) | {
             "steps": float(steps.float().mean()),
             "steps_std": float(steps.float().std()),
@@ -2579,9 +2990,11 @@ def report(
     print(report_table(metrics))
     samples_picture(out, images, rows, judge.labels, data)
     curves(out)
+    columns = [data.classes[y] for y in data.labels[:12]]
     print(
         f"\nPictures: {Path(out) / 'samples.png'}, neighbours.png, curves.png; "
-        f"figures: {Path(out) / 'metrics.json'}"
+        f"figures: {Path(out) / 'metrics.json'}\n"
+        f"Their columns: {', '.join(display_names(columns, data.names))}"
     )
     return metrics
 
@@ -2705,12 +3118,13 @@ def curves(out) -> None:
     plt.close(figure)
 
 
-def gain_picture(out, training: PolicyGradient, classes: int) -> None:
-    """gain.png: information gain along trajectories, and how often each step is critical."""
+def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
+    """gain.png: information gain along trajectories of the labels `occurring`, and how often each
+    step is critical."""
     plt, model = pyplot(), training.model
     if not plt:
         return
-    labels = torch.arange(16, device=model.device) % classes
+    labels = occurring[torch.arange(16) % len(occurring)].to(model.device)
 
     def constant_quality(images, labels):
         return torch.ones(len(labels))
@@ -2736,7 +3150,9 @@ def score(model: MAR, quality, judge: Judge, steps: int | None = None) -> dict[s
     """Means of quality and reward, unmasking iterations and the judge's distance, without
     exploration. steps: None for the model's own schedule, else K of the cosine schedule."""
     settings = model.settings
-    images, count = generate_many(model, judge.labels, Sampling(steps), settings.seed, "schedules")
+    images, count = generate_many(
+        model, judge.labels, Sampling(steps), settings.seed, "schedules", judge.decode
+    )
     q = quality(images.to(judge.device), judge.labels)
     reward = total_reward(q, count, settings)
     return {
@@ -2792,6 +3208,7 @@ MODEL_SETTINGS = (
     "scale",
     "width",
     "depth",
+    "decoder_depth",
     "heads",
     "buffer",
     "head_width",
@@ -2826,6 +3243,18 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
         help="one sub-folder of images per class (default: the built-in shapes)",
     )
     add(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="sub-folders to use, apart by spaces or commas, or a file with one a line "
+        "(default: all)",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="what the sub-folders' classes are called, in lines such as n01440764 tench",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("runs/latest"),
@@ -2845,7 +3274,13 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
         "--teacher",
         type=Path,
         metavar="teacher.pt",
-        help="a teacher to start from, instead of training one",
+        help="a teacher to start from, instead of training one; also a file in MAR's own format",
+    )
+    add(
+        "--vae",
+        type=Path,
+        metavar="kl16.ckpt",
+        help="an autoencoder: generate its latents, not pixels (MAR's released models need it)",
     )
     return parser
 
@@ -2875,7 +3310,10 @@ def add_settings(parser) -> None:
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     small = ", ".join(f"{name}={value}" for name, value in PRESETS["small"].items())
-    parser.epilog = f"The defaults are those of --preset tiny; small has {small}."
+    parser.epilog = (
+        f"The defaults are those of --preset tiny; small has {small}. The sizes of MAR's released "
+        f"models, on latents (--vae), are {', '.join(RELEASED)}."
+    )
 
 
 def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
@@ -2922,6 +3360,21 @@ def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
     return replace(base, **given)
 
 
+def describe(data: Data, settings: Settings) -> str:
+    """How many images there are and what for, and what a person may not expect of them."""
+    n = len(data.labels) * data.test.balanced_half(settings.judge_n)
+    text = (
+        f"{len(data.labels)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
+        f"for the judge, {len(data.test)} held out, n = {n} in each row of the judge's table"
+    )
+    if n < 500:
+        text += " (few: its distances are rough)"
+    if data.name != "shapes":
+        side = data.train.size
+        text += f"; resized to {side} x {side} pixels (--image-size; more of them want a GPU)"
+    return text
+
+
 def prepare(
     args, written: list[str], base: dict | None = None
 ) -> tuple[Settings, Data, torch.device]:
@@ -2946,17 +3399,8 @@ def prepare(
         base = read_checkpoint(args.out / there[0])
     settings = settings_from(args, device, base, resume=bool(there))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
-    data = load_data(settings, args.data)
-    settings = data.measure(settings)
-    print(
-        f"{len(data.classes)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
-        f"for the judge, {len(data.test)} held out; on {hardware(device)}"
-    )
-    if base and base["classes"] != data.classes:
-        raise InputError(
-            f"the classes of --data {data.name} ({', '.join(data.classes[:5])}...) are "
-            f"not the checkpoint's ({', '.join(base['classes'][:5])}...)"
-        )
+    data, settings = measured_data(args, settings, base, device)
+    print(f"{describe(data, settings)}; on {hardware(device)}")
     if args.resume and not there:
         print(f"nothing to resume in {args.out}: starting afresh")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -2964,21 +3408,48 @@ def prepare(
     return settings, data, device
 
 
-def remember_choices(args, resume: bool) -> None:
-    """Keep --data and --reward in out/choices.json; InputError where a resumed run has others.
+def measured_data(args, settings: Settings, base, device) -> tuple[Data, Settings]:
+    """The data, with latents if there is a --vae, and the Settings with their mean and scale."""
+    image_channels = None
+    if base:
+        image_channels = base["model_ema"]["z_proj.weight"].shape[1] // settings.patch**2
+    elif args.preset in RELEASED:
+        image_channels = 16
+    vae = autoencoder_for(image_channels, args.vae, device)
+    cache, stride = args.out.parent / "cache", vae.stride if vae else 1
+    data = load_data(settings, args.data, args.classes, args.class_names, cache, stride)
+    if base:
+        data = data.labelled_as(named_classes(base["classes"], data))
+    if vae:
+        data = with_latents(data, vae, settings.flip)
+        settings = replace(settings, scale=settings.scale or vae.scale)
+    return data, data.measure(settings)
 
-    They name folders and code: what a file says is compared with them, and never used."""
+
+def named_classes(classes: list[str], data: Data) -> list[str]:
+    """A checkpoint's classes; where MAR's file only counts them, the folder's, in their order."""
+    there = data.classes if data.name == "shapes" else class_folders(data.name)
+    return there if classes == numbered(len(there)) else classes
+
+
+def remember_choices(args, resume: bool) -> None:
+    """Keep --data, --classes, --vae and --reward in out/choices.json; InputError where a resumed
+    run has others.
+
+    They name files and code: what a file says is compared with them, and never used."""
     path = args.out / "choices.json"
-    given = {"data": str(Path(args.data)), "reward": getattr(args, "reward", None)}
+    given = {"data": str(Path(args.data)), "classes": " ".join(args.classes or [])}
+    given["vae"] = str(args.vae or "")
+    if "reward" in args:  # train_distill.py has none
+        given["reward"] = args.reward
     kept = json.loads(path.read_text()) if resume and path.exists() else {}
-    for name, value in kept.items():
-        given[name] = given[name] or value  # train_distill.py has no --reward
-        if value and value != given[name]:
+    for name in given:
+        if kept.get(name) not in (None, given[name]):
             raise InputError(
-                f"{args.out} was begun with {flag(name)} {value}, not {given[name]}: give it "
-                "again, or another --out"
+                f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
+                f"{given[name] or None}: give it again, or another --out"
             )
-    path.write_text(json.dumps(given))
+    path.write_text(json.dumps(kept | given))
 
 
 def teacher_and_student(
@@ -2988,8 +3459,9 @@ def teacher_and_student(
     each of them took."""
     minutes, start = {}, time.perf_counter()
     if args.teacher:
-        teacher = load_checkpoint(args.teacher, "teacher", device)
+        teacher = load_model(args.teacher, "teacher", device, settings.heads)
         teacher.settings = settings  # which may differ in what a checkpoint leaves open
+        teacher.classes = data.classes  # MAR's own files do not name them
     else:
         teacher = train_teacher(settings, data, args.out, device, args.resume)
         minutes["teacher"] = (time.perf_counter() - start) / 60
@@ -3015,3 +3487,458 @@ def run(main: Callable) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+# 19 MAR's released weights and the KL-16 autoencoder ----------------------------------------------
+# MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
+# KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
+# in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
+# Nothing else changes: tokens are cut from latents as they are from pixels, and rewards, judge and
+# pictures get what the autoencoder decodes.
+
+KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
+# fmt: off
+MAR_SETTINGS = PRESETS["small"] | {
+    "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256,
+    "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
+}  # trained as `small`, which nobody has tried at this size
+RELEASED = {
+    "mar_b": MAR_SETTINGS | {
+        "width": 768, "depth": 12, "heads": 12, "head_width": 1024, "head_depth": 6,
+        "guidance": 2.9,
+    },
+    "mar_l": MAR_SETTINGS | {
+        "width": 1024, "depth": 16, "heads": 16, "head_width": 1280, "head_depth": 8,
+        "guidance": 3.0,
+    },
+    "mar_h": MAR_SETTINGS | {
+        "width": 1280, "depth": 20, "heads": 16, "head_width": 1536, "head_depth": 12,
+        "guidance": 3.2,
+    },
+}
+# fmt: on
+PRESETS |= RELEASED
+
+
+def numbered(n: int) -> list[str]:
+    """Names of n classes of which only the number is known."""
+    return [str(i) for i in range(n)]
+
+
+def mar_name(name: str) -> str:
+    """The name in MAR's files of a weight of our MAR."""
+    return "diffloss.net." + name.removeprefix("head.") if name.startswith("head.") else name
+
+
+def is_mar_file(content) -> bool:
+    """Whether the content of a file is in MAR's format: weights under MAR's names, and no kind."""
+    if not isinstance(content, dict) or "kind" in content:
+        return False
+    parts = [content.get(part) for part in ("model", "model_ema")]
+    names = [str(name) for part in parts if isinstance(part, dict) for name in part]
+    return any(name.startswith(("diffloss.net.", "z_proj.")) for name in names)
+
+
+def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
+    """The weights under `part` of a file's content; InputError if they are not there."""
+    weights = content.get(part) if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(f"{path} has no weights under {part!r}")
+    for name, value in weights.items():
+        if not (isinstance(name, str) and torch.is_tensor(value)):
+            raise InputError(f"{path}: {name!r} under {part!r} is not a tensor with a name")
+    return weights
+
+
+def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """InputError naming what is missing, unexpected or misshapen in weights of `path`."""
+    wrong = [f"{name} is missing" for name in module if name not in weights]
+    wrong += [f"{name} is unexpected" for name in weights if name not in module]
+    for name, value in weights.items():
+        if name in module and value.shape != module[name].shape:
+            wrong.append(f"{name} is {list(value.shape)}, not {list(module[name].shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
+
+
+def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
+    """The shape of one of the weights; InputError unless it is there and has the dimensions."""
+    if name not in weights:
+        raise InputError(f"{path}: {name} is missing")
+    if weights[name].ndim != dimensions:
+        raise InputError(f"{path}: {name} is {list(weights[name].shape)}: a wrong shape")
+    return weights[name].shape
+
+
+def count_blocks(weights: dict[str, Tensor], prefix: str) -> int:
+    """How many blocks have weights called prefix.<number>.<...>."""
+    start = prefix + "."
+    rest = [name.removeprefix(start) for name in weights if name.startswith(start)]
+    return len({name.split(".")[0] for name in rest})
+
+
+def mar_settings(path, weights: dict[str, Tensor], num_heads: int | None) -> Settings:
+    """The Settings that MAR's weights were made with, as far as shapes tell; else the released."""
+    width, channels = shape_of(path, weights, "z_proj.weight", 2)
+    length = shape_of(path, weights, "diffusion_pos_embed_learned", 3)[1]
+    rows = shape_of(path, weights, "encoder_pos_embed_learned", 3)[1]
+    side, patch = math.isqrt(length), math.isqrt(channels // 16)
+    if side**2 != length or 16 * patch**2 != channels:
+        raise InputError(
+            f"{path}: {length} tokens of {channels} channels are not the square patches of a "
+            "square of 16-channel latents"
+        )
+    known = {size["width"]: size for size in RELEASED.values()}
+    heads = num_heads or known.get(width, {}).get("heads")
+    if heads is None:
+        raise InputError(
+            f"{path}: width {width} is none of the released ones, and the number of attention "
+            "heads cannot be read off the weights: give num_heads (--heads)"
+        )
+    read = {
+        "image_size": side * patch,
+        "patch": patch,
+        "scale": KL16_SCALE,
+        "width": width,
+        "depth": count_blocks(weights, "encoder_blocks"),
+        "decoder_depth": count_blocks(weights, "decoder_blocks"),
+        "heads": heads,
+        "buffer": rows - length,
+        "head_width": shape_of(path, weights, "diffloss.net.input_proj.weight", 2)[0],
+        "head_depth": count_blocks(weights, "diffloss.net.res_blocks"),
+        "steps": min(length, MAR_SETTINGS["steps"]),
+    }
+    try:
+        return Settings(**(known.get(width, MAR_SETTINGS) | read))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_mar(path, ema=True, num_heads=None, classes=None) -> dict:
+    """A file in MAR's format as `read_checkpoint` would give it, its weights under their own names.
+
+    InputError if it is none, or if its shapes say no settings."""
+    content = load_safely(path, lazily=True)
+    if not is_mar_file(content):
+        raise InputError(f"{path} is not a file in MAR's format")
+    part = "model_ema" if ema else "model"
+    weights = tensors_of(path, content, part)
+    number = shape_of(path, weights, "class_emb.weight", 2)[0]
+    if classes is not None and len(classes) != number:
+        raise InputError(f"{path} has {number} classes, and {len(classes)} names are given")
+    settings = mar_settings(path, weights, num_heads)
+    classes = list(classes or numbered(number))
+    return {"kind": "teacher", "settings": settings, "classes": classes, "model_ema": weights}
+
+
+def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
+    """A teacher from a file in MAR's official format, ready for `generate`.
+
+    ema: the averaged weights, which MAR is evaluated with, else those under "model". num_heads:
+    needed where the width is not a released one. classes: names (default "0", "1", ...).
+    InputError names what is missing, unexpected or of the wrong shape; no code in the file is
+    run."""
+    content = read_mar(path, ema, num_heads, classes)
+    model = MAR(content["settings"], content["classes"], image_channels=16)
+    own, weights = model.state_dict(), content["model_ema"]
+    check_names_and_shapes(path, {mar_name(name): own[name] for name in own}, weights)
+    model.load_state_dict({name: weights[mar_name(name)] for name in own})
+    return model.to(device).eval().requires_grad_(False)
+
+
+def save_mar(path, model: MAR, ema: MAR | None = None) -> None:
+    """Write a teacher in MAR's official format; `ema` (default: the model) goes to "model_ema".
+
+    InputError for what that format does not know: a student, a head that predicts anything but
+    eps, and tokens that are not latents x 0.2325."""
+    settings = model.settings
+    if model.kind != "teacher":
+        raise InputError(f"{path}: MAR's format is for teachers, not for a {model.kind}")
+    if settings.predicts != "eps":
+        raise InputError(f"{path}: in MAR's format the head predicts eps (--predicts eps)")
+    if (settings.mean, settings.scale) != (0, KL16_SCALE):
+        raise InputError(
+            f"{path}: in MAR's format tokens are latents x {KL16_SCALE}, with mean 0; this model "
+            f"has --mean {settings.mean} and --scale {settings.scale}"
+        )
+    content = {}
+    for part, network in (("model", model), ("model_ema", ema or model)):
+        content[part] = {mar_name(name): value for name, value in network.state_dict().items()}
+    write_file(path, content)
+
+
+def read_model(path, kind: str | None = None, num_heads: int | None = None) -> dict:
+    """`read_checkpoint` or `read_mar`, as the names of the file's weights say."""
+    if not is_mar_file(load_safely(path, lazily=True)):
+        return read_checkpoint(path, kind)
+    if kind not in (None, "teacher"):
+        raise InputError(f"{path} is a teacher; a {kind} is needed here")
+    return read_mar(path, num_heads=num_heads)
+
+
+def load_model(path, kind=None, device="cpu", num_heads=None) -> MAR:
+    """`load_checkpoint` or `load_mar`, as the names of the file's weights say."""
+    if is_mar_file(load_safely(path, lazily=True)):
+        return load_mar(path, num_heads=num_heads, device=device)
+    return load_checkpoint(path, kind, device)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ConvBlock(nn.Module):
+    """Residual block: [B, inputs, h, w] -> [B, outputs, h, w]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1 = group_norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = group_norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class ConvAttention(nn.Module):
+    """Every place of x [B, width, h, w] attends to all of them, with one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, h w, width]
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one row below and one column to the right
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; Encoder and Decoder give most levels a change of resolution."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention=False):
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(blocks):
+            self.block.append(ConvBlock(outputs if i else inputs, outputs))
+            if attention:
+                self.attn.append(ConvAttention(outputs))
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.upsample(self.downsample(x))
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1 = ConvBlock(width, width)
+        self.attn_1 = ConvAttention(width)
+        self.block_2 = ConvBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, S, S] -> [B, outputs, S / stride, S / stride], by levels of these widths."""
+
+    def __init__(self, width: int, widths: list[int], outputs: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList(Level(a, b, 2) for a, b in zip([width, *widths], widths[:-1]))
+        for level, level_width in zip(self.down, widths):
+            level.downsample = Downsample(level_width)
+        self.down.append(Level(([width] + widths)[-2], widths[-1], 2, attention=True))
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, channels, h, w] -> images [B, 3, S, S], by the encoder's levels backward."""
+
+    def __init__(self, widths: list[int], channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(Level(a, b, 3) for a, b in zip([*widths[1:], widths[-1]], widths))
+        for level, level_width in zip(self.up[1:], widths[1:]):
+            level.upsample = Upsample(level_width)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def posterior_sample(moments: Tensor, generator) -> Tensor:
+    """Latents [B, C, h, w] drawn from a Gaussian of these moments, mean and log variance [B, 2C, h,
+    w]; generator: on the CPU."""
+    mean, log_variance = moments.chunk(2, 1)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
+
+
+class KL16(nn.Module):
+    """The autoencoder of latent diffusion (2112.10752) that MAR's tokens come from.
+
+    multipliers: width of each level, as a multiple of `width`; each but the first halves the image.
+    channels: of a latent. Names and arithmetic are those of the official code."""
+
+    def __init__(self, width=128, multipliers=(1, 1, 2, 2, 4), channels=16):
+        super().__init__()
+        widths = [width * m for m in multipliers]
+        self.channels = channels
+        self.stride = 2 ** (len(widths) - 1)  # pixels per side of a latent
+        self.scale = KL16_SCALE if (width, *multipliers) == (128, 1, 1, 2, 2, 4) else 0.0  # or open
+        self.encoder = Encoder(width, widths, 2 * channels)
+        self.decoder = Decoder(widths, channels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance [B, 2C, h, w] of the latents of images [B, 3, S, S] in [-1, 1]."""
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor, generator) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, S, S], drawn from their posterior."""
+        return posterior_sample(self.moments(images), generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in about [-1, 1] of latents [B, C, h, w], 16 at a time."""
+        parts = [self.decoder(self.post_quant_conv(part)) for part in latents.split(16)]
+        return torch.cat(parts)
+
+
+def load_kl16(path, device="cpu") -> KL16:
+    """The autoencoder from an official file, {"model": weights}, frozen; its widths are read off
+    the shapes. InputError names what is missing, unexpected or of the wrong shape."""
+    weights = tensors_of(path, load_safely(path, lazily=True), "model")
+    weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
+    width = shape_of(path, weights, "encoder.conv_in.weight", 4)[0]
+    channels = shape_of(path, weights, "post_quant_conv.weight", 4)[0]
+    levels = count_blocks(weights, "encoder.down")
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    widths = [shape_of(path, weights, name, 4)[0] for name in first]
+    fits = width > 0 and width % 32 == 0 and all(w > 0 and w % width == 0 for w in widths)
+    if not (levels and fits):
+        raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
+    vae = KL16(width, [w // width for w in widths], channels)
+    check_names_and_shapes(path, vae.state_dict(), weights)
+    vae.load_state_dict(weights)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def autoencoder_for(image_channels: int | None, path, device) -> KL16 | None:
+    """The autoencoder at --vae `path`, or None for pixels; InputError unless it suits a generator
+    of `image_channels` (None: any)."""
+    if path is None and image_channels not in (None, 3):
+        raise InputError(f"the generator makes latents of {image_channels} channels: give --vae")
+    if path is None:
+        return None
+    if image_channels == 3:
+        raise InputError(f"--vae {path}: the generator makes pixels; leave it out")
+    vae = load_kl16(path, device)
+    if image_channels not in (None, vae.channels):
+        raise InputError(
+            f"--vae {path} has latents of {vae.channels} channels; the generator makes "
+            f"{image_channels}"
+        )
+    return vae
+
+
+@dataclass
+class Latents:
+    """What a Split is to a generator of latents; every batch draws its latents anew."""
+
+    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and of them mirrored
+    labels: Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.moments.shape[2] // 2
+
+    def spaced(self) -> Tensor:
+        """Latents [n, C, h, w] of the images that `Split.spaced` takes."""
+        moments = self.moments[0, :: max(1, len(self) // 10_000)]
+        return posterior_sample(moments.float(), rng("latents"))
+
+    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, h, w] of n random images, and their labels [n]."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        mirrored = torch.randint(2 if flip else 1, (n,), generator=generator)
+        moments = self.moments[mirrored, index].to(device).float()
+        return posterior_sample(moments, generator), self.labels[index].to(device)
+
+
+@torch.no_grad()
+def latents_of(split: Split, vae: KL16, flip=False, batch: int = 32) -> Latents:
+    """The moments of all images of a Split, computed once; flip: also of their mirror images."""
+    views = []
+    for mirrored in (False, True)[: 1 + flip]:
+        parts = []
+        for rows in tqdm(split.rows.split(batch), "latents", leave=False):
+            images = to_unit(split.stored[rows].to(vae.device))
+            images = images.flip(-1) if mirrored else images
+            parts.append(vae.moments(images).half().cpu())
+        views.append(torch.cat(parts))
+    return Latents(torch.stack(views), split.labels)
+
+
+def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
+    """The data for a generator of latents: it learns them, and what it makes is decoded."""
+    return replace(data, latents=latents_of(data.train, vae, flip), decode=vae.decode)

@@ -6,6 +6,7 @@
     python sample.py runs/demo/student.pt --film film.gif              # watch the unmasking
     python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png --classes "red circle"
                                                                        # complete: white is drawn
+    python sample.py mar_b.pth --vae kl16.ckpt --classes 207 360 --steps 64  # MAR's released models
 
 A checkpoint carries its own settings. A student or policy draws each token in one denoising step; a
 policy also chooses its own number of unmasking iterations, unless --steps says it.
@@ -23,6 +24,18 @@ import maskrl
 from maskrl import InputError
 
 
+def add_generator(parser):
+    """The options that say what generates."""
+    add = parser.add_argument
+    add("checkpoint", help="teacher.pt, student.pt or policy.pt, or a file in MAR's own format")
+    add(
+        "--vae",
+        metavar="kl16.ckpt",
+        help="the autoencoder of a generator of latents, as MAR's released models are",
+    )
+    add("--heads", type=int, help="of a file in MAR's format whose width is not a released one")
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -30,12 +43,19 @@ def parse(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", help="teacher.pt, student.pt or policy.pt")
+    add_generator(parser)
     add(
         "--classes",
         nargs="+",
         metavar="CLASS",
-        help="names of classes, apart by spaces or commas (default: all, in turn)",
+        help="names of classes, apart by spaces or commas, or a file with one a line "
+        "(default: all, in turn)",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="what the classes are called, in lines such as n01440764 tench; for --classes and "
+        "the names of --files",
     )
     add("--n", type=int, default=64, help="number of images (default: 64)")
     add(
@@ -88,36 +108,30 @@ def check_paths(args):
         )
 
 
-def labels_of(texts, model, n):
+def labels_of(texts, model, names, n):
     """Labels [n] that go through the classes named by --classes, or through all of them."""
-    names = []
-    for text in texts or model.classes:
-        names += [text] if text in model.classes else [name.strip() for name in text.split(",")]
-    names = [name for name in names if name]
-    for name in names:
-        if name not in model.classes:
-            raise InputError(
-                f"--classes: there is no class {name!r}; there are: {', '.join(model.classes)}"
-            )
-    if not names:
-        raise InputError("--classes names no class")
-    chosen = [model.classes.index(names[i % len(names)]) for i in range(n)]
-    return torch.tensor(chosen, device=model.device), len(names)
+    chosen = range(len(model.classes))
+    if texts:
+        chosen = maskrl.find_classes(texts, model.classes, names)
+    labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+    return labels.to(model.device), len(chosen)
 
 
 def read(option, path, size):
-    """Pixels uint8 [3, S, S] of the image at `path`, and its width / height."""
+    """Pixels uint8 [3, S, S] of the image at `path`, and its width / height.
+
+    size: S; None for as many pixels as the image has."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-        return maskrl.read_image(path, size or min(width, height)), width / height
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"--{option} {path}: {error}") from None
+        image = maskrl.read_rgb(path)
+    except InputError as error:
+        raise InputError(f"--{option} {error}") from None
+    return maskrl.middle_square(image, size or min(image.size)), image.width / image.height
 
 
-def to_complete(image, mask, settings):
+def to_complete(image, mask, settings, vae=None):
     """Tokens [1, L, D] of --inpaint, and of --mask a mask [L]: true where a pixel is white."""
-    pixels, shape = read("inpaint", image, settings.image_size)
+    stride = vae.stride if vae else 1
+    pixels, shape = read("inpaint", image, settings.image_size * stride)
     white, mask_shape = read("mask", mask, None)
     if abs(shape / mask_shape - 1) > 0.02:
         raise InputError(
@@ -129,7 +143,10 @@ def to_complete(image, mask, settings):
     hidden = F.adaptive_max_pool2d(white, side).flatten() > 0
     if not hidden.any():
         raise InputError(f"--mask {mask} has no white pixel: nothing to draw")
-    return maskrl.to_tokens(maskrl.to_unit(pixels[None]), settings), hidden
+    pixels = maskrl.to_unit(pixels[None])
+    if vae:
+        pixels = vae.encode(pixels.to(vae.device), maskrl.rng("inpaint"))
+    return maskrl.to_tokens(pixels, settings), hidden
 
 
 def write_files(folder, images, labels, classes):
@@ -148,12 +165,18 @@ def main(argv=None):
     if bool(args.inpaint) != bool(args.mask):
         raise InputError("--inpaint and --mask belong together")
     check_paths(args)
-    model = maskrl.load_checkpoint(args.checkpoint, device=device)
+    model = maskrl.load_model(args.checkpoint, None, device, args.heads)
     settings = model.settings
-    labels, columns = labels_of(args.classes, model, args.n)
+    image_channels = model.channels // settings.patch**2
+    vae = maskrl.autoencoder_for(image_channels, args.vae, device)
+    decode = vae.decode if vae else maskrl.unchanged
+    names = {}
+    if args.class_names:
+        names = maskrl.read_class_names(args.class_names, model.classes)
+    labels, columns = labels_of(args.classes, model, names, args.n)
     known = None
     if args.inpaint:
-        given, mask = to_complete(args.inpaint, args.mask, settings)
+        given, mask = to_complete(args.inpaint, args.mask, settings, vae)
         known = given.expand(args.n, -1, -1).to(device), mask.to(device)
     sampling = maskrl.Sampling(
         args.steps, args.guidance, args.denoise_steps, args.temperature, progress=True
@@ -164,21 +187,20 @@ def main(argv=None):
         model, labels, sampling, known=known, seed=args.seed, trace=True
     )
     ms = 1000 * (time.perf_counter() - start) / args.n
-    images = maskrl.to_images(tokens, settings).cpu()
+    images = decode(maskrl.to_images(tokens, settings)).cpu()
 
     grid = images
     if known:  # what was given comes first
-        given = torch.where(
-            maskrl.pixel_mask(mask, settings), 0.0, maskrl.to_images(given, settings)
-        )
+        given = decode(maskrl.to_images(given, settings)).cpu()
+        given = torch.where(maskrl.pixel_mask(mask, images.shape[-1]), 0.0, given)
         grid, columns = torch.cat([given, images]), 8
     maskrl.save_picture(args.out, maskrl.picture(grid, columns if columns > 2 else 8))
     written = [args.out]
     if args.film:
-        maskrl.film(args.film, tokens, trace, settings)
+        maskrl.film(args.film, tokens, trace, settings, decode)
         written.append(args.film)
     if args.files:
-        write_files(args.files, images, labels, model.classes)
+        write_files(args.files, images, labels, maskrl.display_names(model.classes, names))
         written.append(args.files)
     steps = trace.steps.float().mean()
     print(

@@ -2,7 +2,10 @@
 
     python train_distill.py                                   # the shapes, minutes on a laptop
     python train_distill.py --data photos/ --out runs/photos  # photos/<class name>/*.jpg
+    python train_distill.py --data imagenet/ --classes n01440764 n02102040 --class-names names.txt
     python train_distill.py --teacher runs/demo/teacher.pt    # distil a teacher that is there
+    python train_distill.py --teacher mar_b.pth --vae kl16.ckpt --data imagenet/train
+                                                              # or a released one of MAR
     python train_distill.py --data photos/ --out runs/photos --resume   # after an interruption
 
 Writes teacher.pt, student.pt, log.jsonl, metrics.json, samples.png, neighbours.png and curves.png
@@ -21,7 +24,9 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    base = maskrl.read_checkpoint(args.teacher, "teacher") if args.teacher else None
+    base = None
+    if args.teacher:
+        base = maskrl.read_model(args.teacher, "teacher", getattr(args, "heads", None))
     settings, data, device = maskrl.prepare(args, ["student.pt", "teacher.pt"], base)
     critic = maskrl.train_critic("reward", data.train, settings, device)
     models, minutes = maskrl.teacher_and_student(args, settings, data, device, critic)

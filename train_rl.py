@@ -1,4 +1,4 @@
-"""RL on the one-step student: a quality reward, a speed reward, and only the critical steps
+r"""RL on the one-step student: a quality reward, a speed reward, and only the critical steps
 (MaskFocus, Speed-RL), or the reward's own gradient (MARVAL, stage 2).
 
     python train_rl.py                                    # from nothing: teacher, student, then RL
@@ -6,6 +6,8 @@
     python train_rl.py --student runs/demo/student.pt --alpha 0 --no-learn-steps --out runs/quality
     python train_rl.py --student runs/demo/student.pt --method backprop --out runs/backprop
     python train_rl.py --student runs/demo/student.pt --reward clip --out runs/clip
+    python train_rl.py --student runs/b/student.pt --vae kl16.ckpt --data imagenet/train \
+        --reward clip                                     # of a student that makes latents
 
 Where no --student is given, a teacher and a student are made first, as by train_distill.py with the
 same options. Writes policy.pt (and teacher.pt, student.pt), log.jsonl, metrics.json, samples.png,
@@ -60,7 +62,7 @@ def given_models(args, settings, device):
     models = {}
     path = args.teacher or args.student.with_name("teacher.pt")
     if path.exists():
-        teacher = maskrl.load_checkpoint(path, "teacher", device)
+        teacher = maskrl.load_model(path, "teacher", device, settings.heads)
         if all(
             getattr(teacher.settings, name) == getattr(settings, name)
             for name in maskrl.MODEL_SETTINGS
@@ -73,18 +75,21 @@ def given_models(args, settings, device):
     return models
 
 
-def held_out_reward(name, settings, data, critic, device):
+def held_out_reward(name, data, critic, device):
     """A reward that is not trained on, to expose reward hacking; None if there is none."""
     if name != "embedded":
         return critic.quality
-    return maskrl.ShapeFit(settings.image_size, device) if data.name == "shapes" else None
+    if data.name != "shapes":
+        return None
+    return maskrl.ShapeFit(data.train.size, device)
 
 
 def main(argv=None):
     args = parse(argv)
     maskrl.check_reward_name(args.reward)
+    heads = getattr(args, "heads", None)
     given = [(args.teacher, "teacher"), (args.student, "student")]
-    contents = [maskrl.read_checkpoint(path, kind) for path, kind in given if path]
+    contents = [maskrl.read_model(path, kind, heads) for path, kind in given if path]
     written = ["policy.pt"] if args.student else ["policy.pt", "student.pt", "teacher.pt"]
     settings, data, device = maskrl.prepare(args, written, contents[-1] if contents else None)
     models = given_models(args, settings, device) if args.student else None
@@ -100,7 +105,7 @@ def main(argv=None):
         models, minutes = maskrl.teacher_and_student(args, settings, data, device, critic)
     judge = maskrl.Judge(data, settings, device)
 
-    held_out = held_out_reward(args.reward, settings, data, critic, device)
+    held_out = held_out_reward(args.reward, data, critic, device)
     watch = maskrl.Watch(settings, quality, held_out, judge)
     start = time.perf_counter()
     training = maskrl.train_policy(
@@ -108,7 +113,7 @@ def main(argv=None):
     )
     minutes["policy"] = (time.perf_counter() - start) / 60
     models["policy"] = training.model
-    maskrl.gain_picture(args.out, training, len(data.classes))
+    maskrl.gain_picture(args.out, training, data.labels)
     schedules = maskrl.compare_schedules(training, quality, judge)
     return maskrl.report(
         args.out, settings, data, judge, models, {"rl": schedules, "minutes": minutes}

@@ -131,12 +131,12 @@ def test_backpropagation_runs_on_a_given_student(run, more, tmp_path):
 
 def test_what_is_held_out_is_not_what_is_trained(run):
     """Or reward hacking would go unseen."""
-    settings, device = tiny(), torch.device("cpu")
-    shapes = maskrl.load_data(settings)
+    device = torch.device("cpu")
+    shapes = maskrl.load_data(tiny())
     critic = maskrl.Critic("reward", 8, 10)
 
     def held_out(name, data):
-        return train_rl.held_out_reward(name, settings, data, critic, device)
+        return train_rl.held_out_reward(name, data, critic, device)
 
     assert isinstance(held_out("embedded", shapes), maskrl.ShapeFit)
     assert held_out("fit", shapes) == critic.quality
@@ -237,7 +237,7 @@ NAMES = ["red circle", "red, like wine", "a/b"]
 )
 def test_classes_are_parted_by_spaces_or_commas_unless_a_name_has_commas(texts, labels, columns):
     model = maskrl.MAR(tiny(), NAMES)
-    chosen, number = sample.labels_of(texts, model, 5)
+    chosen, number = sample.labels_of(texts, model, {}, 5)
     assert chosen.tolist() == labels
     assert number == columns
 
@@ -247,7 +247,7 @@ def test_classes_are_parted_by_spaces_or_commas_unless_a_name_has_commas(texts, 
 )
 def test_a_class_that_there_is_not_is_named(texts, said):
     with pytest.raises(maskrl.InputError, match=said):
-        sample.labels_of(texts, maskrl.MAR(tiny(), NAMES), 5)
+        sample.labels_of(texts, maskrl.MAR(tiny(), NAMES), {}, 5)
 
 
 def test_a_slash_in_a_class_name_makes_no_folder(tmp_path):
@@ -314,7 +314,11 @@ def test_wrong_input_to_training_ends_in_one_line_and_exit_code_2(run, tmp_path,
             "--width is fixed by the checkpoint",
         ),
         (distill, ["--teacher", teacher, "--preset", "tiny", *new], "--preset tiny: the settings"),
-        (distill, ["--teacher", teacher, *new], "the classes of --data shapes"),
+        (
+            distill,
+            ["--teacher", teacher, *new],
+            "--data shapes has classes that the checkpoint has not",
+        ),
         (distill, ["--out", out, "--device", "cpu"], "exists: --resume"),
         (rl, ["--student", junk, *new], "junk.pt is not a checkpoint"),
         (

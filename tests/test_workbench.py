@@ -106,14 +106,15 @@ def test_an_image_is_resized_and_its_middle_taken(tmp_path):
     image = Image.new("RGB", (32, 16), "black")
     image.paste("white", (8, 0, 24, 16))
     image.save(tmp_path / "image.png")
-    assert maskrl.read_image(tmp_path / "image.png", 16).min() == 255
-    assert maskrl.read_image(tmp_path / "image.png", 8).shape == (3, 8, 8)
+    image = maskrl.read_rgb(tmp_path / "image.png")
+    assert maskrl.middle_square(image, 16).min() == 255
+    assert maskrl.middle_square(image, 8).shape == (3, 8, 8)
 
 
 def test_measured_tokens_have_mean_zero_and_variance_one(data, settings):
     """Uncentred tokens hid what varies behind a constant, and attention hardly learned to look."""
     s = data.measure(settings(scale=0.0))
-    tokens = maskrl.to_tokens(data.training_images(), s)
+    tokens = maskrl.to_tokens(data.train.spaced(), s)
     assert abs(float(tokens.mean())) < 1e-3
     assert abs(float(tokens.std()) - 1) < 1e-3
     given = settings(mean=0.3, scale=2.0)
@@ -734,7 +735,7 @@ def test_a_picture_has_its_images_in_rows_and_enlarges_small_ones():
 
 
 def test_the_nearest_training_image_of_a_training_image_is_itself(data):
-    images = data.training_images()[[3, 50]]
+    images = data.train.spaced()[[3, 50]]
     found, distance = maskrl.nearest(images, data)
     assert torch.equal(found, images)
     assert distance.max() < 0.01

@@ -1,0 +1,57 @@
+"""Small files in the official formats, for tests: MAR's and the autoencoder's."""
+
+from pathlib import Path
+
+import torch
+
+import maskrl
+
+DATA = Path(__file__).parent / "data"
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with weights that are no random numbers: the same with every version of torch."""
+    for i, p in enumerate(module.parameters()):
+        wave = torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) + i).view(p.shape)
+        scale = 2 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
+        p.data.copy_(scale * wave)
+    for layer in module.modules():
+        if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            layer.weight.data += 1
+    return module.eval().requires_grad_(False)
+
+
+def small_vae(multipliers=(1, 1)) -> maskrl.KL16:
+    return filled(maskrl.KL16(32, multipliers))
+
+
+def small_mar(classes=3, **settings) -> maskrl.MAR:
+    """A teacher of latents that MAR's format can hold: 16 tokens, 2 heads."""
+    small = {
+        "image_size": 4,
+        "patch": 1,
+        "scale": maskrl.KL16_SCALE,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+        "buffer": 2,
+        "head_width": 32,
+        "head_depth": 1,
+        "predicts": "eps",
+        "x_0_limit": 0.0,
+        "flip": True,
+        "denoise_steps": 3,
+    }
+    model = maskrl.MAR(
+        maskrl.Settings(**(small | settings)), maskrl.numbered(classes), image_channels=16
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def official() -> dict:
+    """The reference checkpoint as the authors' code writes them, with an EMA = 1.01 x model."""
+    content = torch.load(DATA / "mar_A.pth", weights_only=True)
+    ema = {name: 1.01 * value for name, value in content["model"].items()}
+    return {"model": dict(content["model"]), "model_ema": ema}

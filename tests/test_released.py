@@ -1,0 +1,652 @@
+"""MAR's released format and the KL-16 autoencoder: readers, writer, latents, and the scripts.
+
+tests/data/mar_A.* come from the official code (a tiny model with random weights); kl16_small.npz
+was computed by `maskrl.KL16` at a time when it met the official code's numbers on other weights."""
+
+import argparse
+import json
+import pathlib
+import sys
+import types
+from urllib.error import URLError
+
+import budget
+import numpy as np
+import pytest
+import released
+import torch
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+
+import maskrl
+import sample
+import train_distill
+import train_rl
+
+MAR_A = released.DATA / "mar_A.pth"
+REFERENCE = {
+    k: torch.from_numpy(np.asarray(v)) for k, v in np.load(MAR_A.with_suffix(".npz")).items()
+}
+SMALL_VAE = {k: torch.from_numpy(v) for k, v in np.load(released.DATA / "kl16_small.npz").items()}
+
+
+@pytest.fixture(scope="module")
+def mar():
+    return maskrl.load_mar(MAR_A, ema=False, num_heads=4)
+
+
+def close(value, name, atol=2e-5):
+    torch.testing.assert_close(value, REFERENCE[name].to(value.dtype), atol=atol, rtol=0)
+
+
+def write(path, content):
+    torch.save(content, path)
+    return path
+
+
+def one_line(call, path):
+    """The message of the InputError that `call` raises, which names the file, on one line."""
+    with pytest.raises(maskrl.InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+# MAR's format
+
+
+def test_settings_are_read_off_the_shapes(mar):
+    s = mar.settings
+    assert (s.image_size, s.patch, s.width, s.heads, s.buffer) == (4, 1, 64, 4, 8)
+    assert (s.depth, s.decoder_depth, s.head_width, s.head_depth) == (2, 2, 64, 2)
+    assert (s.predicts, s.muon_lr, s.x_0_limit) == ("eps", 0.0, 0.0)
+    assert (s.mean, s.scale) == (0.0, 0.2325)
+    assert mar.classes == [str(i) for i in range(10)] and mar.kind == "teacher"
+    assert mar.channels == 16 and not mar.training
+
+
+def test_contexts_and_head_are_the_official_ones(mar):
+    tokens, mask, labels = REFERENCE["tokens"], REFERENCE["mask"].bool(), REFERENCE["labels"]
+    close(mar.context(tokens, mask, labels), "cond_z")
+    close(mar.context(tokens, mask, mar.null(labels)), "uncond_z")
+    close(mar.context(tokens, torch.ones_like(mask), labels), "allmask_cond_z")
+    close(mar.context(tokens, torch.zeros_like(mask), labels), "nomask_cond_z")
+    close(mar.head(REFERENCE["head_in"], REFERENCE["head_t"], REFERENCE["head_c"]), "head_out")
+
+
+def test_single_steps_honour_the_learned_variance(mar):
+    chain, moved = maskrl.Diffusion(10), []
+    for row, i in enumerate(REFERENCE["step_index"].tolist()):
+        x, c, noise = (REFERENCE[k][row : row + 1] for k in ("step_x", "step_c", "step_noise"))
+        out = mar.head(x, chain.times[i : i + 1], c)
+        after = chain.step(i, x, out, noise, float(REFERENCE["step_temp"]))
+        expected = REFERENCE["step_out"][row : row + 1]
+        bound = 2e-5 * max(1, float(expected.abs().max()))
+        assert (after - expected).abs().max() <= bound
+        out[:, 16:] = 0  # the middle of the variances is another one
+        middle = chain.step(i, x, out, noise, float(REFERENCE["step_temp"]))
+        moved.append(float((middle - expected).abs().max()) / bound)
+    assert max(moved) > 1000
+
+
+def test_a_chain_goes_on_from_its_middle(mar):
+    chain, x, c = maskrl.Diffusion(10), REFERENCE["mid_x"], REFERENCE["mid_c"]
+    for noise, i in zip(
+        REFERENCE["mid_step_noise"], range(int(REFERENCE["mid_start_index"]), -1, -1)
+    ):
+        x = chain.step(i, x, mar.head(x, chain.times[i].repeat(len(x)), c), noise)
+    close(x, "mid_out")
+
+
+def by_position(order, noise, counts):
+    """Official noise, drawn for the tokens of each iteration row by row, as ours: by position."""
+    z, at, end = torch.zeros(2, 16, 16), 0, 16
+    for n in counts.tolist():
+        reveal = torch.zeros(2, 16, dtype=torch.bool).scatter(1, order[:, end - n // 2 : end], True)
+        z[reveal] = noise[at : at + n]
+        at, end = at + n, end - n // 2
+    return z
+
+
+@pytest.mark.parametrize("name, s", [("nocfg", 1.0), ("cfg3", 3.0)])
+def test_whole_generations(mar, name, s):
+    keys = ("orders", "labels", "noise", "noise_counts", "out")
+    order, labels, noise, counts, expected = (REFERENCE[f"e2e_{name}_{key}"] for key in keys)
+    sampling = maskrl.Sampling(steps=4, guidance=s, denoise_steps=10, temperature=0.0)
+    start = maskrl.Noise(order, by_position(order, noise, counts))
+    tokens = maskrl.generate(mar, labels, sampling, start)
+    made = maskrl.unpatchify(tokens, 1)
+    assert (made - expected).abs().max() / expected.std() < 2e-5
+
+
+def test_ema_is_taken_and_a_namespace_dropped(tmp_path, mar):
+    content = released.official() | {"args": argparse.Namespace(lr=1e-4), "epoch": 399}
+    path = write(tmp_path / "mar.pth", content)
+    plain = maskrl.load_mar(path, ema=False, num_heads=4)
+    ema = maskrl.load_mar(path, num_heads=4)
+    for own, a, b in zip(*(m.state_dict().values() for m in (mar, plain, ema))):
+        assert torch.equal(own, a)
+        torch.testing.assert_close(1.01 * own, b)
+    assert "model_ema" in one_line(lambda: maskrl.load_mar(MAR_A, num_heads=4), MAR_A)
+
+
+def test_class_names_may_be_given():
+    names = [f"class {i}" for i in range(10)]
+    assert maskrl.load_mar(MAR_A, False, 4, classes=names).classes == names
+    message = one_line(lambda: maskrl.load_mar(MAR_A, False, 4, classes=names[:3]), MAR_A)
+    assert "10 classes" in message and "3 names" in message
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    model, ema = released.small_mar(decoder_depth=2), released.small_mar(decoder_depth=2)
+    path = tmp_path / "mar.pth"
+    maskrl.save_mar(path, model, ema)
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {"model", "model_ema"}
+    assert "diffloss.net.res_blocks.0.in_ln.weight" in content["model"]
+    assert not any(name.startswith("head.") for name in content["model"])
+    for original, flag in ((model, False), (ema, True)):
+        again = maskrl.load_mar(path, flag, num_heads=2)
+        assert (again.settings.depth, again.settings.decoder_depth) == (1, 2)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(original.state_dict().values(), again.state_dict().values())
+        )
+
+
+def test_the_writer_makes_the_names_of_the_official_code(tmp_path, mar):
+    maskrl.save_mar(tmp_path / "again.pth", mar)
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    weights = released.official()["model"]
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path):
+    path = tmp_path / "mar.pth"
+    for settings, word in (({"predicts": "x_0"}, "eps"), ({"scale": 1.0}, "0.2325")):
+        assert word in one_line(
+            lambda s=settings: maskrl.save_mar(path, released.small_mar(**s)), path
+        )
+    student = released.small_mar()
+    student.kind = "student"
+    assert "not for a student" in one_line(lambda: maskrl.save_mar(path, student), path)
+    assert not path.exists()
+
+
+def without(weights, name):
+    return {key: value for key, value in weights.items() if key != name}
+
+
+def broken(name):
+    """{what is wrong: (a changed part of a checkpoint, words of the message)}[name]."""
+    weights = released.official()["model"]
+    return {
+        "missing": (without(weights, "mask_token"), "mask_token is missing"),
+        "missing, for shapes": (without(weights, "z_proj.weight"), "z_proj.weight is missing"),
+        "unexpected": (weights | {"pos": torch.zeros(3)}, "pos is unexpected"),
+        "a shape": (
+            weights | {"mask_token": torch.zeros(1, 1, 8)},
+            "mask_token is [1, 1, 8], not [1, 1, 64]",
+        ),
+        "dimensions": (weights | {"z_proj.weight": torch.zeros(3)}, "z_proj.weight is [3]"),
+        "no square": (
+            weights | {"diffusion_pos_embed_learned": torch.zeros(1, 15, 64)},
+            "15 tokens of 16 channels",
+        ),
+        "no buffer": (
+            weights | {"encoder_pos_embed_learned": torch.zeros(1, 16, 64)},
+            "--buffer 0 must be at least 1",
+        ),
+        "a block": (
+            without(weights, "decoder_blocks.1.attn.qkv.bias"),
+            "decoder_blocks.1.attn.qkv.bias is missing",
+        ),
+        "the head": (
+            without(weights, "diffloss.net.res_blocks.0.mlp.2.bias"),
+            "diffloss.net.res_blocks.0.mlp.2.bias is missing",
+        ),
+        "no tensor": (weights | {"mask_token": 3}, "'mask_token' under 'model' is not a tensor"),
+    }[name]
+
+
+BROKEN = (
+    "missing",
+    "missing, for shapes",
+    "unexpected",
+    "a shape",
+    "dimensions",
+    "no square",
+    "no buffer",
+    "a block",
+    "the head",
+    "no tensor",
+)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_wrong_weights_are_named_in_one_line(tmp_path, name):
+    weights, words = broken(name)
+    path = write(tmp_path / "mar.pth", {"model": weights})
+    assert words in one_line(lambda: maskrl.load_mar(path, False, 4), path)
+
+
+def test_many_wrong_weights_are_counted(tmp_path):
+    weights = released.official()["model"]
+    few = {name: value for name, value in weights.items() if ".norm" not in name}
+    path = write(tmp_path / "mar.pth", {"model": few})
+    assert "; and 11 more" in one_line(lambda: maskrl.load_mar(path, False, 4), path)
+
+
+class Foreign:
+    """Its unpickling would run code of the file's choice."""
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("touched"),)
+
+
+def test_files_that_are_none_and_foreign_objects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bytes_of_a = MAR_A.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(bytes_of_a[: len(bytes_of_a) // 2])
+    (tmp_path / "text.pth").write_text("not weights\n")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    write("foreign.pth", released.official() | {"args": Foreign()})
+    write("list.pth", [1, 2])
+    write("other.pth", {"model": {"weight": torch.zeros(3)}})
+    cases = {
+        "none.pth": "there is no checkpoint",
+        "cut.pth": "not a checkpoint that can be read safely",
+        "text.pth": "not a checkpoint that can be read safely",
+        "empty.pth": "not a checkpoint that can be read safely",
+        "foreign.pth": "it holds a pathlib",
+        "list.pth": "not a file in MAR's format",
+        "other.pth": "not a file in MAR's format",
+    }
+    for name, words in cases.items():
+        assert words in one_line(lambda n=name: maskrl.load_mar(n), name)
+        assert one_line(lambda n=name: maskrl.load_kl16(n), name)
+        assert one_line(lambda n=name: maskrl.load_model(n), name)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("name, millions", [("mar_b", 208), ("mar_l", 479), ("mar_h", 943)])
+def test_released_sizes(name, millions):
+    settings = maskrl.preset(name)
+    assert abs(budget.parameters(settings) / 1e6 - millions) < 1
+    assert settings.length == 256
+    with torch.device("meta"):
+        model = maskrl.MAR(settings, maskrl.numbered(1000), image_channels=16)
+    weights = {maskrl.mar_name(key): value for key, value in model.state_dict().items()}
+    read = maskrl.mar_settings("mar.pth", weights, None)  # heads: known from the width
+    differs = {key for key in vars(settings) if getattr(settings, key) != getattr(read, key)}
+    assert differs == {"scale", "decoder_depth"}  # scale is measured; the depth is written out
+    assert read.decoder_depth == settings.depth
+
+
+def test_heads_are_asked_for_where_the_width_does_not_tell():
+    message = one_line(lambda: maskrl.load_mar(MAR_A, ema=False), MAR_A)
+    assert "width 64" in message and "num_heads" in message and "--heads" in message
+
+
+def test_the_budget_is_a_table():
+    settings = released.small_mar().settings
+    assert "| small | " in budget.table({"small": settings}, batch=2)
+    assert budget.fixed_bytes(10) == {"teacher": 40, "student": 200, "auxiliary": 160}
+    plain, checkpointed = (budget.activation_bytes(settings, 4, on) for on in (False, True))
+    assert checkpointed < plain
+    assert budget.activation_bytes(settings, 8, False) == pytest.approx(2 * plain, rel=1e-6)
+
+
+# The autoencoder
+
+
+def test_the_autoencoder_computes_what_it_did_when_it_met_the_official_code():
+    vae = released.small_vae((1, 1, 2, 2, 2))
+    assert (vae.stride, vae.channels, vae.scale) == (16, 16, 0.0)
+    moments = vae.moments(SMALL_VAE["image"])
+    torch.testing.assert_close(moments, SMALL_VAE["moments"], atol=1e-4, rtol=0)
+    decoded = vae.decode(moments.chunk(2, 1)[0])
+    torch.testing.assert_close(decoded, SMALL_VAE["decoded"], atol=1e-4, rtol=0)
+
+
+def test_downsampling_pads_below_and_to_the_right():
+    layer, x = released.filled(maskrl.Downsample(32)), torch.randn(1, 32, 4, 4)
+    weight, bias = layer.conv.weight, layer.conv.bias
+    corner = (weight[:, :, :2, :2] * x[:, :, 2:, 2:]).sum((1, 2, 3)) + bias
+    torch.testing.assert_close(layer(x)[0, :, 1, 1], corner, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        layer(x)[0, :, 0, 0], (weight * x[:, :, :3, :3]).sum((1, 2, 3)) + bias, atol=1e-5, rtol=0
+    )
+
+
+def test_the_official_autoencoder_has_a_known_scale():
+    with torch.device("meta"):
+        vae = maskrl.KL16()
+    assert vae.scale == 0.2325 and vae.stride == 16
+    assert vae.decoder.mid.block_1.conv1.weight.shape == (512, 512, 3, 3)
+
+
+def test_latents_are_drawn_from_the_posterior():
+    moments = torch.cat([torch.full((1, 16, 40, 40), 3.0), torch.full((1, 16, 40, 40), -2.0)], 1)
+    latents = maskrl.posterior_sample(moments, maskrl.rng(0))
+    assert latents.mean() == pytest.approx(3, abs=0.02)
+    assert latents.std() == pytest.approx(np.exp(-1), abs=0.01)
+    moments[:, 16:] = 100  # clamped to 20
+    wide = maskrl.posterior_sample(moments, maskrl.rng(0))
+    assert wide.std() == pytest.approx(np.exp(10), rel=0.02)
+
+
+def test_decoding_in_parts_and_its_gradient():
+    vae, latents = released.small_vae(), torch.randn(18, 16, 2, 2, requires_grad=True)
+    images = vae.decode(latents)
+    assert images.shape == (18, 3, 4, 4)
+    torch.testing.assert_close(images[17:], vae.decode(latents[17:]), atol=1e-5, rtol=1e-5)
+    images.sum().backward()
+    assert latents.grad.abs().sum(dim=(1, 2, 3)).min() > 0
+
+
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 1, 2, 2, 4)])
+def test_widths_are_read_off_the_shapes(tmp_path, multipliers):
+    vae = released.small_vae(multipliers)
+    weights = vae.state_dict() | {"loss.discriminator.weight": torch.zeros(1)}
+    again = maskrl.load_kl16(write(tmp_path / "vae.ckpt", {"model": weights}))
+    assert again.stride == 2 ** (len(multipliers) - 1)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again.moments(x), vae.moments(x))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_wrong_autoencoders_are_refused_in_one_line(tmp_path):
+    weights, path = released.small_vae().state_dict(), tmp_path / "vae.ckpt"
+    cases = [
+        (without(weights, "decoder.conv_out.bias"), "decoder.conv_out.bias is missing"),
+        (without(weights, "encoder.conv_in.weight"), "encoder.conv_in.weight is missing"),
+        (weights | {"quant_conv.bias": torch.zeros(5)}, "quant_conv.bias is [5], not [32]"),
+        (weights | {"x": torch.zeros(5)}, "x is unexpected"),
+        (weights | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "a base of 0"),
+        (weights | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "a base of 48"),
+    ]
+    for content, words in cases:
+        write(path, {"model": content})
+        assert words in one_line(lambda: maskrl.load_kl16(path), path)
+    write(path, {"state_dict": weights})
+    assert "no weights under 'model'" in one_line(lambda: maskrl.load_kl16(path), path)
+
+
+# Latents as data
+
+
+@pytest.fixture(scope="module")
+def split():
+    labels = torch.arange(6) % 3
+    images = torch.randint(256, (6, 3, 8, 8), generator=maskrl.rng("images")).to(torch.uint8)
+    return maskrl.Split(images, torch.arange(6), labels)
+
+
+def test_latents_of_a_split_serve_batches_like_images(split):
+    vae = released.small_vae()
+    latents = maskrl.latents_of(split, vae, flip=True, batch=4)
+    assert latents.moments.shape == (2, 6, 32, 4, 4) and latents.moments.dtype == torch.float16
+    mirrored = vae.moments(maskrl.to_unit(split.images).flip(-1))
+    torch.testing.assert_close(latents.moments[1].float(), mirrored, atol=2e-3, rtol=2e-3)
+    x, labels = latents.batch(5, maskrl.rng(1), flip=True)
+    assert x.shape == (5, 16, 4, 4) and labels.shape == (5,)
+    same, _ = latents.batch(5, maskrl.rng(1), flip=True)
+    other, _ = latents.batch(5, maskrl.rng(2), flip=True)
+    assert torch.equal(x, same) and not torch.equal(x, other)
+    assert latents.spaced().shape == (6, 16, 4, 4) and latents.channels == 16
+    assert len(maskrl.latents_of(split, vae).moments) == 1
+
+
+def test_tokens_of_latents_come_back(split):
+    settings = released.small_mar().settings
+    latents = maskrl.latents_of(split, released.small_vae()).spaced()
+    tokens = maskrl.to_tokens(latents, settings)
+    assert tokens.shape == (6, 16, 16)
+    torch.testing.assert_close(tokens, maskrl.patchify(latents, 1) * 0.2325)
+    torch.testing.assert_close(maskrl.to_images(tokens, settings), latents)
+
+
+def test_mean_and_scale_of_other_autoencoders_are_measured(split):
+    data = maskrl.Data("folder", ["a", "b", "c"], {}, split, split, split)
+    data = maskrl.with_latents(data, released.small_vae(), flip=False)
+    settings = data.measure(maskrl.Settings(image_size=4, patch=1, steps=4))
+    tokens = maskrl.to_tokens(data.learned.spaced(), settings)
+    assert tokens.mean() == pytest.approx(0, abs=1e-3)
+    assert tokens.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    tokens, labels = torch.randn(2, 16, 16), torch.tensor([0, 1])
+    mask = maskrl.random_mask(torch.tensor([0.3, 0.9]), 16, maskrl.rng(0))
+    model = released.small_mar()
+    for on in (False, True):
+        model.settings.checkpointing = on
+        model.zero_grad()
+        model.context(tokens, mask, labels).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.encoder_blocks.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_checkpointing_is_used_by_the_student_and_the_auxiliary_network(monkeypatch):
+    calls = []
+
+    def counted(block, *inputs, **options):
+        calls.append(block)
+        return checkpoint(block, *inputs, **options)
+
+    monkeypatch.setattr(maskrl, "checkpoint", counted)
+    teacher = released.small_mar(checkpointing=True)
+    training = maskrl.Distillation(teacher, teacher.settings)
+    training.update(0, torch.randn(2, 16, 16), torch.tensor([0, 1]), maskrl.rng(0))
+    blocks = {id(b) for m in (training.model, training.aux) for b in m.encoder_blocks}
+    assert blocks <= {id(block) for block in calls}
+
+
+# The scripts, from files in the official formats
+
+SHORT = (
+    "--judge-iters 4 --judge-n 18 --per-class 20 --batch 8 --prompts 2 --group 4 --steps 3 "
+    "--gsim-iters 2 --rl-iters 1 --critical-steps 2 --denoise-steps 3 --device cpu"
+).split()
+
+
+def brightness(images, labels):
+    """A reward of this test: it must be shown pixels."""
+    assert images.shape[1:] == (3, 8, 8)
+    return (images.mean((1, 2, 3)) + 1) / 2
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with MAR's file, the autoencoder's, and images 8 x 8 of nine classes."""
+    path = tmp_path_factory.mktemp("released")
+    torch.manual_seed(0)
+    maskrl.save_mar(path / "mar.pth", released.small_mar(classes=9))
+    torch.save({"model": released.small_vae().state_dict()}, path / "kl16.ckpt")
+    labels = torch.arange(9).repeat_interleave(20)
+    shapes = maskrl.draw_shapes(labels, 8, maskrl.rng("shapes"))
+    for i, (image, label) in enumerate(zip(shapes, labels.tolist())):
+        folder = path / "images" / f"class {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def latent_options(files):
+    return ["--vae", str(files / "kl16.ckpt"), "--data", str(files / "images"), *SHORT]
+
+
+@pytest.fixture(scope="module")
+def student(files, latent_options):
+    """student.pt of the teacher in MAR's format."""
+    out = files / "student"
+    teacher = ["--teacher", str(files / "mar.pth"), "--heads", "2"]
+    metrics = train_distill.main([*teacher, *latent_options, "--checkpointing", "--out", str(out)])
+    assert {"teacher", "student"} <= set(metrics["rows"])
+    assert metrics["settings"]["checkpointing"]
+    return out / "student.pt"
+
+
+def test_sampling_from_mars_file(files, tmp_path):
+    out, film = tmp_path / "samples.png", tmp_path / "film.png"
+    common = [str(files / "mar.pth"), "--vae", str(files / "kl16.ckpt"), "--heads", "2"]
+    short = ["--n", "4", "--steps", "3", "--denoise-steps", "3", "--device", "cpu"]
+    paths = ["--out", str(out), "--film", str(film), "--files", str(tmp_path / "files")]
+    sample.main([*common, *short, *paths, "--classes", "2", "7"])
+    assert Image.open(out).size[0] > 100 and film.exists()
+    written = sorted(p.name for p in (tmp_path / "files").iterdir())
+    assert written == ["00000 2.png", "00001 7.png", "00002 2.png", "00003 7.png"]
+    assert Image.open(tmp_path / "files" / written[0]).size == (8, 8)
+
+
+def test_completing_an_image_in_latents(files, tmp_path):
+    half = Image.new("L", (8, 8), 0)
+    half.paste(255, (0, 0, 4, 8))
+    half.save(tmp_path / "mask.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    vae = maskrl.load_kl16(files / "kl16.ckpt")
+    settings = released.small_mar().settings
+    tokens, mask = sample.to_complete(tmp_path / "image.png", tmp_path / "mask.png", settings, vae)
+    assert tokens.shape == (1, 16, 16)
+    assert mask.view(4, 4).tolist() == 4 * [[True, True, False, False]]
+    common = [str(files / "mar.pth"), "--vae", str(files / "kl16.ckpt"), "--heads", "2"]
+    paths = ["--inpaint", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+    short = ["--n", "2", "--steps", "2", "--denoise-steps", "3", "--device", "cpu"]
+    sample.main([*common, *paths, *short, "--out", str(tmp_path / "completed.png")])
+    assert (tmp_path / "completed.png").exists()
+
+
+def test_a_student_of_mars_file_knows_what_it_needs(student, files):
+    model = maskrl.load_checkpoint(student, "student")
+    assert model.channels == 16 and model.settings.scale == 0.2325
+    assert model.classes == [f"class {i}" for i in range(9)]  # of the data
+    images = maskrl.to_images(maskrl.generate(model, [0, 1]), model.settings)
+    assert maskrl.load_kl16(files / "kl16.ckpt").decode(images).shape == (2, 3, 8, 8)
+
+
+def test_some_classes_keep_the_numbers_of_mars_file(files, latent_options, tmp_path):
+    base = maskrl.read_model(files / "mar.pth", "teacher", num_heads=2)
+    chosen = ["--classes", "class 5", "class 2", "--out", str(tmp_path / "out")]
+    args = train_distill.parse([*latent_options, *chosen])
+    data, settings = maskrl.measured_data(args, base["settings"], base, torch.device("cpu"))
+    assert data.classes == [f"class {i}" for i in range(9)] and settings.scale == 0.2325
+    assert data.labels.tolist() == data.learned.labels.unique().tolist() == [2, 5]
+    mapped = next((tmp_path / "cache").iterdir())  # the latents' images come from there
+    assert json.loads((mapped / "key.json").read_text())["image_size"] == 8
+
+
+def test_rl_on_a_student_of_latents_sees_pixels(student, latent_options, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pixels", types.SimpleNamespace(brightness=brightness))
+    options = ["--student", str(student), *latent_options, "--reward", "pixels:brightness"]
+    for method in ("grpo", "backprop"):
+        out = tmp_path / method
+        metrics = train_rl.main([*options, "--method", method, "--out", str(out)])
+        assert {"student", "policy"} <= set(metrics["rows"])
+        assert maskrl.load_checkpoint(out / "policy.pt").channels == 16
+
+
+def test_rl_with_clip_on_a_student_of_latents(student, latent_options, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    weights, name = tmp_path / "clip.pt", "ViT-S-32-alt"
+    torch.save(open_clip.create_model(name).half().state_dict(), weights)
+    clip = ["--reward", "clip", "--clip-model", name, "--clip-weights", str(weights)]
+    out = ["--out", str(tmp_path / "clip")]
+    metrics = train_rl.main(["--student", str(student), *latent_options, *clip, *out])
+    assert 0 < metrics["rl"]["after"]["quality"] < 1
+
+
+def test_a_teacher_of_latents_from_nothing(latent_options, tmp_path):
+    small = "--image-size 4 --patch 1 --width 32 --depth 1 --heads 2 --head-width 32".split()
+    iters = ["--teacher-iters", "2", "--flip", "--out", str(tmp_path)]
+    metrics = train_distill.main([*small, *iters, *latent_options])
+    assert metrics["settings"]["scale"] not in (0, 0.2325)  # measured
+    assert maskrl.load_checkpoint(tmp_path / "teacher.pt").channels == 16
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"teacher", "student"}
+
+
+def error_of(main, argv, capsys):
+    """The one line that `main` ends with on wrong input, whose exit code must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        maskrl.run(lambda: main([str(a) for a in argv]))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_wrong_combinations_end_in_one_line(files, student, latent_options, tmp_path, capsys):
+    mar, vae, images = files / "mar.pth", files / "kl16.ckpt", files / "images"
+    new, cpu = ["--out", tmp_path / "new"], ["--device", "cpu"]
+    few = files / "few"
+    few.mkdir()
+    (few / "class 0").symlink_to(images / "class 0")
+    pixels = tmp_path / "pixels.pt"
+    maskrl.save_checkpoint(pixels, maskrl.MAR(maskrl.Settings(scale=1.0), ["a"]))
+    heads = ["--heads", 2]
+    cases = [
+        (sample.main, [mar, *heads, *cpu], "give --vae"),
+        (sample.main, [mar, "--vae", vae, *cpu], "give num_heads (--heads)"),
+        (sample.main, [mar, "--vae", mar, *heads, *cpu], "encoder.conv_in.weight is missing"),
+        (sample.main, [vae, *cpu], "not a maskrl checkpoint"),
+        (sample.main, [pixels, "--vae", vae, *cpu], "makes pixels; leave it out"),
+        (train_distill.main, ["--preset", "mar_b", "--data", images, *new, *cpu], "give --vae"),
+        (train_distill.main, ["--teacher", mar, *heads, *new, *cpu], "give --vae"),
+        (train_distill.main, ["--teacher", mar, *latent_options, *new], "give num_heads"),
+        (
+            train_distill.main,
+            ["--teacher", mar, *heads, *latent_options, "--data", few, *new],
+            "has classes that the checkpoint has not: class 0",
+        ),
+        (train_rl.main, ["--student", mar, *heads, *latent_options, *new], "a student is needed"),
+    ]
+    for main, argv, words in cases:
+        assert words in error_of(main, argv, capsys)
+    assert not (tmp_path / "new").exists()
+
+
+# FID
+
+
+def test_fid_without_its_library_or_its_weights(tmp_path, monkeypatch):
+    images = torch.zeros(4, 3, 8, 8)
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(maskrl.InputError, match=r"pip install maskrl\[fid\]"):
+        maskrl.fid_report(tmp_path, images, 8)
+
+    def offline(**options):
+        raise URLError("no network")
+
+    fake = types.SimpleNamespace(calculate_metrics=offline)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
+    with pytest.raises(maskrl.InputError, match="could not be downloaded.*no network"):
+        maskrl.fid_report(tmp_path, images, 8)
+    with pytest.raises(maskrl.InputError, match="no images"):
+        maskrl.fid_report(tmp_path / "empty", images, 8)
+
+
+def test_fid_is_asked_for_bytes_of_one_size(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "deep" / "white.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "zz.png").write_text("no image either")
+    seen = {}
+
+    def calculate(**options):
+        seen.update(options)
+        names = ("inception_score_mean", "inception_score_std", "frechet_inception_distance")
+        return dict(zip(names, (2.0, 0.1, 30.0)))
+
+    fake = types.SimpleNamespace(calculate_metrics=calculate)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
+    report = maskrl.fid_report(tmp_path, torch.full((2, 3, 8, 8), -1.0), 8)
+    assert report == {"fid": 30.0, "inception_score": 2.0, "inception_score_std": 0.1}
+    assert len(seen["input1"]) == 2 and len(seen["input2"]) == 2
+    assert one_line(lambda: seen["input2"][1], "zz.png")
+    assert torch.equal(seen["input1"][1], torch.zeros(3, 8, 8, dtype=torch.uint8))
+    assert torch.equal(seen["input2"][0], torch.full((3, 8, 8), 255, dtype=torch.uint8))
