@@ -1708,7 +1708,8 @@ def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
     unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
     if unknown:
         raise InputError(
-            f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}"
+            f"{path} has settings that this version does not know: {some(sorted(unknown), 3)}. If "
+            "another version made it, make it anew"
         )
     try:
         content["settings"] = Settings(**content["settings"])
