@@ -2530,14 +2530,15 @@ def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features a [N, F], b [M, F].
 
-    FID's formula, in float64."""
+    FID's formula, in float64. With S_a = A^T A, A being centred and divided by sqrt(N - 1), the
+    last trace is the sum of the singular values of A B^T, or of their QR factors, which are small
+    where there are fewer images than features, and where there are more."""
     a, b = a.cpu().double(), b.cpu().double()
-    S_a, S_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    A, B = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    R_A, R_B = (torch.linalg.qr(X, mode="r").R for X in (A, B))
+    cross = torch.linalg.svdvals(R_A @ R_B.T).sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
-    return float(means + S_a.trace() + S_b.trace() - 2 * cross)
+    return float(means + A.square().sum() + B.square().sum() - 2 * cross)
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
