@@ -15,6 +15,7 @@ import fcntl
 import json
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,9 +35,11 @@ import torchvision
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import maskrl  # noqa: E402
+import train_rl  # noqa: E402
 from maskrl import Sampling  # noqa: E402
 
 ASSETS = ROOT / "assets"
+FOLDERS = Path("runs/folders")  # what tests/folders.py makes
 README = ROOT / "README.md"
 
 
@@ -944,11 +947,76 @@ def busy_process():
         process.wait()
 
 
+class Folder(Study):
+    """train_rl.py on a folder of images that tests/folders.py makes, under FOLDERS."""
+
+    columns = (
+        *("frechet", "accuracy", "precision", "recall", "diversity", "nearest", "quality"),
+        *("reward", "steps", "image_ms", "train_minutes"),
+    )
+    options: tuple = ()
+
+    def measure(self, lab, only=()):
+        folder, out = FOLDERS / self.name, lab.out / self.name
+        if not folder.is_dir():
+            raise maskrl.InputError(f"there is no {folder}: tests/folders.py says how it is made")
+        where = ("--data", folder, "--out", out, "--resume", "--seed", lab.seed)
+        machine = ("--device", lab.device, "--threads", torch.get_num_threads())
+        metrics = train_rl.main([str(word) for word in (*where, *machine, *self.options)])
+        if lab.seed == 0:
+            for picture in ("samples", "neighbours"):
+                shutil.copy(out / f"{picture}.png", ASSETS / f"{self.name}_{picture}.png")
+        rewards = {"student": metrics["rl"]["before"], "policy": metrics["rl"]["after"]}
+        seconds = {line["stage"]: line["seconds"] for line in maskrl.read_log(out)}
+        rows = {}
+        for name, row in metrics["rows"].items():
+            rows[name] = row | {"minutes": 0.0} | provenance(lab.device)
+            if name in rewards:
+                rows[name] |= {key: rewards[name][key] for key in ("quality", "reward")}
+            if name in seconds:
+                rows[name]["train_minutes"] = seconds[name] / 60
+            if "seconds_per_image" in row:
+                rows[name]["image_ms"] = 1000 * row["seconds_per_image"]
+        rows["real"] |= {"examination": metrics["examination"], "blind": metrics["blind"]}
+        return rows
+
+
+class Emoji(Folder):
+    title = "A folder: emoji"
+    question = (
+        "3,160 emoji of two vendors in five classes, by `python train_rl.py --data "
+        "runs/folders/emoji --flip`, at the defaults for a folder without a GPU: 32×32 pixels, 64 "
+        "tokens. 1,895 images are trained on, and each row of the judge has 100, so that distances "
+        "are rough."
+    )
+    options = ("--flip",)
+    verdict = (
+        "The student's distance is {0[student][frechet]}, the teacher's {0[teacher][frechet]}, "
+        "{0[one-step start][frechet]} before GSIM and {0[untrained][frechet]} untrained, where "
+        "other real images have {0[real][frechet]}. Its precision is {0[student][precision]}, the "
+        "teacher's {0[teacher][precision]}.",
+        "RL raises the quality from {0[student][quality]} to {0[policy][quality]} in "
+        "{0[policy][steps]} instead of {0[student][steps]} iterations, at a distance of "
+        "{0[policy][frechet]}.",
+    )
+    picture = ("emoji_samples.png", "animals, faces, flags, hands and people, seed 0")
+
+
+class Letters(Folder):
+    title = "A folder: letters"
+    question = (
+        "The letters A, B, E, G, K, M, R and S of 1,582 fonts, 12,656 images, by `python "
+        "train_rl.py --data runs/folders/letters`, at the defaults for a folder without a GPU."
+    )
+    verdict = Emoji.verdict
+    picture = ("letters_samples.png", "the eight letters, seed 0")
+
+
 STUDIES = {
     study.name: study
     for study in (
         *(Story(), Gsim(), Longer(), Rivals(), Steps()),
-        *(Drift(), Alpha(), Backprop(), Cost(), Threads()),
+        *(Drift(), Alpha(), Backprop(), Cost(), Threads(), Emoji(), Letters()),
     )
 }
 

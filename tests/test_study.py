@@ -3,9 +3,10 @@
 import json
 from functools import partial
 
+import digits
 import pytest
 import study
-from conftest import tiny
+from conftest import SHORT, tiny
 
 import maskrl
 import train_rl
@@ -33,6 +34,10 @@ def cut_short(patch, folder):
     patch.setattr(study.Threads, "numbers", (1,))
     patch.setattr(study.Threads, "rounds", 1)
     patch.setattr(study.Threads, "updates", 1)
+    patch.setattr(study, "FOLDERS", folder / "folders")
+    for each in (study.Emoji, study.Letters):
+        patch.setattr(each, "options", SHORT)
+        digits.make(folder / "folders" / each().name, per_class=20)
 
     def run(*args):
         study.main([*args, "--out", str(folder / "out"), "--device", "cpu", "--threads", "1"])
