@@ -17,9 +17,9 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                15  Judge        18  Command line
-    13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
-    14  Reward network      17  Report and pictures
+    12  Data                15  Judge                  18  Command line
+    13  Training loop       16  Rewards                19  MAR's released weights
+    14  Reward network      17  Report and pictures    20  KL-16 autoencoder
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -3515,7 +3515,7 @@ def run(main: Callable) -> None:
         sys.exit(130)
 
 
-# 19 MAR's released weights and the KL-16 autoencoder ----------------------------------------------
+# 19 MAR's released weights ------------------------------------------------------------------------
 # MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
 # KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
 # in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
@@ -3525,7 +3525,7 @@ def run(main: Callable) -> None:
 KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
 # fmt: off
 MAR_SETTINGS = PRESETS["small"] | {
-    "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256,
+    "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256, "batch": 16,
     "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
 }  # trained as `small`, which nobody has tried at this size
 RELEASED = {
@@ -3716,7 +3716,86 @@ def load_model(path, kind=None, device="cpu", num_heads=None) -> MAR:
     return load_checkpoint(path, kind, device)
 
 
-# The autoencoder. A first reader may skip it. Modules and their weights have the official names.
+def autoencoder_for(image_channels: int | None, path, device) -> "KL16 | None":
+    """The autoencoder at --vae `path`, or None for pixels; InputError unless it suits a generator
+    of `image_channels` (None: any)."""
+    if path is None and image_channels not in (None, 3):
+        raise InputError(f"the generator makes latents of {image_channels} channels: give --vae")
+    if path is None:
+        return None
+    if image_channels == 3:
+        raise InputError(f"--vae {path}: the generator makes pixels; leave it out")
+    vae = load_kl16(path, device)
+    if image_channels not in (None, vae.channels):
+        raise InputError(
+            f"--vae {path} has latents of {vae.channels} channels; the generator makes "
+            f"{image_channels}"
+        )
+    return vae
+
+
+@dataclass
+class Latents:
+    """What a Split is to a generator of latents; every batch draws its latents anew."""
+
+    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and mirrored; may be mapped
+    labels: Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.moments.shape[2] // 2
+
+    def spaced(self) -> Tensor:
+        """Latents [n, C, h, w], of all images or of evenly spaced 10,000 to 20,000."""
+        moments = self.moments[0, :: max(1, len(self) // 10_000)]
+        return posterior_sample(moments.float(), rng("latents"))
+
+    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, h, w] of n random images, and their labels [n]."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        mirrored = torch.randint(2 if flip else 1, (n,), generator=generator)
+        moments = self.moments[mirrored, index].to(device).float()
+        return posterior_sample(moments, generator), self.labels[index].to(device)
+
+
+@torch.no_grad()
+def latents_of(split: Split, vae: "KL16", flip=False, cache=None) -> Latents:
+    """The moments of all images of a Split, computed once; flip: also of their mirror images.
+
+    cache: the folder that keeps the images; the moments are kept in it, under a name that changes
+    with the rows of the Split and the weights of the autoencoder. None: they are in memory."""
+    views = (unchanged, TF.hflip)[: 1 + flip]
+
+    def make(file):
+        parts = [(view, rows) for view in views for rows in split.rows.split(16)]
+        for view, rows in tqdm(parts, "encoding", leave=False):
+            images = view(to_unit(split.stored[rows].to(vae.device)))
+            file.write(vae.moments(images).half().cpu().numpy().tobytes())
+        return {"images": len(split), "views": len(views)}
+
+    place = None
+    if cache:
+        digest = hashlib.sha256(split.rows.numpy())
+        for weight in vae.state_dict().values():
+            digest.update(weight.cpu().numpy())
+        place = Path(cache, f"latents-{digest.hexdigest()[:20]}-{len(views)}")
+    written, _ = made_once(place, "latents", make)
+    side = split.size // vae.stride
+    shape = len(views), len(split), 2 * vae.channels, side, side
+    return Latents(written.view(torch.float16).view(shape), split.labels)
+
+
+def with_latents(data: Data, vae: "KL16", flip: bool) -> Data:
+    """The data for a generator of latents: it learns them, and what it makes is decoded."""
+    latents = latents_of(data.train, vae, flip, data.cache)
+    return replace(data, latents=latents, decode=vae.decode)
+
+
+# 20 KL-16 autoencoder -----------------------------------------------------------------------------
+# Convolutions with the official names and arithmetic; a first reader may skip them.
 
 
 def named(**layers: nn.Module) -> nn.Sequential:
@@ -3884,86 +3963,9 @@ def load_kl16(path, device="cpu") -> KL16:
     levels = range(count_blocks(weights, "encoder.down"))
     first = [f"encoder.down.{i}.block.0.conv1.weight" for i in levels]
     widths = [shape_of(path, weights, name, 4)[0] for name in first]
-    if not widths or not all(w > 0 and w % max(32, width) == 0 for w in (width, *widths)):
+    fits = width and all(w and w % 32 == 0 and w % width == 0 for w in (width, *widths))
+    if not (widths and fits):
         raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
     vae = KL16(width, [w // width for w in widths], channels)
     fill(path, vae.state_dict(), weights)
     return vae.to(device).eval().requires_grad_(False)
-
-
-def autoencoder_for(image_channels: int | None, path, device) -> KL16 | None:
-    """The autoencoder at --vae `path`, or None for pixels; InputError unless it suits a generator
-    of `image_channels` (None: any)."""
-    if path is None and image_channels not in (None, 3):
-        raise InputError(f"the generator makes latents of {image_channels} channels: give --vae")
-    if path is None:
-        return None
-    if image_channels == 3:
-        raise InputError(f"--vae {path}: the generator makes pixels; leave it out")
-    vae = load_kl16(path, device)
-    if image_channels not in (None, vae.channels):
-        raise InputError(
-            f"--vae {path} has latents of {vae.channels} channels; the generator makes "
-            f"{image_channels}"
-        )
-    return vae
-
-
-@dataclass
-class Latents:
-    """What a Split is to a generator of latents; every batch draws its latents anew."""
-
-    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and mirrored; may be mapped
-    labels: Tensor  # [N]
-
-    def __len__(self):
-        return len(self.labels)
-
-    @property
-    def channels(self) -> int:
-        return self.moments.shape[2] // 2
-
-    def spaced(self) -> Tensor:
-        """Latents [n, C, h, w], of all images or of evenly spaced 10,000 to 20,000."""
-        moments = self.moments[0, :: max(1, len(self) // 10_000)]
-        return posterior_sample(moments.float(), rng("latents"))
-
-    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
-        """Latents [n, C, h, w] of n random images, and their labels [n]."""
-        index = torch.randint(len(self), (n,), generator=generator)
-        mirrored = torch.randint(2 if flip else 1, (n,), generator=generator)
-        moments = self.moments[mirrored, index].to(device).float()
-        return posterior_sample(moments, generator), self.labels[index].to(device)
-
-
-@torch.no_grad()
-def latents_of(split: Split, vae: KL16, flip=False, cache=None) -> Latents:
-    """The moments of all images of a Split, computed once; flip: also of their mirror images.
-
-    cache: the folder that keeps the images; the moments are kept in it, under a name that changes
-    with the rows of the Split and the weights of the autoencoder. None: they are in memory."""
-    views = (unchanged, TF.hflip)[: 1 + flip]
-
-    def make(file):
-        parts = [(view, rows) for view in views for rows in split.rows.split(16)]
-        for view, rows in tqdm(parts, "encoding", leave=False):
-            images = view(to_unit(split.stored[rows].to(vae.device)))
-            file.write(vae.moments(images).half().cpu().numpy().tobytes())
-        return {"images": len(split), "views": len(views)}
-
-    place = None
-    if cache:
-        digest = hashlib.sha256(split.rows.numpy())
-        for weight in vae.state_dict().values():
-            digest.update(weight.cpu().numpy())
-        place = Path(cache, f"latents-{digest.hexdigest()[:20]}-{len(views)}")
-    written, _ = made_once(place, "latents", make)
-    side = split.size // vae.stride
-    shape = len(views), len(split), 2 * vae.channels, side, side
-    return Latents(written.view(torch.float16).view(shape), split.labels)
-
-
-def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
-    """The data for a generator of latents: it learns them, and what it makes is decoded."""
-    latents = latents_of(data.train, vae, flip, data.cache)
-    return replace(data, latents=latents, decode=vae.decode)

@@ -240,11 +240,30 @@ def test_heads_are_asked_for_where_the_width_does_not_tell():
 
 def test_the_budget_is_a_table():
     settings = released.small_mar().settings
-    assert "| small | " in budget.table({"small": settings}, batch=2)
-    assert budget.fixed_bytes(10) == {"teacher": 40, "student": 200, "auxiliary": 160}
+    assert "| small | 8 | " in budget.table({"small": settings})
+    assert budget.fixed_bytes(10) == {"teacher": 40, "student": 240, "auxiliary": 160}
     plain, checkpointed = (budget.activation_bytes(settings, 4, on) for on in (False, True))
     assert checkpointed < plain
     assert budget.activation_bytes(settings, 8, False) == pytest.approx(2 * plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("name, gigabytes", [("mar_b", 24), ("mar_l", 80)])
+def test_released_sizes_are_distilled_and_rewarded_in_the_memory_promised(name, gigabytes):
+    settings = maskrl.preset(name)
+    assert settings.checkpointing
+    gsim = sum(budget.fixed_bytes(budget.parameters(settings)).values())
+    gsim += budget.activation_bytes(settings, settings.batch, checkpointing=True)
+    assert gsim < 0.85 * gigabytes * 1e9  # the rest for what is not counted
+    assert sum(budget.rl_bytes(settings).values()) < 0.85 * gigabytes * 1e9
+
+
+def test_hours_follow_from_the_products_of_matrices():
+    settings, rows = maskrl.preset("mar_b"), 64 + 256
+    hours = [budget.hours_of_released(settings, K)["1000 images of the student"] for K in (64, 32)]
+    W = settings.width
+    block = rows * 2 * 12 * W**2 + 2 * 2 * rows**2 * W  # projections and MLP, attention
+    context = 24 * block / (0.3 * 156e12) / 3600
+    assert hours[0] - hours[1] == pytest.approx(1000 * 32 * context, rel=1e-6)
 
 
 # The autoencoder
