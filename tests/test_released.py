@@ -347,6 +347,12 @@ def test_wrong_autoencoders_are_refused_in_one_line(tmp_path):
         (weights | {"x": torch.zeros(5)}, "x is unexpected"),
         (weights | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "a base of 0"),
         (weights | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "a base of 48"),
+        (
+            weights
+            | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}
+            | {f"encoder.down.{i}.block.0.conv1.weight": torch.zeros(48, 48, 3, 3) for i in (0, 1)},
+            "widths [48, 48], on a base of 48",
+        ),
     ]
     for content, words in cases:
         write(path, {"model": content})
