@@ -200,7 +200,7 @@ def hours_of_released(settings: maskrl.Settings, K: int = 64) -> dict[str, float
 def table(sizes: dict[str, maskrl.Settings]) -> str:
     """The memory of every size {name: Settings} as a Markdown table."""
     lines = [
-        "| | batch | parameters | weights: teacher | student, with gradients, Adam, EMA and best EMA "
+        "| | batch | parameters | weights: teacher | student, with gradients, Adam, EMA, best EMA "
         "| auxiliary, with gradients, Adam | fixed in all | activations | with --checkpointing "
         "| FLOPs |",
         "|---|---|---|---|---|---|---|---|---|---|",
