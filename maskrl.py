@@ -68,6 +68,7 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
@@ -218,8 +219,12 @@ def check_option(f: Field, value) -> None:
 
 # fmt: off
 PRESETS = {
-    "tiny": {},
-    "small": {
+    "tiny": {},  # the built-in shapes
+    "folder": {  # a folder of images, on a CPU
+        "image_size": 32, "steps": 32, "batch": 32, "draws": 2, "teacher_iters": 12_000,
+        "gsim_iters": 1200, "rl_iters": 50, "judge_iters": 800,
+    },
+    "small": {  # a folder of images, on a GPU
         "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
         "buffer": 16, "head_width": 512, "head_depth": 4, "batch": 128, "teacher_iters": 100_000,
         "teacher_lr": 4e-4, "muon_lr": 8e-4, "ema": 0.9999, "gsim_iters": 20_000,
@@ -2347,8 +2352,17 @@ def mean_image(data: Data, settings: Settings) -> Tensor:
 # 14 Reward network --------------------------------------------------------------------------------
 # Two networks of different architecture, seed and data. The reward network is what RL climbs unless
 # --reward says otherwise; the judge writes the reports, and nothing trains on it. Both learn from
-# real images alone: the judge to tell the classes, the reward network also to tell real images from
-# damaged ones, so that it sees blur, seams and noise.
+# real images alone, to tell their classes and what was done to them: an image is whole, or damaged
+# in one of four ways. To see these a network must look at edges, at structure, and at what belongs
+# together. The two share no kind of damage.
+
+
+def blurred(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x, mixed with itself seen through a binomial kernel, wider for larger images."""
+    soft = x
+    for _ in range(max(1, x.shape[-1] // 16)):
+        soft = blur(soft)
+    return x + (0.2 + 0.8 * amount) * (soft - x)
 
 
 def blur(x: Tensor) -> Tensor:
@@ -2358,24 +2372,101 @@ def blur(x: Tensor) -> Tensor:
     return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])
 
 
-def damage(x: Tensor, labels: Tensor, patch: int, generator) -> tuple[Tensor, Tensor]:
-    """x [B, 3, H, W] in [-1, 1] with about half of the images damaged by a random amount, and what
-    was done [B]: 0 nothing, 1 blur, 2 patches of another image of the class, 3 noise."""
-    B, device = len(x), x.device
-    kind = (torch.randint(6, (B,), generator=generator) - 2).clamp(min=0).to(device)
-    amount = torch.rand(B, generator=generator).to(device)[:, None, None, None]
-    shuffled = torch.randperm(B, generator=generator).to(device)
-    own = labels.argsort(stable=True)
-    other = shuffled[labels[shuffled].argsort(stable=True)]  # sorted by class like `own`
-    partner = torch.empty_like(own).scatter(0, own, other)
+def noisy(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x with Gaussian noise."""
+    return x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(x.device)
+
+
+def swapped(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x with 10 to 50 % of its patches taken from the partner."""
     tokens = patchify(x, patch)
-    swap = torch.rand(tokens.shape[:2], generator=generator).to(device)
-    swap = swap < 0.1 + 0.4 * amount.flatten()[:, None]
-    swapped = unpatchify(torch.where(swap[..., None], tokens[partner], tokens), patch)
-    noisy = x + 0.2 * amount * torch.randn(x.shape, generator=generator).to(device)
-    blurred = x + (0.2 + 0.8 * amount) * (blur(x) - x)
-    damaged = torch.stack([x, blurred, swapped, noisy])[kind, torch.arange(B, device=device)]
-    damaged = damaged.clamp(-1, 1)
+    chosen = torch.rand(tokens.shape[:2], generator=generator).to(x.device)
+    chosen = chosen < 0.1 + 0.4 * amount.flatten(1)
+    return unpatchify(torch.where(chosen[..., None], patchify(partner, patch), tokens), patch)
+
+
+def shuffled(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x with 10 to 50 % of its patches in each other's places: those that random keys move."""
+    tokens = patchify(x, patch)
+    L = tokens.shape[1]
+    keys = torch.rand(tokens.shape[:2], generator=generator).to(x.device)
+    moves = torch.rand(tokens.shape[:2], generator=generator).to(x.device)
+    moves = moves < 0.1 + 0.4 * amount.flatten(1)
+    # the places that move, in their own order and in that of their keys; others stay
+    places = torch.arange(L, device=x.device).expand(len(x), L)
+    from_here = torch.where(moves, places, L).argsort(dim=1, stable=True)
+    to_there = torch.where(moves, keys, 2.0).argsort(dim=1, stable=True)
+    source = places.scatter(1, from_here, to_there)
+    source = torch.where(moves, source, places)
+    return unpatchify(tokens.gather(1, source[..., None].expand_as(tokens)), patch)
+
+
+def torn(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x with a band of rows, or of columns, shifted by up to a third of the image."""
+    if torch.rand(1, generator=generator) < 0.5:
+        return torn_rows(x.mT, amount, generator).mT
+    return torn_rows(x, amount, generator)
+
+
+def torn_rows(x: Tensor, amount: Tensor, generator) -> Tensor:
+    B, _, H, W = x.shape
+    first, height = (H / 2 * torch.rand(2, B, 1, generator=generator)).to(x.device)
+    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    in_band = (rows >= first) & (rows < first + 2 + height)  # [B, H]
+    shift = in_band * (1 + amount.flatten(1) * W / 3).long()
+    source = (columns - shift[..., None]) % W  # [B, H, W]
+    return x.gather(3, source[:, None].expand_as(x))
+
+
+def pasted(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x with a square of the partner's at the same place, 30 to 70 % wide."""
+    B, _, H, W = x.shape
+    side = 0.3 + 0.4 * amount.flatten(1)
+    top, left = torch.rand(2, B, 1, generator=generator).to(x.device) * (1 - side)
+    rows = (torch.arange(H, device=x.device) + 0.5) / H
+    columns = (torch.arange(W, device=x.device) + 0.5) / W
+    in_rows = (rows >= top) & (rows < top + side)  # [B, H]
+    in_columns = (columns >= left) & (columns < left + side)
+    return torch.where((in_rows[:, :, None] & in_columns[:, None])[:, None], partner, x)
+
+
+def pixelated(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x, mixed with itself in coarse pixels."""
+    side = max(2, x.shape[-1] // 16)
+    coarse = F.interpolate(F.avg_pool2d(x, side), x.shape[-2:], mode="nearest")
+    return x + (0.2 + 0.8 * amount) * (coarse - x)
+
+
+def speckled(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) -> Tensor:
+    """x with 1 to 11 % of its pixels in random colours."""
+    colours = 2 * torch.rand(x.shape, generator=generator).to(x.device) - 1
+    hit = torch.rand(x[:, :1].shape, generator=generator).to(x.device) < 0.01 + 0.1 * amount
+    return torch.where(hit, colours, x)
+
+
+REWARD_DAMAGE = (blurred, noisy, swapped, shuffled)
+JUDGE_DAMAGE = (torn, pasted, pixelated, speckled)
+
+
+def partners(labels: Tensor, generator) -> Tensor:
+    """For every image one of the same class, drawn at random: indices [B] of labels [B]."""
+    random_order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    own = labels.argsort(stable=True)
+    other = random_order[labels[random_order].argsort(stable=True)]  # sorted by class like `own`
+    return torch.empty_like(own).scatter(0, own, other)
+
+
+def damage(
+    x: Tensor, labels: Tensor, patch: int, generator, kinds=REWARD_DAMAGE
+) -> tuple[Tensor, Tensor]:
+    """x [B, 3, H, W] in [-1, 1] with about half of the images damaged by a random amount, and what
+    was done [B]: 0 nothing, else 1 + the place among `kinds`. patch: side of a patch, in pixels."""
+    B, device, n = len(x), x.device, len(kinds)
+    kind = (torch.randint(2 * n, (B,), generator=generator) - n + 1).clamp(min=0).to(device)
+    amount = torch.rand(B, 1, 1, 1, generator=generator).to(device)
+    partner = x[partners(labels, generator)]
+    versions = [x, *(make(x, amount, partner, patch, generator) for make in kinds)]
+    damaged = torch.stack(versions)[kind, torch.arange(B, device=device)].clamp(-1, 1)
     changed = (damaged != x).flatten(1).any(1)  # swapped with itself is not damaged
     return damaged, kind * changed
 
@@ -2386,12 +2477,13 @@ def patch_in_pixels(images: Tensor, settings: Settings) -> int:
 
 
 class Critic(nn.Module):
-    """images [B, 3, S, S] in [-1, 1] -> features [B, 64] and logits; `reward` or `judge`.
+    """images [B, 3, S, S] in [-1, 1] -> features [B, 64], logits of the classes [B, classes] and of
+    what was done to the image [B, 5] (0: nothing); `reward` or `judge`.
 
     Convolutions halve the image until it is 4 pixels wide, then comes a dense layer. No layer of
-    the two networks is alike, and the reward network has one more class: `damaged`."""
+    the two networks is alike."""
 
-    def __init__(self, name: str, size: int, outputs: int):
+    def __init__(self, name: str, size: int, classes: int):
         super().__init__()
         stem, width, stem_kernel, kernel, activation = {
             "reward": (32, 64, 3, 3, nn.ReLU),
@@ -2405,44 +2497,57 @@ class Critic(nn.Module):
             channels, size = width, size // 2
         layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 64)]
         self.body = nn.Sequential(*layers, activation())
-        self.classify = nn.Linear(64, outputs)
+        self.classify = nn.Linear(64, classes)
+        self.kinds = REWARD_DAMAGE if name == "reward" else JUDGE_DAMAGE
+        self.detect = nn.Linear(64, 1 + len(self.kinds))
+        self.odds = 1.0  # factor on the odds of quality, see `calibrate`
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # colours that no image has must not pay; 64 at once if they are of 256 x 256 pixels
         parts = images.clamp(-1, 1).split(max(1, 2**22 // images[0, 0].numel()))
         features = torch.cat([self.body(part) for part in parts])
-        return features, self.classify(features)
+        return features, self.classify(features), self.detect(features)
 
     def quality(self, images: Tensor, labels: Tensor) -> Tensor:
-        """p(an undamaged image of its class) in (0, 1] [B], differentiable in the pixels."""
-        _, logits = self(images)
-        return logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+        """p(its class) p(undamaged) in (0, 1] [B], its odds times `odds`; differentiable in the
+        pixels."""
+        _, classes, damage = self(images)
+        p_class = classes.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+        p = p_class * damage.softmax(-1)[:, 0]
+        return self.odds * p / (1 + (self.odds - 1) * p)
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor, labels: Tensor) -> None:
+        """Choose `odds` such that half of these images, a generator's, have a quality above 0.5,
+        if it is fewer: a reward that gives all of them nothing cannot tell them apart."""
+        self.odds = 1.0
+        p = torch.cat([self.quality(*part) for part in zip(images.split(256), labels.split(256))])
+        median = p.median().clamp(1e-6, 0.5)
+        self.odds = float((1 - median) / median)
 
 
 def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
     """The network `name` (reward or judge) trained on the images of `split`, frozen."""
     torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
     classes = int(split.labels.max()) + 1  # some may not occur, where a checkpoint knows more
-    alone = len(split.labels.unique()) == 1  # one class alone would teach nothing
-    learns_damage = name == "reward" or alone
-    critic = Critic(name, split.size, classes + learns_damage).to(device)
+    critic = Critic(name, split.size, classes).to(device)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
     for step in tqdm(range(settings.judge_iters), name, leave=False):
         generator = rng(settings.seed, name, step)
         x, labels = split.batch(128, generator, device, settings.flip)
-        if learns_damage:
-            x, kind = damage(x, labels, patch_in_pixels(x, settings), generator)
-            labels = torch.where(kind > 0, classes, labels)
-        _, logits = critic(x)
-        descend(F.cross_entropy(logits, labels), optimizer)
+        x, kind = damage(x, labels, patch_in_pixels(x, settings), generator, critic.kinds)
+        _, class_logits, damage_logits = critic(x)
+        loss = F.cross_entropy(class_logits, labels) + F.cross_entropy(damage_logits, kind)
+        descend(loss, optimizer)
         rate.step()
     return critic.eval().requires_grad_(False)
 
 
 # 15 Judge -----------------------------------------------------------------------------------------
 # What reports are written by. FID's formula and the k-nearest-neighbour precision and recall, on
-# the features of a network that nothing trains on.
+# the features of a network that nothing trains on: the judge's own, or a pretrained one. It is
+# examined first, for a judge that does not see a fault passes no sentence on it.
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -2483,17 +2588,33 @@ class Judge:
     """Judges n class-balanced images of the classes `labels` [n].
 
     Every set of images is compared with several draws of n real held-out images, and the row `real`
-    compares each of these draws with as many other real images."""
+    compares each of these draws with as many other real images. embed: pretrained features, a
+    function of images [B, 3, S, S] in [-1, 1] -> [B, F], in place of the judge's own; the class
+    accuracy is the judge's own in any case.
 
-    def __init__(self, data: Data, settings: Settings, device, draws: int = 5):
+    `examination` is {kind of damage: (weak, strong)}, the Fréchet distances of held-out images that
+    were damaged in ways that the judge did not learn from; `blind`, the kinds that it does not
+    order, real images below weak damage below strong."""
+
+    def __init__(
+        self, data: Data, settings: Settings, device, embed: Callable | None = None, draws: int = 5
+    ):
         self.critic = train_critic("judge", data.judge, settings, device)
-        self.device, self.decode = device, data.decode
+        self.embed, self.device, self.decode = embed, device, data.decode
         self.halves = [
             data.test.balanced_halves(settings.judge_n, rng(settings.seed, "halves", i))
             for i in range(draws)
         ]
         self.labels = self.halves[0][0].labels.to(device)
         self.references = [self.features(half.images)[0] for half, _ in self.halves]
+        real = self.real_row()
+        self.examination = self.examine(settings)
+        self.blind = [
+            name
+            for name, (weak, strong) in self.examination.items()
+            if not real["frechet"] < weak < strong or strong < real["frechet"] + real["frechet_std"]
+        ]
+        print(self.report_examination(real))
 
     @property
     def real_images(self) -> Tensor:
@@ -2502,11 +2623,14 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n, 64] and class logits of images in [-1, 1], or of bytes."""
+        """Features [n, F] and class logits of images in [-1, 1], or of bytes."""
         if images.dtype == torch.uint8:
             images = to_unit(images)
-        parts = [self.critic(part.to(self.device)) for part in images.split(512)]
-        features, logits = zip(*parts)
+        features, logits = [], []
+        for part in images.split(512):
+            own, classes, _ = self.critic(part.to(self.device))
+            features.append(self.embed(part.to(self.device)) if self.embed else own)
+            logits.append(classes)
         return torch.cat(features), torch.cat(logits)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
@@ -2534,6 +2658,33 @@ class Judge:
             "recall": recall,
             "diversity": diversity(features, self.labels) / real_diversity,
         }
+
+    def examine(self, settings: Settings) -> dict[str, tuple[float, float]]:
+        """Distances of real images that are in no first draw, after every REWARD_DAMAGE."""
+        half = self.halves[0][1]
+        x, patch = to_unit(half.images), patch_in_pixels(half.images, settings)
+        partner = x[partners(half.labels, rng(settings.seed, "partners"))]
+
+        def distance(make, strength):
+            amount = torch.full((len(x), 1, 1, 1), strength)
+            images = make(x, amount, partner, patch, rng(settings.seed, make.__name__))
+            return self(images.clamp(-1, 1))["frechet"]
+
+        return {
+            make.__name__: (distance(make, 0.25), distance(make, 1.0)) for make in REWARD_DAMAGE
+        }
+
+    def report_examination(self, real: dict[str, float]) -> str:
+        """The examination in words."""
+        kinds = [f"{name} {a:.2f}, {b:.2f}" for name, (a, b) in self.examination.items()]
+        verdict = "it sees them all"
+        if self.blind:
+            verdict = f"it is BLIND to {', '.join(self.blind)}: its distances say nothing of that"
+        return (
+            f"the judge's examination on damaged real images, weakly and strongly: "
+            f"{' · '.join(kinds)}; undamaged {real['frechet']:.2f} ± {real['frechet_std']:.2f}: "
+            f"{verdict}"
+        )
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -2599,26 +2750,37 @@ def fid_report(real: str | Path, images: Tensor | str | Path, size: int = 256) -
     }
 
 
-class Progress:
-    """A yardstick for training that is not the judge: Fréchet distances of n images of fixed
-    labels, order and noise to training images.
+def view_filters(size: int) -> Tensor:
+    """Three filters [6, 3, side, side] that average a colour over a cell of an 8x8 grid, and three
+    random ones of the same norm."""
+    side = max(1, size // 8)
+    average = torch.eye(3)[:, :, None, None].expand(3, 3, side, side) / side**2
+    random = torch.randn(average.shape, generator=rng("views"))
+    random = random / random.flatten(1).norm(dim=1)[:, None, None, None] / side
+    return torch.cat([average, random])
 
-    `reward_features` is taken on the reward network's features, `progress` on the pixels of a grid
-    of about 8x8. Weights are kept by the latter: the former prefers clean images that are all alike
-    to diverse ones."""
+
+class Progress:
+    """A yardstick for training that is not the judge: Fréchet distances to training images, of n
+    images of fixed labels, order and noise.
+
+    `reward_features` is taken on the reward network's features, `progress` on views of the pixels.
+    Weights are kept by the latter: the former prefers clean images that are all alike to diverse
+    ones. A view has, for each cell of a grid of 8x8, the average colour and three fixed random
+    projections of all its pixels, so that noise and seams count, wherever they are."""
 
     def __init__(self, critic: Critic, data: Data, settings: Settings, device, n: int = 1024):
         self.critic, self.settings, self.decode = critic, settings, data.decode
         evenly = torch.linspace(0, len(data.train) - 1, n).long()
         self.labels = data.train.labels[evenly].to(device)  # every class in its share
+        self.filters = view_filters(data.train.size).to(device)
         views = [self.views(x.to(device)) for x in data.train.spaced().split(512)]
         self.reference = [torch.cat(parts) for parts in zip(*views)]
 
     @torch.no_grad()
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        stride = max(2, images.shape[-1] // 8)
-        features, _ = self.critic(images)
-        return images[..., ::stride, ::stride].flatten(1), features
+        view = F.conv2d(images, self.filters, stride=self.filters.shape[-1])
+        return view.flatten(1), self.critic(images)[0]
 
     def __call__(self, model: MAR, sampling: Sampling | None = None) -> dict[str, float]:
         parts = [
@@ -2702,18 +2864,25 @@ class ShapeFit:
         return error.sum(1) / (3 * len(m))
 
 
-def function_reward(name: str) -> Callable:
-    """--reward module:function, of a module that is installed or in the folder one is in."""
+def named_function(option: str, name: str) -> Callable:
+    """What an option names as module:function, the module being installed or in the folder one is
+    in; InputError if there is no such function."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module, function = name.split(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:
-        raise InputError(f"--reward {name}: {type(error).__name__}: {error}") from None
+        raise InputError(f"{option} {name}: {type(error).__name__}: {error}") from None
     if not callable(found):
-        raise InputError(f"--reward {name}: {function} is a {type(found).__name__}, not a function")
+        raise InputError(f"{option} {name}: {function} is a {type(found).__name__}, not a function")
     return found
+
+
+def names_function(name: str) -> bool:
+    """Whether `name` has the form module:function."""
+    module, _, function = name.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def clip_pixels(images: Tensor, size, mean, std, interpolation="bicubic", **_) -> Tensor:
@@ -2730,7 +2899,7 @@ def clip_pixels(images: Tensor, size, mean, std, interpolation="bicubic", **_) -
 
 @dataclass
 class ClipOptions:
-    """Which CLIP --reward clip asks, and what; from the command line alone."""
+    """Which CLIP --reward clip and --features clip ask, and what; from the command line alone."""
 
     model: str = "ViT-B-32"
     weights: str = "laion2b_s34b_b79k"
@@ -2742,7 +2911,7 @@ def load_clip(options: ClipOptions, classes: list[str], device) -> tuple[nn.Modu
     try:
         import open_clip
     except ImportError:
-        raise InputError("--reward clip needs open_clip: pip install open_clip_torch") from None
+        raise InputError("clip needs open_clip: pip install open_clip_torch") from None
     name, weights = options.model, options.weights
     if name not in open_clip.list_models():
         raise InputError(
@@ -2775,6 +2944,15 @@ def load_clip(options: ClipOptions, classes: list[str], device) -> tuple[nn.Modu
         logging.disable(logging.NOTSET)
 
 
+def clip_embedding(clip: nn.Module, images: Tensor) -> Tensor:
+    """CLIP's embeddings [B, E], of length 1, of images [B, 3, S, S] in [-1, 1]."""
+    embedded = [
+        clip.encode_image(clip_pixels(part, **clip.visual.preprocess_cfg), normalize=True)
+        for part in images.split(64)
+    ]
+    return torch.cat(embedded)
+
+
 def clip_reward(options: ClipOptions, classes: list[str], device) -> Callable:
     """--reward clip: (1 + c) / 2, c the cosine of CLIP's embeddings of the image and of the prompt
     with its class's name."""
@@ -2783,13 +2961,74 @@ def clip_reward(options: ClipOptions, classes: list[str], device) -> Callable:
     text = torch.cat(parts)  # [classes, E]
 
     def quality(images, labels):
-        embedded = [
-            clip.encode_image(clip_pixels(part, **clip.visual.preprocess_cfg), normalize=True)
-            for part in images.split(64)
-        ]
-        return (1 + (torch.cat(embedded) * text[labels]).sum(-1)) / 2
+        return (1 + (clip_embedding(clip, images) * text[labels]).sum(-1)) / 2
 
     return quality
+
+
+# Pretrained features, for the judge.
+
+
+def pretrained_features(name: str, clip: ClipOptions, device) -> Callable | None:
+    """The features that --features asks for, images [B, 3, S, S] in [-1, 1] -> [B, F]: None for
+    `own`, CLIP's for `clip`, those before the last layer of a torchvision model for its FILE of
+    weights, or a function of the user's for module:function.
+
+    InputError unless they are finite numbers and images differ in them."""
+    if name == "own":
+        return None
+    if name == "clip":
+        embed = partial(clip_embedding, load_clip(clip, [], device)[0])
+    elif os.path.exists(name):
+        embed = torchvision_features(Path(name), device)
+    elif names_function(name):
+        embed = named_function("--features", name)
+    else:
+        raise InputError(
+            f"--features {name}: expected own, clip, module:function, or a file of a torchvision "
+            "model's weights that is called as torchvision calls it, such as resnet50-11ad3fa6.pth"
+        )
+    x = torch.rand(4, 3, 32, 32, generator=rng("features")).to(device) * 2 - 1
+    with torch.no_grad():
+        found = embed(x)
+    if not torch.is_tensor(found) or found.ndim != 2 or len(found) != 4:
+        got = list(found.shape) if torch.is_tensor(found) else type(found).__name__
+        raise InputError(f"--features {name} gave {got} for 4 images, not a tensor [4, F]")
+    if not found.isfinite().all() or torch.equal(found[0], found[1]):
+        raise InputError(f"--features {name}: not finite, or the same for different images")
+    return embed
+
+
+def torchvision_features(path: Path, device) -> Callable:
+    """Features [B, F] of images [B, 3, S, S] before the last layer of the torchvision model that
+    the file of weights is named after."""
+    names = [name for name in torchvision.models.list_models() if path.name.startswith(name)]
+    if not names:
+        raise InputError(
+            f"--features {path}: its name starts with that of no torchvision model; keep the one "
+            "that it was downloaded by, such as resnet50-11ad3fa6.pth"
+        )
+    name = max(names, key=len)
+    model = torchvision.models.get_model(name)
+    try:
+        model.load_state_dict(load_safely(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"--features {path}: not weights of {name}: {reason}") from None
+    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    model.set_submodule(last, nn.Identity())
+    model = model.to(device).eval().requires_grad_(False)
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+
+    def embed(images):
+        size, mean, std = transform.crop_size, transform.mean, transform.std
+        parts = [clip_pixels(part, size, mean, std, "bilinear") for part in images.split(64)]
+        return torch.cat([model(part) for part in parts])
+
+    return embed
+
+
+# From a name to a reward.
 
 
 def checked_reward(name: str, quality: Callable, images: Tensor, labels: Tensor) -> Callable:
@@ -2826,10 +3065,24 @@ def checked_reward(name: str, quality: Callable, images: Tensor, labels: Tensor)
 
 def check_reward_name(name: str) -> None:
     """InputError unless --reward is one that there can be."""
-    module, _, function = name.partition(":")
-    names_function = function.isidentifier() and all(p.isidentifier() for p in module.split("."))
-    if name not in ("embedded", "fit", "clip") and not names_function:
+    if name not in ("embedded", "fit", "clip") and not names_function(name):
         raise InputError(f"--reward {name}: expected embedded, fit, clip or module:function")
+
+
+def calibrate(critic: Critic, student: MAR, data: Data) -> None:
+    """Critic.calibrate on 512 images of the student where RL starts; says what it did, if much."""
+    evenly = torch.linspace(0, len(data.train) - 1, 512).long()
+    labels = data.train.labels[evenly].to(student.device)
+    parts = [
+        generate(student, y, seed=(student.settings.seed, "calibrate", i))
+        for i, y in enumerate(labels.split(256))
+    ]
+    critic.calibrate(data.decode(to_images(torch.cat(parts), student.settings)), labels)
+    if critic.odds > 1:
+        print(
+            f"the embedded reward is calibrated: its odds x {critic.odds:.3g} give half of the "
+            "student's images a quality above 0.5"
+        )
 
 
 def make_reward(
@@ -2855,7 +3108,7 @@ def make_reward(
         names = display_names(data.classes, data.names)
         quality = clip_reward(clip or ClipOptions(), names, device)
     else:
-        quality = function_reward(name)
+        quality = named_function("--reward", name)
     generator = rng(settings.seed, "reward check")
     x, labels = data.train.batch(32, generator, device)
     x, _ = damage(x, labels, patch_in_pixels(x, settings), generator)  # a reward tells them apart
@@ -3009,6 +3262,8 @@ def report(
         "rows": rows,
         "hardware": hardware(judge.device),
         "settings": asdict(settings),
+        "examination": judge.examination,
+        "blind": judge.blind,
     } | (extra or {})
     (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print(report_table(metrics))
@@ -3032,8 +3287,10 @@ def report_table(metrics: dict) -> str:
         f"{'diversity':>11}{'nearest':>9}{'steps':>14}{'ms/image':>10}",
     ]
     for name, row in metrics["rows"].items():
+        doubt = "?" if metrics["blind"] else " "
         line = (
-            f"{name:16}{row['accuracy']:15.3f}{row['frechet']:11.2f} ± {row['frechet_std']:4.2f}"
+            f"{name:16}{row['accuracy']:15.3f}{row['frechet']:10.2f}{doubt} ± "
+            f"{row['frechet_std']:4.2f}"
             f"{row['precision']:11.3f}{row['recall']:8.3f}{row['diversity']:11.3f}"
             f"{row['nearest']:9.2f}"
         )
@@ -3047,6 +3304,11 @@ def report_table(metrics: dict) -> str:
         "diversity: within classes; nearest: distance to the nearest training image; of "
         "both, 1 = as real held-out images"
     )
+    if metrics["blind"]:
+        lines.append(
+            f"?: the judge is blind to images that are {', '.join(metrics['blind'])} (see its "
+            "examination): a lower distance need not be a better image. Pretrained --features help"
+        )
     return "\n".join(lines)
 
 
@@ -3292,7 +3554,8 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
     add(
         "--preset",
         choices=PRESETS,
-        help="settings to start from (default: small on a CUDA GPU, else tiny)",
+        help="settings to start from (default: small on a CUDA GPU; else folder for a folder, "
+        "tiny for the shapes)",
     )
     add(
         "--teacher",
@@ -3306,7 +3569,40 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
         metavar="kl16.ckpt",
         help="an autoencoder: generate its latents, not pixels (MAR's released models need it)",
     )
+    add(
+        "--features",
+        default="own",
+        help="what the judge compares images by: own (a network trained here), clip, the file of a "
+        "torchvision model's weights, or module:function (default: %(default)s)",
+    )
+    clip = ClipOptions()
+    add(
+        "--clip-model",
+        default=clip.model,
+        help="of --reward clip and --features clip, as open_clip names it "
+        "(default: %(default)s; OpenAI's weights need ViT-B-32-quickgelu)",
+    )
+    add(
+        "--clip-weights",
+        default=clip.weights,
+        help="a file, or the name of weights that open_clip downloads (default: %(default)s)",
+    )
+    add(
+        "--clip-prompt",
+        default=clip.prompt,
+        help="the text of --reward clip (default: %(default)s)",
+    )
     return parser
+
+
+def clip_options(args) -> ClipOptions:
+    return ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
+
+
+def make_judge(args, settings: Settings, data: Data, device) -> Judge:
+    """The judge, which looks as --features says; it prints its examination."""
+    embed = pretrained_features(args.features, clip_options(args), device)
+    return Judge(data, settings, device, embed)
 
 
 def add_device(parser) -> None:
@@ -3333,9 +3629,12 @@ def add_settings(parser) -> None:
             kind = {"type": f.type, "choices": choices, "metavar": metavar}
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    small = ", ".join(f"{name}={value}" for name, value in PRESETS["small"].items())
+    others = [
+        f"{preset} has " + ", ".join(f"{name}={value}" for name, value in PRESETS[preset].items())
+        for preset in ("folder", "small")
+    ]
     parser.epilog = (
-        f"The defaults are those of --preset tiny; small has {small}. The sizes of MAR's released "
+        f"The defaults are those of --preset tiny; {'; '.join(others)}. The sizes of MAR's released "
         f"models, on latents (--vae), are {', '.join(RELEASED)}."
     )
 
@@ -3361,12 +3660,19 @@ def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
     return torch.device(name)
 
 
+def usual_preset(data: str, device) -> str:
+    """The preset where --preset is not given."""
+    if device.type == "cuda":
+        return "small"
+    return "tiny" if data == "shapes" else "folder"
+
+
 def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
     """Settings of the options that were given, on top of the preset, or of a checkpoint's
     `content`, which fixes some of them (all, when resuming what it began)."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     if content is None:
-        return preset(args.preset or ("small" if device.type == "cuda" else "tiny"), **given)
+        return preset(args.preset or usual_preset(args.data, device), **given)
     if args.preset and not resume:
         raise InputError(
             f"--preset {args.preset}: the settings come from the {content['kind']}; leave it out"
@@ -3459,13 +3765,13 @@ def named_classes(base: dict, data: Data) -> list[str]:
 
 
 def remember_choices(args, resume: bool) -> None:
-    """Keep --data, --classes, --vae and --reward in out/choices.json; InputError where a resumed
-    run has others.
+    """Keep --data, --classes, --vae, --features and --reward in out/choices.json; InputError where
+    a resumed run has others.
 
     They name files and code: what a file says is compared with them, and never used."""
     path = args.out / "choices.json"
     given = {"data": str(Path(args.data)), "classes": " ".join(args.classes or [])}
-    given["vae"] = str(args.vae or "")
+    given |= {"vae": str(args.vae or ""), "features": args.features}
     if "reward" in args:  # train_distill.py has none
         given["reward"] = args.reward
     kept = json.loads(path.read_text()) if resume and path.exists() else {}
@@ -3576,19 +3882,28 @@ def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
     return weights
 
 
-def fill(path, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Copy the weights of `path` into a module's own; InputError naming what is missing, unexpected
-    or misshapen."""
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is unexpected" for name in weights if name not in own]
-    for name in own.keys() & weights.keys():
-        if weights[name].shape != own[name].shape:
-            wrong.append(f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}")
+def filled(path, build: Callable, weights: dict[str, Tensor], rename: Callable = str) -> nn.Module:
+    """The module build() with the `weights` of a file, which has them as rename(their name there).
+
+    Shapes are compared first, on a model without memory: none is taken for what does not fit."""
+    with torch.device("meta"):
+        expected = build().state_dict()
+    check_names_and_shapes(path, {rename(name): expected[name] for name in expected}, weights)
+    module = build()
+    module.load_state_dict({name: weights[rename(name)] for name in expected})
+    return module
+
+
+def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """InputError naming what is missing, unexpected or misshapen in weights of `path`."""
+    wrong = [f"{name} is missing" for name in module if name not in weights]
+    wrong += [f"{name} is unexpected" for name in weights if name not in module]
+    for name, value in weights.items():
+        if name in module and value.shape != module[name].shape:
+            wrong.append(f"{name} is {list(value.shape)}, not {list(module[name].shape)}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
-    for name, value in own.items():
-        value.copy_(weights[name])
 
 
 def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
@@ -3673,9 +3988,8 @@ def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
     InputError names what is missing, unexpected or of the wrong shape; no code in the file is
     run."""
     content = read_mar(path, ema, num_heads, classes)
-    model = MAR(content["settings"], content["classes"], image_channels=16)
-    own = {mar_name(name): value for name, value in model.state_dict().items()}
-    fill(path, own, content["model_ema"])
+    build = partial(MAR, content["settings"], content["classes"], image_channels=16)
+    model = filled(path, build, content["model_ema"], mar_name)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -3843,9 +4157,7 @@ class ConvAttention(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, with attention or without, and the way to the next one."""
 
-    def __init__(
-        self, inputs: int, width: int, blocks: int, attention=False, downsample=None, upsample=None
-    ):
+    def __init__(self, inputs, width, blocks: int, attention=False, downsample=None, upsample=None):
         super().__init__()
         widths = [inputs] + blocks * [width]
         self.block = nn.ModuleList(ConvBlock(a, b) for a, b in pairwise(widths))
@@ -3966,6 +4278,5 @@ def load_kl16(path, device="cpu") -> KL16:
     fits = width and all(w and w % 32 == 0 and w % width == 0 for w in (width, *widths))
     if not (widths and fits):
         raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
-    vae = KL16(width, [w // width for w in widths], channels)
-    fill(path, vae.state_dict(), weights)
+    vae = filled(path, partial(KL16, width, [w // width for w in widths], channels), weights)
     return vae.to(device).eval().requires_grad_(False)

@@ -28,9 +28,9 @@ def main(argv=None):
     if args.teacher:
         base = maskrl.read_model(args.teacher, "teacher", getattr(args, "heads", None))
     settings, data, device = maskrl.prepare(args, ["student.pt", "teacher.pt"], base)
+    judge = maskrl.make_judge(args, settings, data, device)
     critic = maskrl.train_critic("reward", data.train, settings, device)
     models, minutes = maskrl.teacher_and_student(args, settings, data, device, critic)
-    judge = maskrl.Judge(data, settings, device)
     return maskrl.report(args.out, settings, data, judge, models, {"minutes": minutes})
 
 

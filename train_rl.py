@@ -21,7 +21,6 @@ import maskrl
 
 
 def parse(argv=None):
-    clip = maskrl.ClipOptions()
     parser = maskrl.training_parser(__doc__)
     add = parser.add_argument
     add(
@@ -35,22 +34,6 @@ def parse(argv=None):
         default="embedded",
         help="what RL climbs: embedded (a network trained here on the data), fit (exact, for the "
         "shapes), clip, or module:function, a function of yours (default: %(default)s)",
-    )
-    add(
-        "--clip-model",
-        default=clip.model,
-        help="of --reward clip, as open_clip names it "
-        "(default: %(default)s; OpenAI's weights need ViT-B-32-quickgelu)",
-    )
-    add(
-        "--clip-weights",
-        default=clip.weights,
-        help="a file, or the name of weights that open_clip downloads (default: %(default)s)",
-    )
-    add(
-        "--clip-prompt",
-        default=clip.prompt,
-        help="the text of --reward clip (default: %(default)s)",
     )
     maskrl.add_device(parser)
     maskrl.add_settings(parser)
@@ -87,6 +70,8 @@ def held_out_reward(name, data, critic, device):
 def main(argv=None):
     args = parse(argv)
     maskrl.check_reward_name(args.reward)
+    if args.reward == args.features == "clip":
+        raise maskrl.InputError("--features clip: the judge must not look as --reward clip does")
     heads = getattr(args, "heads", None)
     given = [(args.teacher, "teacher"), (args.student, "student")]
     contents = [maskrl.read_model(path, kind, heads) for path, kind in given if path]
@@ -96,14 +81,15 @@ def main(argv=None):
 
     quality = None
     if args.reward != "embedded":  # first, for a wrong one should show before long work
-        clip = maskrl.ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
+        clip = maskrl.clip_options(args)
         quality = maskrl.make_reward(args.reward, settings, data, device, clip=clip)
+    judge = maskrl.make_judge(args, settings, data, device)
     critic = maskrl.train_critic("reward", data.train, settings, device)
     quality = quality or maskrl.make_reward("embedded", settings, data, device, critic)
     minutes = {}
     if models is None:
         models, minutes = maskrl.teacher_and_student(args, settings, data, device, critic)
-    judge = maskrl.Judge(data, settings, device)
+    maskrl.calibrate(critic, models["student"], data)
 
     held_out = held_out_reward(args.reward, data, critic, device)
     watch = maskrl.Watch(settings, quality, held_out, judge)

@@ -69,6 +69,7 @@ class Lab:
 
     @cached_property
     def quality(self):
+        maskrl.calibrate(self.critic, self.student, self.data)
         return maskrl.make_reward("embedded", self.settings, self.data, self.device, self.critic)
 
     @cached_property
