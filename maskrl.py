@@ -4230,6 +4230,8 @@ class KL16(nn.Module):
     multipliers: width of each level, as a multiple of `width`; each but the first halves the image.
     channels: of a latent. Names and arithmetic are those of the official code."""
 
+    pixels_at_once = 2**18  # what is decoded at a time: four images of 256 x 256
+
     def __init__(self, width=128, multipliers=(1, 1, 2, 2, 4), channels=16):
         super().__init__()
         widths = [width * m for m in multipliers]
@@ -4256,12 +4258,13 @@ class KL16(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, S, S] in about [-1, 1] of latents [B, C, h, w].
 
-        To save memory, 4 at a time, and for a gradient they are computed once more."""
+        To save memory, a few at a time, and for a gradient they are computed once more."""
 
         def decoded(part):
             return self.decoder(self.post_quant_conv(part))
 
-        parts = [checkpoint(decoded, part, use_reentrant=False) for part in latents.split(4)]
+        at_once = max(1, self.pixels_at_once // (latents[0, 0].numel() * self.stride**2))
+        parts = [checkpoint(decoded, part, use_reentrant=False) for part in latents.split(at_once)]
         return torch.cat(parts)
 
 

@@ -307,11 +307,21 @@ def test_latents_are_drawn_from_the_posterior():
 
 def test_decoding_in_parts_and_its_gradient():
     vae, latents = released.small_vae(), torch.randn(6, 16, 2, 2, requires_grad=True)
+    vae.pixels_at_once = 4 * 4**2
     images = vae.decode(latents)
     at_once = vae.decoder(vae.post_quant_conv(latents))
     torch.testing.assert_close(images, at_once, atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(x.square().sum(), latents)[0] for x in (images, at_once)]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_256_pixels_are_decoded_four_at_a_time():
+    with torch.device("meta"):
+        vae, latents, seen = maskrl.KL16(), torch.zeros(10, 16, 16, 16), []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        assert vae.decode(latents).shape == (10, 3, 256, 256)
+    assert seen == [4, 4, 2]
 
 
 def test_a_gradient_keeps_nothing_of_the_decoder():
