@@ -2553,14 +2553,15 @@ def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) of features a [N, F], b [M, F].
 
-    FID's formula, in float64."""
+    FID's formula, in float64. With S_a = A^T A, A being centred and divided by sqrt(N - 1), the
+    last trace is the sum of the singular values of A B^T, or of their QR factors, which are small
+    where there are fewer images than features, and where there are more."""
     a, b = a.cpu().double(), b.cpu().double()
-    S_a, S_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    A, B = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    R_A, R_B = (torch.linalg.qr(X, mode="r").R for X in (A, B))
+    cross = torch.linalg.svdvals(R_A @ R_B.T).sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
-    return float(means + S_a.trace() + S_b.trace() - 2 * cross)
+    return float(means + A.square().sum() + B.square().sum() - 2 * cross)
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
@@ -2668,7 +2669,8 @@ class Judge:
         def distance(make, strength):
             amount = torch.full((len(x), 1, 1, 1), strength)
             images = make(x, amount, partner, patch, rng(settings.seed, make.__name__))
-            return self(images.clamp(-1, 1))["frechet"]
+            features, _ = self.features(images.clamp(-1, 1))
+            return sum(frechet_distance(features, r) for r in self.references) / len(self.halves)
 
         return {
             make.__name__: (distance(make, 0.25), distance(make, 1.0)) for make in REWARD_DAMAGE
@@ -2989,8 +2991,11 @@ def pretrained_features(name: str, clip: ClipOptions, device) -> Callable | None
             "model's weights that is called as torchvision calls it, such as resnet50-11ad3fa6.pth"
         )
     x = torch.rand(4, 3, 32, 32, generator=rng("features")).to(device) * 2 - 1
-    with torch.no_grad():
-        found = embed(x)
+    try:
+        with torch.no_grad():
+            found = embed(x)
+    except Exception as error:
+        raise InputError(f"--features {name}: {type(error).__name__}: {error}") from None
     if not torch.is_tensor(found) or found.ndim != 2 or len(found) != 4:
         got = list(found.shape) if torch.is_tensor(found) else type(found).__name__
         raise InputError(f"--features {name} gave {got} for 4 images, not a tensor [4, F]")
@@ -3015,8 +3020,10 @@ def torchvision_features(path: Path, device) -> Callable:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"--features {path}: not weights of {name}: {reason}") from None
-    last = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
-    model.set_submodule(last, nn.Identity())
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise InputError(f"--features {path}: {name} has no last layer that could be taken off")
+    model.set_submodule(linear[-1], nn.Identity())
     model = model.to(device).eval().requires_grad_(False)
     transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
 
@@ -3634,8 +3641,8 @@ def add_settings(parser) -> None:
         for preset in ("folder", "small")
     ]
     parser.epilog = (
-        f"The defaults are those of --preset tiny; {'; '.join(others)}. The sizes of MAR's released "
-        f"models, on latents (--vae), are {', '.join(RELEASED)}."
+        f"The defaults are those of --preset tiny; {'; '.join(others)}. The sizes of MAR's "
+        f"released models, on latents (--vae), are {', '.join(RELEASED)}."
     )
 
 

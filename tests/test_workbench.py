@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import digits
 import open_clip
 import pytest
 import torch
+import torchvision
 from conftest import SHORT, error_of, random_model, tiny
 from PIL import Image, ImageFont
 from torchvision.transforms import functional as TF
@@ -196,15 +198,70 @@ def test_a_student_goes_on_with_its_auxiliary_network(model, settings):
 # 14 Reward network --------------------------------------------------------------------------------
 
 
-def test_damage_leaves_half_alone_and_does_what_it_says():
+EVERY_DAMAGE = (*maskrl.REWARD_DAMAGE, *maskrl.JUDGE_DAMAGE)
+
+
+def done_to(x, make, strength=1.0, partner=None):
+    """x [B, 3, 8, 8] after one kind of damage, in patches of 2 pixels."""
+    partner = x.roll(1, 0) if partner is None else partner
+    return make(x, torch.full((len(x), 1, 1, 1), strength), partner, 2, maskrl.rng(0))
+
+
+@pytest.mark.parametrize("kinds", [maskrl.REWARD_DAMAGE, maskrl.JUDGE_DAMAGE])
+def test_damage_leaves_half_alone_and_does_what_it_says(kinds):
     x, labels = torch.rand(1200, 3, 8, 8), torch.arange(3).repeat(400)
-    out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0))
-    assert abs(float((kind == 0).float().mean()) - 0.5) < 0.05
+    out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0), kinds)
+    shares = kind.bincount(minlength=1 + len(kinds)) / len(kind)
+    torch.testing.assert_close(
+        shares, torch.tensor([0.5] + [0.125] * len(kinds)), rtol=0, atol=0.04
+    )
     assert torch.equal(out[kind == 0], x[kind == 0])
-    for done in (1, 2, 3):
-        assert (out[kind == done] != x[kind == done]).flatten(1).any(1).all()
-    swapped = (out[kind == 2] != x[kind == 2]).any(1).float().mean()
-    assert 0.2 < swapped < 0.4
+    assert (out[kind > 0] != x[kind > 0]).flatten(1).any(1).all()
+
+
+def test_reward_and_judge_learn_from_different_damage():
+    assert not set(maskrl.REWARD_DAMAGE) & set(maskrl.JUDGE_DAMAGE)
+
+
+@pytest.mark.parametrize("make", EVERY_DAMAGE)
+def test_strong_damage_changes_more_than_weak(make):
+    x = maskrl.to_unit(maskrl.draw_shapes(torch.arange(9).repeat(20), 8, maskrl.rng(0)))
+    weak, strong = (float((done_to(x, make, a) - x).abs().mean()) for a in (0.1, 1.0))
+    assert 0 < weak < strong
+
+
+def test_shuffling_moves_patches_and_loses_none():
+    x = torch.arange(5 * 16.0).view(5, 16, 1).expand(5, 16, 12)
+    tokens = maskrl.patchify(done_to(maskrl.unpatchify(x, 2), maskrl.shuffled), 2)
+    assert (tokens == tokens[..., :1]).all()  # whole patches
+    assert torch.equal(tokens[..., 0].sort(1).values, x[..., 0])
+    moved = (tokens != x).any(-1).float().mean()
+    assert 0.2 < moved < 0.6
+
+
+def test_what_is_swapped_or_pasted_comes_from_the_partner():
+    x, partner = torch.zeros(50, 3, 8, 8), torch.ones(50, 3, 8, 8)
+    for make, share in ((maskrl.swapped, 0.5), (maskrl.pasted, 0.7**2)):
+        out = done_to(x, make, partner=partner)
+        assert set(out.unique().tolist()) == {0.0, 1.0}
+        assert abs(float(out.mean()) - share) < 0.1
+
+
+def test_a_torn_image_has_the_same_pixels_in_every_row_or_in_every_column():
+    x = torch.rand(1, 3, 8, 8)
+    out = done_to(x, maskrl.torn)
+    same_rows = torch.equal(out.sort(3).values, x.sort(3).values)
+    same_columns = torch.equal(out.sort(2).values, x.sort(2).values)
+    assert same_rows != same_columns
+    assert not torch.equal(out, x)
+
+
+def test_partners_are_of_the_same_class():
+    labels = torch.randint(4, (200,), generator=maskrl.rng(0))
+    partner = maskrl.partners(labels, maskrl.rng(1))
+    assert torch.equal(labels[partner], labels)
+    assert (partner != torch.arange(200)).float().mean() > 0.9
+    assert len(set(partner.tolist())) == 200
 
 
 def test_patches_that_were_swapped_with_the_same_are_no_damage():
@@ -213,13 +270,14 @@ def test_patches_that_were_swapped_with_the_same_are_no_damage():
     labels = torch.arange(3).repeat(400)
     x = labels[:, None, None, None].float().expand(-1, 3, 8, 8) / 3
     out, kind = maskrl.damage(x, labels, 2, maskrl.rng(0))
-    assert set(kind.tolist()) == {0, 3}  # blur changes nothing here, either
+    noise = 1 + maskrl.REWARD_DAMAGE.index(maskrl.noisy)
+    assert set(kind.tolist()) == {0, noise}  # blurred or shuffled, a flat image is the same
     assert torch.equal(out[kind == 0], x[kind == 0])
-    assert not torch.equal(out[kind == 3], x[kind == 3])
+    assert not torch.equal(out[kind == noise], x[kind == noise])
 
 
 def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels():
-    critic, x = maskrl.Critic("reward", 8, 4), torch.rand(5, 3, 8, 8, requires_grad=True)
+    critic, x = maskrl.Critic("reward", 8, 3), torch.rand(5, 3, 8, 8, requires_grad=True)
     quality = critic.quality(x, torch.tensor([0, 1, 2, 0, 1]))
     assert quality.shape == (5,)
     assert ((quality > 0) & (quality <= 1)).all()
@@ -229,16 +287,40 @@ def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels()
 
 def test_colours_that_no_image_has_do_not_pay():
     """The policy was once paid for colours beyond [-1, 1]: clipped, its 0.62 were 0.57."""
-    critic, labels = maskrl.Critic("reward", 8, 4), torch.zeros(5, dtype=torch.long)
+    critic, labels = maskrl.Critic("reward", 8, 3), torch.zeros(5, dtype=torch.long)
     x = 4 * torch.rand(5, 3, 8, 8) - 2
     assert torch.equal(critic.quality(x, labels), critic.quality(x.clamp(-1, 1), labels))
 
 
-def test_the_reward_network_alone_learns_what_damage_is(data):
-    reward, judge = (maskrl.train_critic(n, data.train, tiny(), "cpu") for n in ("reward", "judge"))
-    assert reward.classify.out_features == 10
-    assert judge.classify.out_features == 9
-    assert not any(p.requires_grad for p in (*reward.parameters(), *judge.parameters()))
+def test_calibration_lifts_the_median_to_one_half_and_keeps_the_order():
+    critic = maskrl.Critic("reward", 8, 10)
+    x, labels = torch.randn(101, 3, 8, 8), torch.arange(101) % 10
+    before = critic.quality(x, labels)
+    assert before.median() < 0.1  # of ten classes and five kinds, untrained
+    critic.calibrate(x, labels)
+    after = critic.quality(x, labels)
+    assert abs(float(after.median().detach()) - 0.5) < 1e-4
+    assert torch.equal(after.argsort(), before.argsort())
+    odds = critic.odds
+    critic.calibrate(x, labels)  # from where it started, not on top
+    assert critic.odds == odds
+
+
+def test_a_reward_that_is_generous_enough_is_left_alone():
+    critic, labels = maskrl.Critic("reward", 8, 1), torch.zeros(50, dtype=torch.long)
+    with torch.no_grad():
+        critic.detect.bias[0] = 10.0
+    critic.calibrate(torch.randn(50, 3, 8, 8), labels)
+    assert critic.odds == 1
+
+
+def test_critics_are_frozen_and_know_classes_and_damage(data):
+    for name in ("reward", "judge"):
+        critic = maskrl.train_critic(name, data.train, tiny(), "cpu")
+        _, classes, kinds = critic(torch.zeros(2, 3, 8, 8))
+        assert classes.shape == (2, 9)
+        assert kinds.shape == (2, 5)
+        assert not any(p.requires_grad for p in critic.parameters())
 
 
 # 15 Judge -----------------------------------------------------------------------------------------
@@ -286,34 +368,28 @@ def real_row(shapes_judge):
     return shapes_judge.real_row()
 
 
-def other_real_images(judge):
-    """Real images that are in no reference draw of row 0, sorted by class, and how many of each."""
-    half = judge.halves[0][1]
-    sorted_by_class = half.take(half.labels.argsort(stable=True))
-    return maskrl.to_unit(sorted_by_class.images), int(half.labels.bincount()[0])
+def test_the_judge_sees_damage_that_it_did_not_learn(shapes_judge, real_row):
+    assert shapes_judge.blind == []
+    for name, (weak, strong) in shapes_judge.examination.items():
+        assert real_row["frechet"] < weak < strong, name
 
 
-def blurred(x, per_class):
-    return maskrl.blur(x)
+def test_a_judge_says_what_it_is_blind_to(data, capsys):
+    """Mean colours do not change when patches change places; they do when noise is clipped."""
+    settings = tiny()
 
+    def mean_colour(images):
+        return images.mean((2, 3))
 
-def with_seams(x, per_class):
-    """A quarter of the tokens swapped in from the image before it, of the same class."""
-    tokens = maskrl.patchify(x, 4)
-    partner = torch.cat([rows.roll(1, 0) for rows in tokens.split(per_class)])
-    swap = torch.rand(tokens.shape[:2], generator=maskrl.rng(1))[..., None] < 0.25
-    return maskrl.unpatchify(torch.where(swap, partner, tokens), 4)
-
-
-def noisy(x, per_class):
-    return x + 0.15 * torch.randn(x.shape, generator=maskrl.rng(1))
-
-
-@pytest.mark.parametrize("damage", [blurred, with_seams, noisy])
-def test_the_judge_sees_damage(shapes_judge, real_row, damage):
-    damaged = damage(*other_real_images(shapes_judge))
-    limit = real_row["frechet"] + 3 * max(real_row["frechet_std"], 1e-9)
-    assert shapes_judge(damaged)["frechet"] > limit
+    judge = maskrl.Judge(data, settings, torch.device("cpu"), embed=mean_colour)
+    assert "shuffled" in judge.blind
+    assert "BLIND to " in capsys.readouterr().out
+    row = judge.real_row() | {"nearest": 1.0}
+    metrics = {"n": 9, "rows": {"real": row}, "hardware": "", "settings": {"seed": 0}}
+    table = maskrl.report_table(metrics | {"blind": judge.blind})
+    assert "? ±" in table
+    assert "blind to images that are" in table
+    assert "? ±" not in maskrl.report_table(metrics | {"blind": []})
 
 
 def test_the_judge_knows_real_images(shapes_judge, real_row):
@@ -329,6 +405,91 @@ def test_the_judge_takes_bytes_and_floats_alike(shapes_judge):
     from_bytes, _ = shapes_judge.features(half.images)
     from_floats, _ = shapes_judge.features(maskrl.to_unit(half.images))
     assert torch.equal(from_bytes, from_floats)
+
+
+def test_noise_and_seams_count_wherever_they_are(data, critic):
+    """Progress once saw one pixel of every fourth token: noise in all the others left it alone."""
+    settings = tiny(image_size=32, patch=4, steps=4)
+    filters = maskrl.view_filters(32)
+    x = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    view = torch.nn.functional.conv2d(x, filters, stride=filters.shape[-1])
+    assert view.shape == (1, 6, 8, 8)
+    seen = torch.autograd.grad(view[:, 3:].square().sum() + view.sum(), x)[0]
+    assert (seen != 0).all()
+    average = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 32, 32, generator=maskrl.rng(0)), 4)
+    image = average.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    view = torch.nn.functional.conv2d(image, filters, stride=4)
+    torch.testing.assert_close(view[:, :3], average)
+    norms = filters.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand(6))
+    assert settings.length == 64
+
+
+# Pretrained features
+
+
+@pytest.fixture(scope="module")
+def torchvision_file(tmp_path_factory):
+    """Random weights in the format and under the name that torchvision's come in."""
+    path = tmp_path_factory.mktemp("weights") / "mobilenet_v3_small-047dcff4.pth"
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v3_small()
+    torch.save(model.state_dict(), path)
+    return path, model.eval()
+
+
+def features_of(name, clip=None):
+    return maskrl.pretrained_features(str(name), clip or maskrl.ClipOptions(), torch.device("cpu"))
+
+
+def test_own_features_are_none():
+    assert features_of("own") is None
+
+
+@torch.no_grad()
+def test_features_of_a_torchvision_file_are_those_before_its_last_layer(torchvision_file):
+    path, model = torchvision_file
+    images = torch.rand(2, 3, 16, 16, generator=maskrl.rng(0)) * 2 - 1
+    found = features_of(path)(images)
+    assert found.shape == (2, 1024)
+    transform = torchvision.models.MobileNet_V3_Small_Weights.DEFAULT.transforms()
+    pixels = TF.resize((images + 1) / 2, [224, 224], antialias=True)
+    expected = model(TF.normalize(pixels, transform.mean, transform.std))
+    torch.testing.assert_close(model.classifier[-1](found), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_judge_looks_through_given_features(data):
+    def two_colours(images):
+        return images.mean((2, 3))[:, :2] + images[:, :2, 0, 0]
+
+    judge = maskrl.Judge(data, tiny(), torch.device("cpu"), embed=two_colours)
+    assert judge.references[0].shape[1] == 2
+    x = judge.real_images
+    expected = maskrl.frechet_distance(two_colours(x), judge.references[1])
+    distances = [maskrl.frechet_distance(two_colours(x), r) for r in judge.references]
+    assert distances[1] == expected
+    assert judge(x)["frechet"] == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("resnet18", "expected own, clip, module:function, or a file"),
+        ("nowhere:embed", "--features nowhere:embed: ModuleNotFoundError"),
+        ("math:sqrt", "--features math:sqrt"),
+        ("weights.pth", "starts with that of no torchvision model"),
+        ("resnet18-1.pth", "not weights of resnet18"),
+        ("squeezenet1_0-1.pth", "no last layer"),
+    ],
+)
+def test_wrong_features_are_told(name, said, torchvision_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name.endswith(".pth"):
+        (tmp_path / name).write_bytes(torchvision_file[0].read_bytes())
+        if name.startswith("squeezenet"):
+            torch.save(torchvision.models.squeezenet1_0().state_dict(), tmp_path / name)
+    with pytest.raises(InputError, match=re.escape(said)):
+        features_of(name)
 
 
 # 16 Rewards: of the shapes ------------------------------------------------------------------------
@@ -693,7 +854,7 @@ def test_rl_climbs_a_function_and_trains_the_critic_once(module, tmp_path, monke
     monkeypatch.setattr(maskrl, "train_critic", watched)
     argv = [*SHORT, "--reward", f"{module}:bright", "--out", str(tmp_path / "run")]
     metrics = train_rl.main(argv)
-    assert trained == ["reward", "judge"]
+    assert trained == ["judge", "reward"]
     assert set(metrics["minutes"]) == {"teacher", "student", "policy"}
     seen = sys.modules[module].calls
     assert len(seen) > 3
