@@ -17,9 +17,9 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                15  Judge        18  Command line
-    13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
-    14  Reward network      17  Report and pictures
+    12  Data                15  Judge                  18  Command line
+    13  Training loop       16  Rewards                19  MAR's released weights
+    14  Reward network      17  Report and pictures    20  KL-16 autoencoder
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -52,11 +52,12 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
@@ -1785,8 +1786,9 @@ class Split:
 
     def spaced(self) -> Tensor:
         """Images in [-1, 1] [n, 3, S, S], every class in its share: all of them, or evenly spaced
-        10,000 to 20,000."""
-        return to_unit(self.take(slice(None, None, max(1, len(self) // 10_000))).images)
+        10,000 to 20,000; of large images fewer, so that all take at most 4.3 GB."""
+        most = min(10_000, 2**29 // self.stored[0].numel())
+        return to_unit(self.take(slice(None, None, max(1, len(self) // most))).images)
 
     def take(self, index) -> "Split":
         return Split(self.stored, self.rows[index], self.labels[index])
@@ -1828,6 +1830,7 @@ class Data:
     train: Split
     judge: Split
     test: Split
+    cache: Path | None = None  # the folder that keeps the decoded images, if there is one
     latents: Any = None  # of `train`, as Latents (section 19), if the generator makes latents
     decode: Callable = unchanged  # what a generator makes -> images in [-1, 1]
 
@@ -1850,8 +1853,9 @@ class Data:
                 f"its own are {some(classes)}. Choose by --classes"
             )
         label = torch.tensor([classes.index(name) for name in self.classes])
-        parts = [replace(p, labels=label[p.labels]) for p in (self.train, self.judge, self.test)]
-        return Data(self.name, classes, self.names, *parts)
+        parts = {name: getattr(self, name) for name in ("train", "judge", "test")}
+        parts = {name: replace(part, labels=label[part.labels]) for name, part in parts.items()}
+        return replace(self, classes=classes, **parts)
 
     def measure(self, settings: Settings) -> Settings:
         """The Settings with mean and scale measured on what is learned, unless scale is given.
@@ -1903,7 +1907,7 @@ def load_data(
     memory. stride: pixels per side of a latent, if the generator makes latents. A class is divided
     alike for every seed, and whatever other classes there are.
     InputError if the folder is missing, or a class has fewer than 20 images."""
-    names, size = {}, settings.image_size * stride
+    names, place, size = {}, None, settings.image_size * stride
     if name == "shapes":
         if chosen or class_names:
             raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
@@ -1914,9 +1918,9 @@ def load_data(
             names = read_class_names(class_names, classes)
         if chosen:
             classes = [classes[y] for y in sorted(set(find_classes(chosen, classes, names)))]
-        images, labels = load_folder(name, classes, size, cache)
+        images, labels, place = load_folder(name, classes, size, cache)
     parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
-    return Data(name, classes, names, *parts)
+    return Data(name, classes, names, *parts, place)
 
 
 def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
@@ -2148,22 +2152,37 @@ def decode(paths: list[str], size: int, file: BinaryIO) -> dict[int, str]:
     return reasons
 
 
-def decode_to(place: Path, folder: str, paths: list[str], size: int) -> None:
-    """The folder `place`, with the decoded images and key.json, which tells of them.
+def made_once(place: Path | None, name: str, make: Callable) -> tuple[Tensor, dict]:
+    """The bytes that make(file) writes, as uint8 [bytes], and the dictionary that it returns.
 
-    It gets its name when it is complete, so that nobody finds half of one; two runs that make it at
-    the same time make the same."""
+    place: a folder that keeps both from run to run, as <name>.bytes, which is mapped, and key.json;
+    None: they are in memory. The folder gets its name when it is complete, so that nobody finds
+    half of one; two runs that make it at the same time make the same. InputError if it cannot be
+    written or read."""
+    if place is None:
+        file = io.BytesIO()
+        key = make(file)
+        return torch.from_numpy(np.frombuffer(file.getbuffer(), np.uint8)), key
+    try:
+        if not place.exists():
+            print(f"{name} are made once, and kept in {place}", file=sys.stderr)
+            write_folder(place, name, make)
+        key = json.loads((place / "key.json").read_text())
+        return torch.from_numpy(np.memmap(place / f"{name}.bytes", np.uint8, "c")), key
+    except OSError as error:
+        raise InputError(f"{name} cannot be kept in {place}: {error}") from None
+
+
+def write_folder(place: Path, name: str, make: Callable) -> None:
+    """The folder of `made_once`, written under another name, on the disk before it gets its own."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    print(f"decoding {len(paths)} images of {folder}, once, into {place}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=place.parent) as unfinished:
         part = Path(unfinished, "part")
         part.mkdir()
-        with open(part / "images.bytes", "wb") as file:
-            reasons = decode(paths, size, file)
+        with open(part / f"{name}.bytes", "wb") as file:
+            key = make(file)
             file.flush()
             os.fsync(file.fileno())
-        key = {"folder": folder, "image_size": size, "files": len(paths)}
-        key["unreadable"] = list(reasons.items())
         (part / "key.json").write_text(json.dumps(key, indent=1))
         try:
             part.rename(place)
@@ -2172,32 +2191,34 @@ def decode_to(place: Path, folder: str, paths: list[str], size: int) -> None:
                 raise
 
 
-def load_folder(folder: str, classes: list[str], size: int, cache=None) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 3, size, size] and labels [N] of a folder of folders, -1 where unreadable.
+def load_folder(
+    folder: str, classes: list[str], size: int, cache=None
+) -> tuple[Tensor, Tensor, Path | None]:
+    """Images uint8 [N, 3, size, size] and labels [N] of a folder of folders, -1 where unreadable;
+    and the folder in which the bytes are kept.
 
-    cache: where the bytes are kept from run to run, and mapped from; None: they are in memory."""
+    cache: where that is, from run to run; None: the bytes are in memory."""
     try:
         paths, labels, digest = list_images(folder, classes)
-        for name, n in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
-            check_class_size(folder, name, n)  # before long work
-        if cache is None:
-            file = io.BytesIO()
-            reasons = decode(paths, size, file)
-            pixels = np.frombuffer(file.getbuffer(), np.uint8)
-        else:
-            place = Path(cache, f"{digest[:20]}-{size}")
-            if not place.exists():
-                decode_to(place, folder, paths, size)
-            reasons = dict(json.loads((place / "key.json").read_text())["unreadable"])
-            pixels = np.memmap(place / "images.bytes", np.uint8, "c")
     except OSError as error:
         raise InputError(f"--data {folder}: {error}") from None
+    for name, n in zip(classes, labels.bincount(minlength=len(classes)).tolist()):
+        check_class_size(folder, name, n)  # before long work
+
+    def make(file):
+        reasons = decode(paths, size, file)
+        key = {"folder": folder, "image_size": size, "files": len(paths)}
+        return key | {"unreadable": list(reasons.items())}
+
+    place = None if cache is None else Path(cache, f"{digest[:20]}-{size}")
+    pixels, key = made_once(place, "images", make)
+    reasons = dict(key["unreadable"])
     for reason in list(reasons.values())[:10]:
         print(f"skipped {reason}", file=sys.stderr)
     if reasons:
         print(f"skipped {len(reasons)} of {len(paths)} images in {folder}", file=sys.stderr)
     labels[list(reasons)] = -1
-    return torch.from_numpy(pixels).view(-1, 3, size, size), labels
+    return pixels.view(-1, 3, size, size), labels, place
 
 
 # 13 Training loop ---------------------------------------------------------------------------------
@@ -2482,7 +2503,9 @@ class Critic(nn.Module):
         self.odds = 1.0  # factor on the odds of quality, see `calibrate`
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.body(images.clamp(-1, 1))  # colours that no image has must not pay
+        # colours that no image has must not pay; 64 at once if they are of 256 x 256 pixels
+        parts = images.clamp(-1, 1).split(max(1, 2**22 // images[0, 0].numel()))
+        features = torch.cat([self.body(part) for part in parts])
         return features, self.classify(features), self.detect(features)
 
     def quality(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -3733,17 +3756,19 @@ def measured_data(args, settings: Settings, base, device) -> tuple[Data, Setting
     cache, stride = args.out.parent / "cache", vae.stride if vae else 1
     data = load_data(settings, args.data, args.classes, args.class_names, cache, stride)
     if base:
-        data = data.labelled_as(named_classes(base["classes"], data))
+        data = data.labelled_as(named_classes(base, data))
     if vae:
         data = with_latents(data, vae, settings.flip)
         settings = replace(settings, scale=settings.scale or vae.scale)
     return data, data.measure(settings)
 
 
-def named_classes(classes: list[str], data: Data) -> list[str]:
-    """A checkpoint's classes; where MAR's file only counts them, the folder's, in their order."""
+def named_classes(base: dict, data: Data) -> list[str]:
+    """A checkpoint's classes; where a file in MAR's format only counts them, the folder's as they
+    are sorted, which for ImageNet is the order that MAR was trained with."""
     there = data.classes if data.name == "shapes" else class_folders(data.name)
-    return there if classes == numbered(len(there)) else classes
+    counted = base.get("classes_counted") and len(there) == len(base["classes"])
+    return there if counted else base["classes"]
 
 
 def remember_choices(args, resume: bool) -> None:
@@ -3803,7 +3828,7 @@ def run(main: Callable) -> None:
         sys.exit(130)
 
 
-# 19 MAR's released weights and the KL-16 autoencoder ----------------------------------------------
+# 19 MAR's released weights ------------------------------------------------------------------------
 # MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
 # KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
 # in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
@@ -3813,7 +3838,7 @@ def run(main: Callable) -> None:
 KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
 # fmt: off
 MAR_SETTINGS = PRESETS["small"] | {
-    "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256,
+    "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256, "batch": 16,
     "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
 }  # trained as `small`, which nobody has tried at this size
 RELEASED = {
@@ -3862,6 +3887,18 @@ def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
         if not (isinstance(name, str) and torch.is_tensor(value)):
             raise InputError(f"{path}: {name!r} under {part!r} is not a tensor with a name")
     return weights
+
+
+def filled(path, build: Callable, weights: dict[str, Tensor], rename: Callable = str) -> nn.Module:
+    """The module build() with the `weights` of a file, which has them as rename(their name there).
+
+    Shapes are compared first, on a model without memory: none is taken for what does not fit."""
+    with torch.device("meta"):
+        expected = build().state_dict()
+    check_names_and_shapes(path, {rename(name): expected[name] for name in expected}, weights)
+    module = build()
+    module.load_state_dict({name: weights[rename(name)] for name in expected})
+    return module
 
 
 def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -3941,9 +3978,13 @@ def read_mar(path, ema=True, num_heads=None, classes=None) -> dict:
     number = shape_of(path, weights, "class_emb.weight", 2)[0]
     if classes is not None and len(classes) != number:
         raise InputError(f"{path} has {number} classes, and {len(classes)} names are given")
-    settings = mar_settings(path, weights, num_heads)
-    classes = list(classes or numbered(number))
-    return {"kind": "teacher", "settings": settings, "classes": classes, "model_ema": weights}
+    return {
+        "kind": "teacher",
+        "settings": mar_settings(path, weights, num_heads),
+        "classes": list(classes or numbered(number)),
+        "classes_counted": classes is None,
+        "model_ema": weights,
+    }
 
 
 def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
@@ -3954,10 +3995,8 @@ def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
     InputError names what is missing, unexpected or of the wrong shape; no code in the file is
     run."""
     content = read_mar(path, ema, num_heads, classes)
-    model = MAR(content["settings"], content["classes"], image_channels=16)
-    own, weights = model.state_dict(), content["model_ema"]
-    check_names_and_shapes(path, {mar_name(name): own[name] for name in own}, weights)
-    model.load_state_dict({name: weights[mar_name(name)] for name in own})
+    build = partial(MAR, content["settings"], content["classes"], image_channels=16)
+    model = filled(path, build, content["model_ema"], mar_name)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -3998,203 +4037,7 @@ def load_model(path, kind=None, device="cpu", num_heads=None) -> MAR:
     return load_checkpoint(path, kind, device)
 
 
-def group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, width, eps=1e-6)
-
-
-class ConvBlock(nn.Module):
-    """Residual block: [B, inputs, h, w] -> [B, outputs, h, w]."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.norm1 = group_norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = group_norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
-        else:
-            self.nin_shortcut = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
-
-
-class ConvAttention(nn.Module):
-    """Every place of x [B, width, h, w] attends to all of them, with one head."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = group_norm(width)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.proj_out = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # [B, h w, width]
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one row below and one column to the right
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution; Encoder and Decoder give most levels a change of resolution."""
-
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention=False):
-        super().__init__()
-        self.block = nn.ModuleList()
-        self.attn = nn.ModuleList()
-        for i in range(blocks):
-            self.block.append(ConvBlock(outputs if i else inputs, outputs))
-            if attention:
-                self.attn.append(ConvAttention(outputs))
-        self.downsample = nn.Identity()
-        self.upsample = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        return self.upsample(self.downsample(x))
-
-
-class Middle(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.block_1 = ConvBlock(width, width)
-        self.attn_1 = ConvAttention(width)
-        self.block_2 = ConvBlock(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """Images [B, 3, S, S] -> [B, outputs, S / stride, S / stride], by levels of these widths."""
-
-    def __init__(self, width: int, widths: list[int], outputs: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(Level(a, b, 2) for a, b in zip([width, *widths], widths[:-1]))
-        for level, level_width in zip(self.down, widths):
-            level.downsample = Downsample(level_width)
-        self.down.append(Level(([width] + widths)[-2], widths[-1], 2, attention=True))
-        self.mid = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """Latents [B, channels, h, w] -> images [B, 3, S, S], by the encoder's levels backward."""
-
-    def __init__(self, widths: list[int], channels: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(Level(a, b, 3) for a, b in zip([*widths[1:], widths[-1]], widths))
-        for level, level_width in zip(self.up[1:], widths[1:]):
-            level.upsample = Upsample(level_width)
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-def posterior_sample(moments: Tensor, generator) -> Tensor:
-    """Latents [B, C, h, w] drawn from a Gaussian of these moments, mean and log variance [B, 2C, h,
-    w]; generator: on the CPU."""
-    mean, log_variance = moments.chunk(2, 1)
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
-    return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
-
-
-class KL16(nn.Module):
-    """The autoencoder of latent diffusion (2112.10752) that MAR's tokens come from.
-
-    multipliers: width of each level, as a multiple of `width`; each but the first halves the image.
-    channels: of a latent. Names and arithmetic are those of the official code."""
-
-    def __init__(self, width=128, multipliers=(1, 1, 2, 2, 4), channels=16):
-        super().__init__()
-        widths = [width * m for m in multipliers]
-        self.channels = channels
-        self.stride = 2 ** (len(widths) - 1)  # pixels per side of a latent
-        self.scale = KL16_SCALE if (width, *multipliers) == (128, 1, 1, 2, 2, 4) else 0.0  # or open
-        self.encoder = Encoder(width, widths, 2 * channels)
-        self.decoder = Decoder(widths, channels)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.quant_conv.weight.device
-
-    def moments(self, images: Tensor) -> Tensor:
-        """Mean and log variance [B, 2C, h, w] of the latents of images [B, 3, S, S] in [-1, 1]."""
-        return self.quant_conv(self.encoder(images))
-
-    def encode(self, images: Tensor, generator) -> Tensor:
-        """Latents [B, C, h, w] of images [B, 3, S, S], drawn from their posterior."""
-        return posterior_sample(self.moments(images), generator)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in about [-1, 1] of latents [B, C, h, w], 16 at a time."""
-        parts = [self.decoder(self.post_quant_conv(part)) for part in latents.split(16)]
-        return torch.cat(parts)
-
-
-def load_kl16(path, device="cpu") -> KL16:
-    """The autoencoder from an official file, {"model": weights}, frozen; its widths are read off
-    the shapes. InputError names what is missing, unexpected or of the wrong shape."""
-    weights = tensors_of(path, load_safely(path, lazily=True), "model")
-    weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
-    width = shape_of(path, weights, "encoder.conv_in.weight", 4)[0]
-    channels = shape_of(path, weights, "post_quant_conv.weight", 4)[0]
-    levels = count_blocks(weights, "encoder.down")
-    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
-    widths = [shape_of(path, weights, name, 4)[0] for name in first]
-    fits = width > 0 and width % 32 == 0 and all(w > 0 and w % width == 0 for w in widths)
-    if not (levels and fits):
-        raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
-    vae = KL16(width, [w // width for w in widths], channels)
-    check_names_and_shapes(path, vae.state_dict(), weights)
-    vae.load_state_dict(weights)
-    return vae.to(device).eval().requires_grad_(False)
-
-
-def autoencoder_for(image_channels: int | None, path, device) -> KL16 | None:
+def autoencoder_for(image_channels: int | None, path, device) -> "KL16 | None":
     """The autoencoder at --vae `path`, or None for pixels; InputError unless it suits a generator
     of `image_channels` (None: any)."""
     if path is None and image_channels not in (None, 3):
@@ -4216,7 +4059,7 @@ def autoencoder_for(image_channels: int | None, path, device) -> KL16 | None:
 class Latents:
     """What a Split is to a generator of latents; every batch draws its latents anew."""
 
-    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and of them mirrored
+    moments: Tensor  # float16 [1 or 2, N, 2C, h, w]: of the images, and mirrored; may be mapped
     labels: Tensor  # [N]
 
     def __len__(self):
@@ -4227,7 +4070,7 @@ class Latents:
         return self.moments.shape[2] // 2
 
     def spaced(self) -> Tensor:
-        """Latents [n, C, h, w] of the images that `Split.spaced` takes."""
+        """Latents [n, C, h, w], of all images or of evenly spaced 10,000 to 20,000."""
         moments = self.moments[0, :: max(1, len(self) // 10_000)]
         return posterior_sample(moments.float(), rng("latents"))
 
@@ -4240,19 +4083,210 @@ class Latents:
 
 
 @torch.no_grad()
-def latents_of(split: Split, vae: KL16, flip=False, batch: int = 32) -> Latents:
-    """The moments of all images of a Split, computed once; flip: also of their mirror images."""
-    views = []
-    for mirrored in (False, True)[: 1 + flip]:
-        parts = []
-        for rows in tqdm(split.rows.split(batch), "latents", leave=False):
-            images = to_unit(split.stored[rows].to(vae.device))
-            images = images.flip(-1) if mirrored else images
-            parts.append(vae.moments(images).half().cpu())
-        views.append(torch.cat(parts))
-    return Latents(torch.stack(views), split.labels)
+def latents_of(split: Split, vae: "KL16", flip=False, cache=None) -> Latents:
+    """The moments of all images of a Split, computed once; flip: also of their mirror images.
+
+    cache: the folder that keeps the images; the moments are kept in it, under a name that changes
+    with the rows of the Split and the weights of the autoencoder. None: they are in memory."""
+    views = (unchanged, TF.hflip)[: 1 + flip]
+
+    def make(file):
+        parts = [(view, rows) for view in views for rows in split.rows.split(16)]
+        for view, rows in tqdm(parts, "encoding", leave=False):
+            images = view(to_unit(split.stored[rows].to(vae.device)))
+            file.write(vae.moments(images).half().cpu().numpy().tobytes())
+        return {"images": len(split), "views": len(views)}
+
+    place = None
+    if cache:
+        digest = hashlib.sha256(split.rows.numpy())
+        for weight in vae.state_dict().values():
+            digest.update(weight.cpu().numpy())
+        place = Path(cache, f"latents-{digest.hexdigest()[:20]}-{len(views)}")
+    written, _ = made_once(place, "latents", make)
+    side = split.size // vae.stride
+    shape = len(views), len(split), 2 * vae.channels, side, side
+    return Latents(written.view(torch.float16).view(shape), split.labels)
 
 
-def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
+def with_latents(data: Data, vae: "KL16", flip: bool) -> Data:
     """The data for a generator of latents: it learns them, and what it makes is decoded."""
-    return replace(data, latents=latents_of(data.train, vae, flip), decode=vae.decode)
+    latents = latents_of(data.train, vae, flip, data.cache)
+    return replace(data, latents=latents, decode=vae.decode)
+
+
+# 20 KL-16 autoencoder -----------------------------------------------------------------------------
+# Convolutions with the official names and arithmetic; a first reader may skip them.
+
+
+def named(**layers: nn.Module) -> nn.Sequential:
+    """The layers, each under its name, applied in this order."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ConvBlock(nn.Module):
+    """Residual block: [B, inputs, h, w] -> [B, outputs, h, w]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(inputs), conv(inputs, outputs)
+        self.norm2, self.conv2 = group_norm(outputs), conv(outputs, outputs)
+        self.nin_shortcut = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class ConvAttention(nn.Module):
+    """Every place of x [B, width, h, w] attends to all of them, with one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q, self.k, self.v, self.proj_out = (conv(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).mT for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, h w, width]
+        return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, with attention or without, and the way to the next one."""
+
+    def __init__(self, inputs, width, blocks: int, attention=False, downsample=None, upsample=None):
+        super().__init__()
+        widths = [inputs] + blocks * [width]
+        self.block = nn.ModuleList(ConvBlock(a, b) for a, b in pairwise(widths))
+        attend = ConvAttention if attention else nn.Identity
+        self.attn = nn.ModuleList(attend(width) for _ in range(blocks))
+        self.downsample = downsample or nn.Identity()
+        self.upsample = upsample or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attend in zip(self.block, self.attn):
+            x = attend(block(x))
+        return self.upsample(self.downsample(x))
+
+
+def downsample(width: int) -> nn.Module:
+    """Half the size; padded by a row below and a column to the right."""
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+
+
+def upsample(width: int) -> nn.Module:
+    return named(nearest=nn.Upsample(scale_factor=2), conv=conv(width, width))
+
+
+def middle(width: int) -> nn.Module:
+    first, last = ConvBlock(width, width), ConvBlock(width, width)
+    return named(block_1=first, attn_1=ConvAttention(width), block_2=last)
+
+
+def encoder(width: int, widths: list[int], outputs: int) -> nn.Module:
+    """Images [B, 3, S, S] -> [B, outputs, S / stride, S / stride]; widths: of the levels."""
+    inputs = [width, *widths]
+    levels = [Level(a, b, 2, downsample=downsample(b)) for a, b in pairwise(inputs[:-1])]
+    return named(
+        conv_in=conv(3, width),
+        down=nn.Sequential(*levels, Level(inputs[-2], inputs[-1], 2, attention=True)),
+        mid=middle(widths[-1]),
+        norm_out=group_norm(widths[-1]),
+        silu=nn.SiLU(),
+        conv_out=conv(widths[-1], outputs),
+    )
+
+
+def decoder(widths: list[int], channels: int) -> nn.Module:
+    """Latents [B, channels, h, w] -> images [B, 3, S, S], by the encoder's levels backward."""
+    levels, inputs = {}, widths[-1]
+    for i, width in reversed(list(enumerate(widths))):
+        levels[str(i)] = Level(inputs, width, 3, upsample=upsample(width) if i else None)
+        inputs = width
+    return named(
+        conv_in=conv(channels, widths[-1]),
+        mid=middle(widths[-1]),
+        up=named(**levels),
+        norm_out=group_norm(widths[0]),
+        silu=nn.SiLU(),
+        conv_out=conv(widths[0], 3),
+    )
+
+
+def posterior_sample(moments: Tensor, generator) -> Tensor:
+    """Latents [B, C, h, w] drawn from a Gaussian of these moments, mean and log variance [B, 2C, h,
+    w]; generator: on the CPU."""
+    mean, log_variance = moments.chunk(2, 1)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    return mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
+
+
+class KL16(nn.Module):
+    """The autoencoder of latent diffusion (2112.10752) that MAR's tokens come from.
+
+    multipliers: width of each level, as a multiple of `width`; each but the first halves the image.
+    channels: of a latent. Names and arithmetic are those of the official code."""
+
+    pixels_at_once = 2**18  # what is decoded at a time: four images of 256 x 256
+
+    def __init__(self, width=128, multipliers=(1, 1, 2, 2, 4), channels=16):
+        super().__init__()
+        widths = [width * m for m in multipliers]
+        self.channels = channels
+        self.stride = 2 ** (len(widths) - 1)  # pixels per side of a latent
+        self.scale = KL16_SCALE if (width, *multipliers) == (128, 1, 1, 2, 2, 4) else 0.0  # or open
+        self.encoder = encoder(width, widths, 2 * channels)
+        self.decoder = decoder(widths, channels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance [B, 2C, h, w] of the latents of images [B, 3, S, S] in [-1, 1]."""
+        return self.quant_conv(self.encoder(images))
+
+    def encode(self, images: Tensor, generator) -> Tensor:
+        """Latents [B, C, h, w] of images [B, 3, S, S], drawn from their posterior."""
+        return posterior_sample(self.moments(images), generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in about [-1, 1] of latents [B, C, h, w].
+
+        To save memory, a few at a time, and for a gradient they are computed once more."""
+
+        def decoded(part):
+            return self.decoder(self.post_quant_conv(part))
+
+        at_once = max(1, self.pixels_at_once // (latents[0, 0].numel() * self.stride**2))
+        parts = [checkpoint(decoded, part, use_reentrant=False) for part in latents.split(at_once)]
+        return torch.cat(parts)
+
+
+def load_kl16(path, device="cpu") -> KL16:
+    """The autoencoder from an official file, {"model": weights}, frozen; its widths are read off
+    the shapes. InputError names what is missing, unexpected or of the wrong shape."""
+    weights = tensors_of(path, load_safely(path, lazily=True), "model")
+    weights = {name: value for name, value in weights.items() if not name.startswith("loss.")}
+    width = shape_of(path, weights, "encoder.conv_in.weight", 4)[0]
+    channels = shape_of(path, weights, "post_quant_conv.weight", 4)[0]
+    levels = range(count_blocks(weights, "encoder.down"))
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in levels]
+    widths = [shape_of(path, weights, name, 4)[0] for name in first]
+    fits = width and all(w and w % 32 == 0 and w % width == 0 for w in (width, *widths))
+    if not (widths and fits):
+        raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
+    vae = filled(path, partial(KL16, width, [w // width for w in widths], channels), weights)
+    return vae.to(device).eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from conftest import tiny
 
 import maskrl
 
@@ -10,8 +11,9 @@ DATA = Path(__file__).parent / "data"
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
-    """The module with weights that are no random numbers: the same with every version of torch."""
-    for i, p in enumerate(module.parameters()):
+    """The module with weights that are no random numbers: the same with every version of torch,
+    and in whatever order the parts are made."""
+    for i, (_, p) in enumerate(sorted(module.named_parameters())):
         wave = torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) + i).view(p.shape)
         scale = 2 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1
         p.data.copy_(scale * wave)
@@ -21,30 +23,21 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def small_vae(multipliers=(1, 1)) -> maskrl.KL16:
-    return filled(maskrl.KL16(32, multipliers))
+def small_vae(multipliers=(1, 1), channels=16) -> maskrl.KL16:
+    return filled(maskrl.KL16(32, multipliers, channels))
 
 
 def small_mar(classes=3, **settings) -> maskrl.MAR:
     """A teacher of latents that MAR's format can hold: 16 tokens, 2 heads."""
-    small = {
+    of_latents = {
         "image_size": 4,
         "patch": 1,
         "scale": maskrl.KL16_SCALE,
-        "width": 32,
-        "depth": 1,
-        "heads": 2,
-        "buffer": 2,
-        "head_width": 32,
-        "head_depth": 1,
         "predicts": "eps",
         "x_0_limit": 0.0,
         "flip": True,
-        "denoise_steps": 3,
     }
-    model = maskrl.MAR(
-        maskrl.Settings(**(small | settings)), maskrl.numbered(classes), image_channels=16
-    )
+    model = maskrl.MAR(tiny(**(of_latents | settings)), maskrl.numbered(classes), image_channels=16)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model.eval()

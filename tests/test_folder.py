@@ -304,6 +304,22 @@ def test_no_more_than_20_000_images_become_floats():
     assert 10_000 <= len(images.train.spaced()) <= 20_000
 
 
+def test_large_images_become_no_more_than_4_GB_of_floats():
+    one = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
+    taken = []
+
+    class Counted(maskrl.Split):
+        def take(self, index):
+            taken.append(len(self.rows[index]))
+            return maskrl.Split(one, torch.zeros(1, dtype=torch.long), torch.zeros(1))
+
+    part = Counted(
+        one.expand(1_000_000, -1, -1, -1), torch.arange(1_000_000), torch.arange(1_000_000)
+    )
+    part.spaced()
+    assert 2_500 < taken[0] and taken[0] * one.numel() * 4 < 4.4e9
+
+
 # Some of the classes
 
 NAMES = """n01440764 tench, Tinca tinca
