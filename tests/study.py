@@ -475,10 +475,10 @@ class Regression(maskrl.Distillation):
             x_0 = maskrl.Diffusion(25).sample(head, z, noise, limits=limits)
         c = student.context(x, mask, labels)[mask]
         loss = (maskrl.one_step(student.head, z, c, settings.noise_ratio) - x_0).square().mean()
-        norm = maskrl.descend(loss, self.optimizers["student"])
+        loss, norm = maskrl.descend([loss], self.optimizers["student"])
         self.rates["student"].step()
         maskrl.update_ema(self.ema, student, step, settings.student_ema)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm}
 
 
 class Gsim(Study):
@@ -844,8 +844,8 @@ class Cost(Study):
 
     @staticmethod
     def gsim_parts(lab, i):
-        """Milliseconds of the five parts: an update stops the clock where it descends or asks for
-        its loss."""
+        """Milliseconds of the five parts: an update stops the clock around its two losses and
+        where it has descended."""
         marks = []
 
         def marked(function):
@@ -857,16 +857,16 @@ class Cost(Study):
 
             return call
 
-        loss = marked(maskrl.gsim_loss)
-        training = maskrl.Distillation(lab.teacher, lab.settings, loss)
+        training = maskrl.Distillation(lab.teacher, lab.settings, marked(maskrl.gsim_loss))
         generator = maskrl.rng(lab.seed, "cost", i)
         images, labels = lab.data.train.batch(lab.settings.batch, generator, lab.device)
         x = maskrl.to_tokens(images, lab.settings)
-        with mock.patch.object(maskrl, "descend", marked(maskrl.descend)):
+        functions = ("descend", "denoising_loss")
+        with mock.patch.multiple(maskrl, **{f: marked(getattr(maskrl, f)) for f in functions}):
             start = time.perf_counter()
             training.update(0, x, labels, generator)
-        aux, aux_end, loss_start, loss_end, _, end = marks
-        ends = (aux, aux_end, loss_start, loss_end, end)
+        _, _, aux_loss, aux_end, _, loss_start, loss_end, end = marks
+        ends = (aux_loss, aux_end, loss_start, loss_end, end)
         return [1000 * (stop - begin) for begin, stop in zip((start, *ends), ends)]
 
 
