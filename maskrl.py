@@ -225,7 +225,7 @@ PRESETS = {
         "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
         "buffer": 16, "head_width": 512, "head_depth": 4, "batch": 128, "teacher_iters": 100_000,
         "teacher_lr": 4e-4, "muon_lr": 8e-4, "ema": 0.9999, "gsim_iters": 20_000,
-        "student_lr": 3e-5, "aux_lr": 6e-5, "prompts": 4, "critical_steps": 6, "judge_iters": 2000,
+        "student_lr": 3e-5, "aux_lr": 6e-5, "critical_steps": 6, "judge_iters": 2000,
         "precision": "bf16", "micro_batch": 32,
     },
 }

@@ -932,6 +932,115 @@ class Threads(Study):
         }
 
 
+class TrainSpeed(Study):
+    name = "train_speed"
+    title = "Speed of training"
+    question = (
+        "Updates per second of every stage, from random weights: Adam one weight at a time (plain) "
+        "or fused, the batch whole or in parts of like masks (--micro-batch), products in float32 "
+        "or bf16; all in turns, medians of the rounds after the first. `tiny` is the demo's, in "
+        "parts of 16; `small` is cut down to what a CPU can do: batches of 8 in parts of 2, RL of "
+        "4 rollouts in 8 steps. *Loader*: the share of an update that drawing its batch takes."
+    )
+    columns = ("updates", "speedup", "loader")
+    stages = ("teacher", "GSIM", "RL")
+    switches = {
+        "plain": {"precision": "fp32", "micro_batch": 0},
+        "fused": {"precision": "fp32", "micro_batch": 0},
+        "fused, in parts": {"precision": "fp32"},
+        "fused, in parts, bf16": {"precision": "bf16"},
+    }
+    sizes = {
+        "tiny": {"micro_batch": 16, "learn_steps": False},
+        "small": {
+            **{"micro_batch": 2, "learn_steps": False, "batch": 8, "per_class": 20},
+            **{"prompts": 2, "group": 2, "steps": 8, "critical_steps": 2},
+        },
+    }
+    rounds = {"tiny": 6, "small": 3}
+    verdict = (
+        "Fused Adam makes an update {0[tiny teacher, fused][speedup]} (teacher), "
+        "{0[tiny GSIM, fused][speedup]} (GSIM) and {0[tiny RL, fused][speedup]} (RL) times as fast "
+        "at the size of the demo; in parts of 16 images it is "
+        "{0[tiny teacher, fused, in parts][speedup]}, {0[tiny GSIM, fused, in parts][speedup]} and "
+        "{0[tiny RL, fused, in parts][speedup]} times as fast as plain.",
+        "At the size of `small` parts of 2 out of 8 make it "
+        "{0[small teacher, fused, in parts][speedup]}, {0[small GSIM, fused, in parts][speedup]} "
+        "and {0[small RL, fused, in parts][speedup]} times as fast, and bf16 besides "
+        "{0[small teacher, fused, in parts, bf16][speedup]}, "
+        "{0[small GSIM, fused, in parts, bf16][speedup]} and "
+        "{0[small RL, fused, in parts, bf16][speedup]} times, on this CPU.",
+    )
+
+    def measure(self, lab, only=()):
+        times = lab.result(self.name, partial(self.times, lab))
+        shared = {name: times[name] for name in ("threads", "hardware", "commit", "date")}
+        shared["minutes"] = times["minutes"] / len(times["rows"])
+        return {name: shared | figures for name, figures in times["rows"].items()}
+
+    def times(self, lab):
+        rows = {}
+        for size, fewer in self.sizes.items():
+            settings = replace(maskrl.preset(size, seed=lab.seed), **fewer)
+            data = maskrl.load_data(settings)
+            settings = data.measure(settings)
+            for stage in self.stages:
+                figures = self.in_turns(stage, settings, data, lab.device, self.rounds[size])
+                rows |= {f"{size} {stage}, {name}": row for name, row in figures.items()}
+        return {"rows": rows}
+
+    def in_turns(self, stage, settings, data, device, rounds):
+        """{switch: figures} of a stage."""
+        trainings = {}
+        for name, switch in self.switches.items():
+            training = self.training(stage, replace(settings, **switch), data, device)
+            optimizers = training.optimizers
+            for optimizer in optimizers.values() if isinstance(optimizers, dict) else optimizers:
+                for group in optimizer.param_groups:
+                    group["fused"] = name != "plain"
+            trainings[name] = training
+        seconds, loading = ({name: [] for name in trainings} for _ in range(2))
+        for i in range(rounds):
+            for name, training in trainings.items():
+                start = time.perf_counter()
+                inputs = self.inputs(stage, settings, data, device, i)
+                loaded = time.perf_counter()
+                training.update(*inputs)
+                seconds[name].append(time.perf_counter() - start)
+                loading[name].append(loaded - start)
+        median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        return {
+            name: {
+                "updates": 1 / median[name],
+                "speedup": median["plain"] / median[name],
+                "loader": 100 * statistics.median(loading[name][1:]) / median[name],
+            }
+            for name in trainings
+        }
+
+    @staticmethod
+    def training(stage, settings, data, device):
+        torch.manual_seed(settings.seed)
+        if stage == "teacher":
+            return maskrl.TeacherTraining(settings, data.classes, device)
+        model = maskrl.MAR(settings, data.classes).to(device)
+        if stage == "GSIM":
+            return maskrl.Distillation(model.requires_grad_(False), settings)
+        student = maskrl.student_of(model, settings)
+        reward = maskrl.ShapeFit(settings.image_size, device)
+        mean = maskrl.mean_image(data, settings).to(device)
+        return maskrl.PolicyGradient(student, settings, reward, mean)
+
+    @staticmethod
+    def inputs(stage, settings, data, device, i):
+        """What the stage's update number i takes."""
+        if stage == "RL":
+            return torch.arange(settings.prompts, device=device) % len(data.classes), i
+        generator = maskrl.rng(settings.seed, "speed", i)
+        images, labels = data.train.batch(settings.batch, generator, device)
+        return i, maskrl.to_tokens(images, settings), labels, generator
+
+
 @contextmanager
 def busy_process():
     """A process beside this one that keeps a core busy."""
@@ -947,7 +1056,7 @@ STUDIES = {
     study.name: study
     for study in (
         *(Story(), Gsim(), Longer(), Rivals(), Steps()),
-        *(Drift(), Alpha(), Backprop(), Cost(), Threads()),
+        *(Drift(), Alpha(), Backprop(), Cost(), Threads(), TrainSpeed()),
     )
 }
 
@@ -974,6 +1083,9 @@ FIGURES = {  # key -> title of the column, decimals
     "tokens": ("tokens", 1),
     "seconds_per_update": ("s per update", 2),
     "graph_mb": ("graph, MB", 0),
+    "updates": ("updates/s", 2),
+    "speedup": ("times as fast as plain", 2),
+    "loader": ("loader, %", 1),
     "updates_idle": ("updates/s, idle", 1),
     "updates_busy": ("updates/s, beside a busy process", 1),
     "ms_idle": ("ms, idle", 1),

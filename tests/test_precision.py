@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import budget
 import pytest
 import torch
 from conftest import random_model, tiny
@@ -169,14 +170,14 @@ def teacher_and_losses(precision, updates=60):
 
 
 def test_the_teacher_learns_in_bfloat16_as_it_does_in_float32():
-    """The mean loss of each third of the training is within 0.5 %, and falls to two thirds."""
+    """The mean loss of each third of the training is within 0.02 %, and falls to two thirds."""
     fp32, bf16 = (teacher_and_losses(precision)[1].view(3, -1).mean(1) for precision in PRECISIONS)
     assert fp32[2] < fp32[0] / 1.5
-    torch.testing.assert_close(bf16, fp32, rtol=0.005, atol=0)
+    torch.testing.assert_close(bf16, fp32, rtol=2e-4, atol=0)
 
 
 def test_gsim_learns_in_bfloat16_as_it_does_in_float32():
-    """Students differ by less than 3 % of what GSIM changed in them, from the same teacher."""
+    """Students differ by less than 2 % of what GSIM changed in them, from the same teacher."""
     teacher, _ = teacher_and_losses("fp32")
     (x, labels), z = images(12), torch.randn(12 * 16, 12)
     mask = torch.ones(12, 16, dtype=torch.bool)
@@ -194,8 +195,8 @@ def test_gsim_learns_in_bfloat16_as_it_does_in_float32():
         losses.append(curve(distillation, 25, "aux_loss").mean())
         students.append(tokens(distillation.model))
     fp32, bf16 = students
-    assert 0 < (bf16 - fp32).norm() < 0.03 * (fp32 - tokens(teacher)).norm()
-    torch.testing.assert_close(losses[1], losses[0], rtol=0.005, atol=0)
+    assert 0 < (bf16 - fp32).norm() < 0.02 * (fp32 - tokens(teacher)).norm()
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("rl_steps", ["critical", "all"])
@@ -205,3 +206,37 @@ def test_sampler_and_learner_agree_on_log_pi_in_bfloat16(rl_steps):
     student = random_model("student")
     training = maskrl.PolicyGradient(student, settings, redness, torch.zeros(1, 16, 12))
     assert training.update(torch.arange(3), seed=0)["log_ratio"] < 0.01
+
+
+# What one GPU can do ------------------------------------------------------------------------------
+
+
+def test_small_fits_24_GB_and_ends_overnight():
+    """All three stages, by what tests/budget.py computes."""
+    stages = budget.stages(maskrl.preset("small"))
+    assert all(stage.weights + stage.activations < 24e9 for stage in stages.values())
+    assert 3 < sum(stages[name].hours("bf16") for name in ("teacher", "GSIM", "RL, all")) < 10
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_budget_of_activations_is_what_an_update_keeps(precision):
+    """It is a bound: all tokens visible to the encoder and all denoised, where here half are."""
+    settings = tiny(precision=precision, depth=4, head_depth=4, label_dropout=0.0)
+    training = maskrl.TeacherTraining(settings, ["a", "b", "c"])
+    weights = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that none is reused
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        training.update(0, *images(), maskrl.rng("update"))
+    measured = sum(size for size, _ in kept.values())
+    bound = budget.stages(settings)["teacher"].activations
+    assert 0.6 * bound < measured < bound

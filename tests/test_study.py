@@ -33,6 +33,7 @@ def cut_short(patch, folder):
     patch.setattr(study.Threads, "numbers", (1,))
     patch.setattr(study.Threads, "rounds", 1)
     patch.setattr(study.Threads, "updates", 1)
+    patch.setattr(study.TrainSpeed, "rounds", dict.fromkeys(study.TrainSpeed.sizes, 2))
 
     def run(*args):
         study.main([*args, "--out", str(folder / "out"), "--device", "cpu", "--threads", "1"])
