@@ -280,9 +280,9 @@ def to_images(tokens: Tensor, settings: Settings) -> Tensor:
 
 
 def in_precision(method: Callable) -> Callable:
-    """The method of a module with matrix products in the module's `precision`; it returns float32.
+    """The method of a module, with matrix products in the module's `precision`; it returns float32.
 
-    Weights, residuals, softmax and norms are float32 in any case."""
+    Weights, residuals and norms are float32 in any case."""
 
     @wraps(method)
     def call(module, *inputs):
@@ -374,9 +374,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def modulate(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Head(nn.Module):
@@ -403,18 +403,14 @@ class Head(nn.Module):
         self.final_layer = FinalLayer(width, 2 * channels)
 
     @in_precision
-    def condition(self, t: Tensor, c: Tensor) -> Tensor:
-        return self.time_embed(t) + self.cond_embed(c)
-
-    @in_precision
-    def hidden(self, x: Tensor, condition: Tensor) -> Tensor:
+    def hidden(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        condition = self.time_embed(t) + self.cond_embed(c)
         for block in self.res_blocks:
             x = block(x, condition)
-        return x
+        return self.final_layer.modulate(x, condition)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        condition = self.condition(t, c)
-        out = self.final_layer(self.hidden(self.input_proj(x_t), condition), condition)
+        out = self.final_layer.linear(self.hidden(self.input_proj(x_t), t, c))
         if self.predicts == "eps":
             return out
         alpha, sigma = BASE.alpha_sigma(t)  # BASE: all 1000 times, section 4
@@ -687,7 +683,8 @@ def micro_batches(mask: Tensor, size: int) -> list[Tensor]:
     """The rows 0...B - 1 of mask [B, L] in parts of at most `size` (0: all of them in one).
 
     Rows that hide about as many tokens come together, so that `MAR.context` pads little."""
-    return [rows.sort().values for rows in mask.sum(1).argsort().split(size or len(mask))]
+    alike = mask.sum(1).argsort(stable=True)
+    return [rows.sort().values for rows in alike.split(size or len(mask))]
 
 
 def descend(losses: Iterable[Tensor], *optimizers, max_norm: float = 1.0) -> tuple[float, float]:
@@ -733,8 +730,8 @@ class Muon(torch.optim.Optimizer):
 
     Each gradient matrix is replaced by the nearest orthogonal one, so that all directions of a
     weight move equally far, those with small gradients too. Steps are as large as Adam's, a root
-    mean square of 0.2 lr (2502.16982). torch.optim.Muon is the same in bfloat16, which most CPUs
-    only emulate: there it is slower than the rest of the update."""
+    mean square of 0.2 lr (2502.16982). As in theirs the iterations are in bfloat16 on a GPU; most
+    CPUs only emulate it, and there it would be slower than the rest of the update."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.02):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -747,7 +744,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - momentum)
-                direction = orthogonalise(p.grad.lerp(average, momentum))  # Nesterov's
+                nesterov = p.grad.lerp(average, momentum)
+                direction = orthogonalise(nesterov.bfloat16() if p.is_cuda else nesterov)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(direction, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
 
@@ -1234,11 +1232,10 @@ class Distillation:
         scale = guidance_scale(settings.guidance, mask.sum(1) - 1, student.length)[owner, None]
         parts = micro_batches(mask, settings.micro_batch)
 
-        def noise():
-            return torch.randn(len(owner), student.channels, generator=generator).to(x.device)
-
-        def times():
-            return gsim_times(len(owner), generator).to(x.device)
+        def draw():  # z [N, D], t [N] and eps [N, D]
+            shape = (len(owner), student.channels)
+            z, t = torch.randn(shape, generator=generator), gsim_times(len(owner), generator)
+            return (v.to(x.device) for v in (z, t, torch.randn(shape, generator=generator)))
 
         def hidden(c, rows):  # [b, L, W] of some images -> [n, W] of their tokens
             return c[mask[rows]].repeat(settings.draws, 1)
@@ -1252,7 +1249,7 @@ class Distillation:
             return context(student, rows) if whole is None else whole
 
         # the auxiliary network learns the score of the student's samples
-        z, t, eps = noise(), times(), noise()
+        z, t, eps = draw()
 
         def aux_loss_of(rows):  # their share of the mean over all N tokens
             n = torch.isin(owner, rows)
@@ -1264,7 +1261,7 @@ class Distillation:
         aux_loss, _ = descend(map(aux_loss_of, parts), self.optimizers["aux"])
 
         # the student follows both scores; their parameters are frozen, but not the way to x_t
-        z, t, eps = noise(), times(), noise()
+        z, t, eps = draw()
 
         def loss_of(rows):
             n = torch.isin(owner, rows)
@@ -1607,7 +1604,6 @@ class PolicyGradient:
 
         pair = counted.nonzero()[:, 0]  # [N]: the pair that each counted token belongs to
         x_counted, A, sigma = x[counted], A[row][pair], rollouts.sigma[row][pair]
-
         parts = micro_batches(mask, settings.micro_batch)
 
         def means(network, m):  # g(z, c) of the counted tokens of the pairs m [n, D]
@@ -1680,24 +1676,25 @@ class RewardBackpropagation(PolicyGradient):
         tokens, trace = generate(model, labels, seed=seed, trace=predictions)
         keep = optimised_steps(trace, tokens, settings, self.mean_image, rng(seed, "update"))
         tokens = (trace.counts * keep).sum(1)  # [B]: how many an image reveals in those steps
-        quality, kl = [], []  # shares of the batch's means
+        seen = []
 
-        def loss_of(rows):  # of some images
+        def loss_of(rows):  # of some images: their shares of the means over all
             part = replace(
                 trace, order=trace.order[rows], z=trace.z[rows], counts=trace.counts[rows]
             )
             made, mean_kl = replay(model, self.reference, labels[rows], part, keep[rows])
             of_each = self.quality(to_images(made, settings), labels[rows])
-            quality.append(of_each.sum() / len(labels))
-            kl.append(mean_kl * tokens[rows].sum() / tokens.sum())
-            return settings.beta * kl[-1] - quality[-1]
+            shares = of_each.sum() / len(labels), mean_kl * tokens[rows].sum() / tokens.sum()
+            seen.append(torch.stack(shares).detach())
+            return settings.beta * shares[1] - shares[0]
 
         parts = micro_batches(keep, settings.micro_batch)
         _, norm = descend(map(loss_of, parts), self.optimizers["generator"])
+        quality, kl = sum(seen).tolist()
         return {
-            "quality": sum(quality).item(),
+            "quality": quality,
             "steps": trace.steps.float().mean().item(),
-            "kl": sum(kl).item(),
+            "kl": kl,
             "grad_norm": norm,
         }
 
@@ -3318,6 +3315,7 @@ MODEL_SETTINGS = (
     "head_depth",
     "predicts",
 )  # what a checkpoint's weights depend on
+MEMORY_SETTINGS = ("checkpointing", "precision", "micro_batch")  # how, not what, is computed
 STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance")  # and what was distilled into them
 GROUPS = {
     "image_size": "data",
@@ -3426,7 +3424,6 @@ def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
     if not 1 <= threads <= 1024:
         raise InputError(f"--threads {threads} must lie in 1...1024")
     torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = True  # on a GPU: Muon's products are eight times faster
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -3453,7 +3450,7 @@ def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
         )
     base = content["settings"]
     if resume:
-        fixed = [f.name for f in fields(Settings)]
+        fixed = [f.name for f in fields(Settings) if f.name not in MEMORY_SETTINGS]
     else:
         fixed = MODEL_SETTINGS if content["kind"] == "teacher" else STUDENT_SETTINGS
     for name in fixed:

@@ -23,7 +23,7 @@ import maskrl
 
 GB = 1e9
 HEAD_ROWS = 64  # tokens for which the head is run
-PEAK = {"bf16": 312e12, "tf32": 156e12}  # FLOPs per second of an A100
+PEAK = {"bf16": 312e12, "fp32": 19.5e12}  # FLOPs per second of an A100
 UTILISATION = 0.2  # of these peaks: small products, and much that is no product
 
 
@@ -90,10 +90,10 @@ def head_cost(settings: maskrl.Settings, frozen: bool, channels: int = 16) -> Co
     return cost(head, "fp32", x, torch.zeros(HEAD_ROWS).long(), c)
 
 
-def head_batches(settings: maskrl.Settings, batch: int) -> float:
-    """How many times HEAD_ROWS tokens a GSIM update draws: half of the tokens are hidden, the mean
-    of its uniform share."""
-    return batch * settings.length / 2 * settings.draws / HEAD_ROWS
+def head_batches(settings: maskrl.Settings, batch: int, hidden=0.5) -> float:
+    """How many times HEAD_ROWS tokens an update of teacher or GSIM draws; hidden: the share that is
+    hidden, by default its mean."""
+    return batch * settings.length * hidden * settings.draws / HEAD_ROWS
 
 
 def decoder_depth(settings: maskrl.Settings) -> int:
@@ -122,14 +122,14 @@ def context_bytes(settings: maskrl.Settings, images: int, checkpointing: bool) -
 
 
 def activation_bytes(
-    settings: maskrl.Settings, batch: int, checkpointing: bool, channels: int = 16
+    settings: maskrl.Settings, batch: int, checkpointing: bool, channels: int = 16, hidden=0.5
 ) -> int:
     """Peak bytes that autograd keeps in a GSIM update: at the student's loss, when the student's
     context, and the heads of student, auxiliary network and teacher are on the graph, or at the
     auxiliary network's, when there are two contexts and one head."""
     context = context_bytes(settings, batch, checkpointing)
     head, frozen = (
-        head_cost(settings, frozen, channels).kept * head_batches(settings, batch)
+        head_cost(settings, frozen, channels).kept * head_batches(settings, batch, hidden)
         for frozen in (False, True)
     )
     student_loss = context + head + 3 * frozen  # guidance: two rows for a token of the teacher
@@ -151,19 +151,24 @@ def context_flops(settings: maskrl.Settings, batch: int) -> float:
     return batch * (settings.depth * encoder + decoder_depth(settings) * decoder)
 
 
-def update_flops(settings: maskrl.Settings, batch: int, channels: int = 16) -> int:
-    """FLOPs of a GSIM update without checkpointing; a backward pass costs two forward ones, or one
-    where the weights are frozen.
+def context_passes(settings: maskrl.Settings, batch: int) -> int:
+    """How often a GSIM update computes the batch's contexts, in forward passes: a backward pass
+    costs two. The student's and the auxiliary network's, forward and backward; the auxiliary
+    network's once more and the teacher's two, forward alone; in parts the student's once more."""
+    return 3 + 3 + 1 + 2 + (0 < settings.micro_batch < batch)
 
-    Contexts: the student's and the auxiliary network's, forward and backward; the auxiliary
-    network's once more and the teacher's two, forward alone; in parts the student's once more.
-    Heads: the student's forward twice and backward once, the auxiliary network's forward twice,
-    and backward to its weights once and to its input once, the teacher's (two rows for every token)
-    forward and backward to its input."""
-    contexts = 3 + 3 + 1 + 2 + (0 < settings.micro_batch < batch)
-    heads = (2 + 2) + (2 + 2 + 1) + (2 + 2)
-    head = head_cost(settings, False, channels).flops * head_batches(settings, batch)
-    return round(contexts * context_flops(settings, batch) + heads * head)
+
+# And the heads: the student's forward twice and backward once, the auxiliary network's forward
+# twice, and backward to its weights once and to its input once (which costs one forward pass), the
+# teacher's (two rows for every token) forward and backward to its input.
+HEAD_PASSES = (2 + 2) + (2 + 2 + 1) + (2 + 2)
+
+
+def update_flops(settings: maskrl.Settings, batch: int) -> int:
+    """FLOPs of a GSIM update without checkpointing."""
+    contexts = context_passes(settings, batch) * context_flops(settings, batch)
+    heads = HEAD_PASSES * head_batches(settings, batch) * head_cost(settings, False).flops
+    return round(contexts + heads)
 
 
 def table(sizes: dict[str, maskrl.Settings], batch: int) -> str:
@@ -189,19 +194,18 @@ def table(sizes: dict[str, maskrl.Settings], batch: int) -> str:
 
 @dataclass
 class Stage:
-    """updates: how many; weights and activations: peak bytes; products and muon: FLOPs of an
-    update in the settings' precision, and those of Muon, which are float32 (TF32 on a GPU)."""
+    """updates: how many; weights and activations: peak bytes; flops: of an update, by the precision
+    that they are computed in."""
 
     updates: int
     weights: int
     activations: int
-    products: float
-    muon: float = 0.0
+    flops: dict[str, float]
 
-    def hours(self, precision: str) -> float:
-        peak = PEAK["bf16" if precision == "bf16" else "tf32"]
-        seconds = self.products / peak + self.muon / PEAK["tf32"]
-        return self.updates * seconds / UTILISATION / 3600
+    @property
+    def hours(self) -> float:
+        seconds = sum(n / PEAK[precision] for precision, n in self.flops.items()) / UTILISATION
+        return self.updates * seconds / 3600
 
 
 def muon_flops(settings: maskrl.Settings) -> int:
@@ -213,64 +217,72 @@ def muon_flops(settings: maskrl.Settings) -> int:
 def stages(settings: maskrl.Settings) -> dict[str, Stage]:
     """Teacher, GSIM and RL by --rl-steps of a generator of pixels.
 
-    Activations are those of the worst part of a batch: all tokens visible to the encoder and all of
-    them denoised, which is more than any image has. RL learns as many steps as it may."""
-    channels, L = 3 * settings.patch**2, settings.length
-    count = parameters(settings, 10, channels)
-    copy = 2 * count * (settings.precision == "bf16")  # of the weights on the graph
+    Activations are bounds: parts of images whose tokens are all visible to the encoder and all
+    denoised. RL takes --steps iterations, as many as it may learn."""
+    channels, checkpointing = 3 * settings.patch**2, settings.checkpointing
+    head, count = head_cost(settings, False, channels), parameters(settings, 10, channels)
+    context = context_flops(settings, settings.batch) / settings.batch
+    low_copy = 2 * count * (settings.precision == "bf16")  # of the weights on the graph
+    one_network = 4 * count * (1 + 1 + 2 + 1) + low_copy  # gradients, Adam, EMA (RL: reference)
+
+    def flops_of(contexts, head_batches, muon=0):  # forward passes
+        outer = head_batches * HEAD_ROWS * 2 * 3 * channels * settings.head_width  # in fp32
+        products = contexts * context + head_batches * head.flops - outer
+        result = {"bf16": muon, "fp32": outer}
+        result[settings.precision] += products
+        return result
+
     images = settings.micro_batch or settings.batch
     heads = head_batches(settings, settings.batch)
-    context = context_flops(settings, settings.batch)
-    head = head_cost(settings, False, channels)
-    on_graph = context_bytes(settings, images, settings.checkpointing)
+    teacher_activations = head.kept * head_batches(settings, images, hidden=1)
     result = {
         "teacher": Stage(
             settings.teacher_iters,
-            4 * count * (1 + 1 + 2 + 1) + copy,
-            round(on_graph + 2 * head.kept * head_batches(settings, images)),
-            3 * (context + head.flops * heads),
-            muon_flops(settings) * (settings.muon_lr > 0),
+            one_network,
+            context_bytes(settings, images, checkpointing) + round(teacher_activations),
+            flops_of(3 * settings.batch, 3 * heads, muon_flops(settings)),
         ),
         "GSIM": Stage(
             settings.gsim_iters,
-            sum(fixed_bytes(count).values()) + 3 * copy,
-            activation_bytes(settings, 2 * images, False, channels) - on_graph,
-            update_flops(settings, settings.batch, channels),
+            sum(fixed_bytes(count).values()) + 3 * low_copy,
+            activation_bytes(settings, images, checkpointing, channels, hidden=1),
+            flops_of(
+                context_passes(settings, settings.batch) * settings.batch, HEAD_PASSES * heads
+            ),
         ),
     }
-    rollouts = settings.prompts * settings.group
-    for how, steps in (("critical", settings.critical_steps), ("all", settings.steps)):
+    rollouts, K, L = settings.prompts * settings.group, settings.steps, settings.length
+    for how, steps in (("critical", settings.critical_steps), ("all", K)):
         pairs = rollouts * steps
         images = min(settings.micro_batch or pairs, pairs)
-        each = context / settings.batch  # forward, of one context
-        contexts = rollouts * settings.steps + pairs * (3 + 1)  # reference: forward alone
-        tokens = rollouts * settings.steps * L / 2 + pairs * 4 * L / settings.steps
+        learner = 3 + 1  # policy, forward and backward; reference, forward
+        predicted = rollouts * K * L / 2 * (how == "critical") + rollouts * L  # by the sampler
         result[f"RL, {how}"] = Stage(
             settings.rl_iters,
-            4 * count * (1 + 1 + 2 + 1) + copy,
-            round(
-                context_bytes(settings, images, settings.checkpointing)
-                + head.kept * images * L / HEAD_ROWS
-                + 4 * 4 * pairs * L * channels  # tokens, z and two means of each pair
+            one_network,
+            context_bytes(settings, images, checkpointing)
+            + head.kept * images * L // HEAD_ROWS
+            + 4 * 4 * pairs * L * channels,  # tokens, z and two means of each pair
+            flops_of(
+                rollouts * K + learner * pairs,
+                (predicted + learner * pairs * L / K) / HEAD_ROWS,
             ),
-            contexts * each + tokens / HEAD_ROWS * head.flops,
         )
     return result
 
 
 def stage_table(settings: maskrl.Settings) -> str:
     lines = [
-        "| | updates | TFLOP per update | of Muon | hours | weights, gradients, optimisers | "
-        "activations | GB in all |",
+        "| | updates | TFLOP per update, bf16 | fp32 | hours | GB of weights, gradients and "
+        "optimisers | of activations | in all |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, stage in stages(settings).items():
         sizes = (stage.weights, stage.activations, stage.weights + stage.activations)
         cells = [
             f"{stage.updates:,}",
-            f"{stage.products / 1e12:.1f}",
-            f"{stage.muon / 1e12:.1f}",
-            f"{stage.hours(settings.precision):.1f}",
+            *(f"{stage.flops[precision] / 1e12:.1f}" for precision in ("bf16", "fp32")),
+            f"{stage.hours:.1f}",
             *(f"{size / GB:.1f}" for size in sizes),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

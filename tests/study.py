@@ -939,8 +939,8 @@ class TrainSpeed(Study):
         "Updates per second of every stage, from random weights: Adam one weight at a time (plain) "
         "or fused, the batch whole or in parts of like masks (--micro-batch), products in float32 "
         "or bf16; all in turns, medians of the rounds after the first. `tiny` is the demo's, in "
-        "parts of 16; `small` is cut down to what a CPU can do: batches of 8 in parts of 2, RL of "
-        "4 rollouts in 8 steps. *Loader*: the share of an update that drawing its batch takes."
+        "parts of 16; `small` is cut down to what a CPU can do: batches of 4 in parts of 1, RL of "
+        "2 rollouts in 8 steps. *Loader*: the share of an update that drawing its batch takes."
     )
     columns = ("updates", "speedup", "loader")
     stages = ("teacher", "GSIM", "RL")
@@ -953,18 +953,18 @@ class TrainSpeed(Study):
     sizes = {
         "tiny": {"micro_batch": 16, "learn_steps": False},
         "small": {
-            **{"micro_batch": 2, "learn_steps": False, "batch": 8, "per_class": 20},
-            **{"prompts": 2, "group": 2, "steps": 8, "critical_steps": 2},
+            **{"micro_batch": 1, "learn_steps": False, "batch": 4, "per_class": 20},
+            **{"prompts": 1, "group": 2, "steps": 8, "critical_steps": 2},
         },
     }
-    rounds = {"tiny": 6, "small": 3}
+    rounds = {"tiny": 5, "small": 3}
     verdict = (
         "Fused Adam makes an update {0[tiny teacher, fused][speedup]} (teacher), "
         "{0[tiny GSIM, fused][speedup]} (GSIM) and {0[tiny RL, fused][speedup]} (RL) times as fast "
         "at the size of the demo; in parts of 16 images it is "
         "{0[tiny teacher, fused, in parts][speedup]}, {0[tiny GSIM, fused, in parts][speedup]} and "
         "{0[tiny RL, fused, in parts][speedup]} times as fast as plain.",
-        "At the size of `small` parts of 2 out of 8 make it "
+        "At the size of `small` parts of 1 out of 4 make it "
         "{0[small teacher, fused, in parts][speedup]}, {0[small GSIM, fused, in parts][speedup]} "
         "and {0[small RL, fused, in parts][speedup]} times as fast, and bf16 besides "
         "{0[small teacher, fused, in parts, bf16][speedup]}, "
