@@ -973,43 +973,40 @@ class TrainSpeed(Study):
     )
 
     def measure(self, lab, only=()):
-        times = lab.result(self.name, partial(self.times, lab))
-        shared = {name: times[name] for name in ("threads", "hardware", "commit", "date")}
-        shared["minutes"] = times["minutes"] / len(times["rows"])
-        return {name: shared | figures for name, figures in times["rows"].items()}
-
-    def times(self, lab):
         rows = {}
-        for size, fewer in self.sizes.items():
-            settings = replace(maskrl.preset(size, seed=lab.seed), **fewer)
-            data = maskrl.load_data(settings)
-            settings = data.measure(settings)
+        for size in self.sizes:
             for stage in self.stages:
-                figures = self.in_turns(stage, settings, data, lab.device, self.rounds[size])
-                rows |= {f"{size} {stage}, {name}": row for name, row in figures.items()}
-        return {"rows": rows}
+                name = f"{size} {stage}"
+                if not only or name.startswith(only):
+                    work = partial(self.in_turns, size, stage, lab)
+                    result = lab.result(f"speed of {name}", work)
+                    figures = result.pop("switches")
+                    result["minutes"] /= len(figures)
+                    rows |= {f"{name}, {switch}": result | figures[switch] for switch in figures}
+        return rows
 
-    def in_turns(self, stage, settings, data, device, rounds):
-        """{switch: figures} of a stage."""
+    def in_turns(self, size, stage, lab):
+        settings = replace(maskrl.preset(size, seed=lab.seed), **self.sizes[size])
+        data = maskrl.load_data(settings)
+        settings = data.measure(settings)
         trainings = {}
         for name, switch in self.switches.items():
-            training = self.training(stage, replace(settings, **switch), data, device)
+            training = self.training(stage, replace(settings, **switch), data, lab.device)
             optimizers = training.optimizers
             for optimizer in optimizers.values() if isinstance(optimizers, dict) else optimizers:
                 for group in optimizer.param_groups:
                     group["fused"] = name != "plain"
             trainings[name] = training
         seconds, loading = ({name: [] for name in trainings} for _ in range(2))
-        for i in range(rounds):
+        for i in range(self.rounds[size]):
             for name, training in trainings.items():
                 start = time.perf_counter()
-                inputs = self.inputs(stage, settings, data, device, i)
-                loaded = time.perf_counter()
+                inputs = self.inputs(stage, settings, data, lab.device, i)
+                loading[name].append(time.perf_counter() - start)
                 training.update(*inputs)
                 seconds[name].append(time.perf_counter() - start)
-                loading[name].append(loaded - start)
         median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-        return {
+        switches = {
             name: {
                 "updates": 1 / median[name],
                 "speedup": median["plain"] / median[name],
@@ -1017,6 +1014,7 @@ class TrainSpeed(Study):
             }
             for name in trainings
         }
+        return {"switches": switches}
 
     @staticmethod
     def training(stage, settings, data, device):
