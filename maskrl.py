@@ -3440,7 +3440,7 @@ def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
 
 def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
     """Settings of the options that were given, on top of the preset, or of a checkpoint's
-    `content`, which fixes some of them (all, when resuming what it began)."""
+    `content`, which fixes some of them (when resuming what it began, all but MEMORY_SETTINGS)."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     if content is None:
         return preset(args.preset or ("small" if device.type == "cuda" else "tiny"), **given)

@@ -1,5 +1,6 @@
 """Matrix products in bfloat16, and a batch in parts: neither may change what is learned."""
 
+from argparse import Namespace
 from functools import partial
 
 import budget
@@ -41,11 +42,28 @@ def test_without_a_size_the_rows_are_one_part_in_their_order():
 
 
 def test_losses_in_parts_are_one_step_on_their_sum():
-    weight = torch.nn.Parameter(torch.zeros(2))
-    parts = [weight[0] + 1, 2 * weight[1] - 4]
-    total, norm = maskrl.descend(parts, torch.optim.SGD([weight], 1.0), max_norm=10)
+    """A part is made when the one before it has gone backward, so that one graph is held."""
+    weight, seen = torch.nn.Parameter(torch.zeros(2)), []
+
+    def parts():
+        for loss in (weight[0] + 1, 2 * weight[1] - 4):
+            seen.append(None if weight.grad is None else weight.grad.tolist())
+            yield loss
+
+    total, norm = maskrl.descend(parts(), torch.optim.SGD([weight], 1.0), max_norm=10)
+    assert seen == [None, [1, 0]]
     assert (total, norm) == (-3, pytest.approx(5**0.5))
     assert weight.tolist() == [-1, -2]
+
+
+def test_what_memory_is_used_may_change_on_resume():
+    """Who runs out of it goes on where it happened; what is learned may not change."""
+    content, device = {"kind": "teacher", "settings": tiny()}, torch.device("cpu")
+    given = Namespace(preset=None, micro_batch=4, precision="bf16", checkpointing=True)
+    expected = tiny(micro_batch=4, precision="bf16", checkpointing=True)
+    assert maskrl.settings_from(given, device, content, resume=True) == expected
+    with pytest.raises(maskrl.InputError, match="--batch is fixed"):
+        maskrl.settings_from(Namespace(preset=None, batch=4), device, content, resume=True)
 
 
 def update_of_teacher(settings):
