@@ -53,10 +53,10 @@ import time
 import warnings
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
@@ -101,6 +101,7 @@ def option(default, help: str, **limits) -> Any:
 
 
 PREDICTS = ("x_0", "velocity", "eps")  # MAR's own network predicts eps
+PRECISIONS = ("fp32", "bf16")  # never fp16, whose range losses and gradients would leave
 METHODS = ("grpo", "backprop")  # policy gradient over groups, or through the generation
 RL_STEPS = ("critical", "random", "first", "all")
 RL_TOKENS = ("revealed", "hidden", "fresh")  # revealed there, all hidden, all under a fresh mask
@@ -130,6 +131,7 @@ class Settings:
     head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
     predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
     checkpointing: bool = option(False, "compute blocks twice in training, to save memory")
+    precision: str = option("fp32", "of the hidden layers' matrix products", choices=PRECISIONS)
     # generation
     steps: int = option(16, "K, unmasking iterations per image", at_least=1)
     denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
@@ -137,6 +139,7 @@ class Settings:
     x_0_limit: float = option(1.3, "clips the chain's x_0 (white is 1); 0 is off", at_least=0)
     # training the teacher
     batch: int = option(64, "images per update of teacher and student", at_least=1)
+    micro_batch: int = option(0, "images at a time of a batch, to save memory; 0: all", at_least=0)
     teacher_iters: int = option(2600, "teacher updates", at_least=1)
     teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0)
     muon_lr: float = option(4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0)
@@ -228,7 +231,8 @@ PRESETS = {
         "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
         "buffer": 16, "head_width": 512, "head_depth": 4, "batch": 128, "teacher_iters": 100_000,
         "teacher_lr": 4e-4, "muon_lr": 8e-4, "ema": 0.9999, "gsim_iters": 20_000,
-        "student_lr": 3e-5, "aux_lr": 6e-5, "prompts": 4, "critical_steps": 6, "judge_iters": 2000,
+        "student_lr": 3e-5, "aux_lr": 6e-5, "critical_steps": 6, "judge_iters": 2000,
+        "precision": "bf16", "micro_batch": 32,
     },
 }
 # fmt: on
@@ -279,6 +283,20 @@ def to_images(tokens: Tensor, settings: Settings) -> Tensor:
 # for each hidden one and gives every token a context c; a small MLP, the head, then denoises each
 # hidden token by itself, given its c. Names and arithmetic are those of the official code, whose
 # `diffloss.net` is our `head`.
+
+
+def in_precision(method: Callable) -> Callable:
+    """The method of a module, with matrix products in the module's `precision`; it returns float32.
+
+    Weights, residuals and norms are float32 in any case."""
+
+    @wraps(method)
+    def call(module, *inputs):
+        low = module.precision == "bf16"
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=low):
+            return method(module, *inputs).float()
+
+    return call
 
 
 class Attention(nn.Module):
@@ -362,9 +380,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def modulate(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Head(nn.Module):
@@ -383,19 +401,22 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, context: int, width: int, depth: int, predicts="x_0"):
         super().__init__()
-        self.predicts = predicts
+        self.predicts, self.precision = predicts, "fp32"
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(context, width)
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    @in_precision
+    def hidden(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         condition = self.time_embed(t) + self.cond_embed(c)
-        x = self.input_proj(x_t)
         for block in self.res_blocks:
             x = block(x, condition)
-        out = self.final_layer(x, condition)
+        return self.final_layer.modulate(x, condition)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        out = self.final_layer.linear(self.hidden(self.input_proj(x_t), t, c))
         if self.predicts == "eps":
             return out
         alpha, sigma = BASE.alpha_sigma(t)  # BASE: all 1000 times, section 4
@@ -433,7 +454,7 @@ class MAR(nn.Module):
     def __init__(self, settings: Settings, classes: list[str], kind="teacher", image_channels=3):
         super().__init__()
         width, length, buffer = settings.width, settings.length, settings.buffer
-        self.settings, self.classes, self.kind = settings, list(classes), kind
+        self.classes, self.kind = list(classes), kind
         self.num_classes, self.length = len(classes), length
         self.channels = image_channels * settings.patch**2  # D
         self.class_emb = nn.Embedding(self.num_classes, width)
@@ -441,22 +462,31 @@ class MAR(nn.Module):
         self.z_proj = nn.Linear(self.channels, width)  # MAR's name: it projects tokens, not z
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.encoder_blocks = self.blocks(settings.depth)
+        self.encoder_blocks = self.blocks(settings, settings.depth)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer + length, width))
-        self.decoder_blocks = self.blocks(settings.decoder_depth or settings.depth)
+        self.decoder_blocks = self.blocks(settings, settings.decoder_depth or settings.depth)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.head = Head(
             self.channels, width, settings.head_width, settings.head_depth, settings.predicts
         )
-        self.schedule = None
+        self.schedule, self.settings = None, settings
         self.init_weights()
 
-    def blocks(self, depth: int) -> nn.ModuleList:
-        settings = self.settings
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+        self.precision = self.head.precision = settings.precision
+
+    @staticmethod
+    def blocks(settings: Settings, depth: int) -> nn.ModuleList:
         return nn.ModuleList(Block(settings.width, settings.heads) for _ in range(depth))
 
     def init_weights(self) -> None:
@@ -495,6 +525,7 @@ class MAR(nn.Module):
         """The null class in place of every label [B]."""
         return torch.full_like(labels, self.num_classes)
 
+    @in_precision
     def context(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """c [B, L, W] of tokens [B, L, D] under mask [B, L], for labels [B] (num_classes: null).
 
@@ -654,23 +685,36 @@ def denoising_loss(head: Head, x_0: Tensor, c: Tensor, t: Tensor, eps: Tensor) -
     return error.mean()
 
 
-def descend(loss: Tensor, *optimizers, max_norm: float = 1.0) -> float:
-    """One step of the optimisers, the gradient clipped to max_norm; returns the norm before that.
+def micro_batches(mask: Tensor, size: int) -> list[Tensor]:
+    """The rows 0...B - 1 of mask [B, L] in parts of at most `size` (0: all of them in one).
 
-    NonFinite is raised before any weight changes."""
-    if not torch.isfinite(loss):
-        raise NonFinite(f"the loss is {loss.item()}")
+    Rows that hide about as many tokens come together, so that `MAR.context` pads little."""
+    alike = mask.sum(1).argsort(stable=True)
+    return [rows.sort().values for rows in alike.split(size or len(mask))]
+
+
+def descend(losses: Iterable[Tensor], *optimizers, max_norm: float = 1.0) -> tuple[float, float]:
+    """One step of the optimisers on the sum of `losses`, whose gradient is clipped to max_norm.
+
+    Each of the losses is made when its turn comes, and its graph is freed before the next one's.
+    Returns the sum, and the gradient's norm before it was clipped. NonFinite is raised before any
+    weight changes."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
         p.grad = None
-    loss.backward()
+    total = 0.0
+    for loss in losses:
+        if not torch.isfinite(loss):
+            raise NonFinite(f"the loss is {loss.item()}")
+        loss.backward()
+        total += loss.item()
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     if not torch.isfinite(norm):
         raise NonFinite(f"the gradient norm is {norm.item()}")
     for optimizer in optimizers:
         optimizer.step()
-    return norm.item()
+    return total, norm.item()
 
 
 @torch.no_grad()
@@ -692,8 +736,8 @@ class Muon(torch.optim.Optimizer):
 
     Each gradient matrix is replaced by the nearest orthogonal one, so that all directions of a
     weight move equally far, those with small gradients too. Steps are as large as Adam's, a root
-    mean square of 0.2 lr (2502.16982). torch.optim.Muon is the same in bfloat16, which most CPUs
-    only emulate: there it is slower than the rest of the update."""
+    mean square of 0.2 lr (2502.16982). As in theirs the iterations are in bfloat16 on a GPU; most
+    CPUs only emulate it, and there it would be slower than the rest of the update."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.02):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -706,7 +750,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - momentum)
-                direction = orthogonalise(p.grad.lerp(average, momentum))  # Nesterov's
+                nesterov = p.grad.lerp(average, momentum)
+                direction = orthogonalise(nesterov.bfloat16() if p.is_cuda else nesterov)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(direction, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
 
@@ -741,14 +786,15 @@ def hidden_matrices(model: MAR) -> list[nn.Parameter]:
 def teacher_optimizers(model: MAR) -> list[torch.optim.Optimizer]:
     """AdamW with MAR's weight decay; with muon_lr above 0, Muon for the hidden matrices."""
     settings = model.settings
-    groups, betas = weight_decay_groups(model), (0.9, 0.95)
+    groups = weight_decay_groups(model)
+    how = {"betas": (0.9, 0.95), "fused": model.device.type == "cuda"}
     if settings.muon_lr == 0:
-        return [torch.optim.AdamW(groups, settings.teacher_lr, betas=betas)]
+        return [torch.optim.AdamW(groups, settings.teacher_lr, **how)]
     matrices = hidden_matrices(model)
     taken = {id(p) for p in matrices}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    adamw = torch.optim.AdamW(groups, settings.teacher_lr, betas=betas)
+    adamw = torch.optim.AdamW(groups, settings.teacher_lr, **how)
     return [adamw, Muon(matrices, settings.muon_lr)]
 
 
@@ -785,16 +831,23 @@ class TeacherTraining:
         ratio = torch.rand(B, generator=generator)
         mask = random_mask(ratio, L, generator).to(x.device)
 
-        c = model.context(x, mask, labels)[mask].repeat(settings.draws, 1)  # [N, W]
         x_0 = x[mask].repeat(settings.draws, 1)  # [N, D]
+        owner = mask.nonzero()[:, 0].repeat(settings.draws)  # [N]: the image of each token
         t = torch.randint(1000, (len(x_0),), generator=generator).to(x.device)
         eps = torch.randn(x_0.shape, generator=generator).to(x.device)
-        loss = denoising_loss(model.head, x_0, c, t, eps)
-        norm = descend(loss, *self.optimizers)
+
+        def loss_of(rows):  # of some images: their share of the mean over all N tokens
+            c = model.context(x[rows], mask[rows], labels[rows])[mask[rows]]
+            n = torch.isin(owner, rows)
+            loss = denoising_loss(model.head, x_0[n], c.repeat(settings.draws, 1), t[n], eps[n])
+            return loss * n.float().mean()
+
+        parts = micro_batches(mask, settings.micro_batch)
+        loss, norm = descend(map(loss_of, parts), *self.optimizers)
         for rate in self.rates:
             rate.step()
         update_ema(self.ema, model, step, settings.ema)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm}
 
 
 # 6 Generation -------------------------------------------------------------------------------------
@@ -1164,7 +1217,8 @@ class Distillation:
             ("aux", self.aux, settings.aux_lr),
         )
         for name, network, lr in networks:
-            optimizer = torch.optim.Adam(network.parameters(), lr, betas=(0.0, 0.999))
+            how = {"betas": (0.0, 0.999), "fused": teacher.device.type == "cuda"}
+            optimizer = torch.optim.Adam(network.parameters(), lr, **how)
             rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.gsim_iters)
             self.optimizers[name], self.rates[name] = optimizer, rate
         self.state = {"aux": self.aux}
@@ -1181,45 +1235,63 @@ class Distillation:
         student, aux, settings = self.model, self.aux, self.model.settings
         ratio = torch.rand(len(x), generator=generator)
         mask = random_mask(ratio, student.length, generator).to(x.device)
-        N = int(mask.sum()) * settings.draws
+        owner = mask.nonzero()[:, 0].repeat(settings.draws)  # [N]: the image of each token
+        scale = guidance_scale(settings.guidance, mask.sum(1) - 1, student.length)[owner, None]
+        parts = micro_batches(mask, settings.micro_batch)
 
-        def hidden(rows):  # [B, L, W] -> [N, W]
-            return rows[mask].repeat(settings.draws, 1)
+        def draw():  # z [N, D], t [N] and eps [N, D]
+            shape = (len(owner), student.channels)
+            z, t = torch.randn(shape, generator=generator), gsim_times(len(owner), generator)
+            return (v.to(x.device) for v in (z, t, torch.randn(shape, generator=generator)))
 
-        def noise():
-            return torch.randn(N, student.channels, generator=generator).to(x.device)
+        def hidden(c, rows):  # [b, L, W] of some images -> [n, W] of their tokens
+            return c[mask[rows]].repeat(settings.draws, 1)
 
-        def times():
-            return gsim_times(N, generator).to(x.device)
+        def context(network, rows):
+            return hidden(network.context(x[rows], mask[rows], labels[rows]), rows)
+
+        whole = context(student, parts[0]) if len(parts) == 1 else None  # for both losses
+
+        def student_context(rows):
+            return context(student, rows) if whole is None else whole
 
         # the auxiliary network learns the score of the student's samples
-        c = hidden(student.context(x, mask, labels))
-        with torch.no_grad():
-            x_0 = one_step(student.head, noise(), c, settings.noise_ratio)
-        c_q = hidden(aux.context(x, mask, labels))
-        aux_loss = denoising_loss(aux.head, x_0, c_q, times(), noise())
-        descend(aux_loss, self.optimizers["aux"])
+        z, t, eps = draw()
+
+        def aux_loss_of(rows):  # their share of the mean over all N tokens
+            n = torch.isin(owner, rows)
+            with torch.no_grad():
+                x_0 = one_step(student.head, z[n], student_context(rows), settings.noise_ratio)
+            loss = denoising_loss(aux.head, x_0, context(aux, rows), t[n], eps[n])
+            return loss * n.float().mean()
+
+        aux_loss, _ = descend(map(aux_loss_of, parts), self.optimizers["aux"])
 
         # the student follows both scores; their parameters are frozen, but not the way to x_t
-        with torch.no_grad():
-            c_q = hidden(aux.context(x, mask, labels))
-            c_p, c_null = class_and_null_context(self.teacher, x, mask, labels)
-        scale = guidance_scale(settings.guidance, mask.sum(1) - 1, student.length)
-        scale = hidden(scale[:, None, None].expand(*mask.shape, 1))
-        teacher_head = guided(self.teacher.head, hidden(c_p), hidden(c_null), scale)
+        z, t, eps = draw()
 
-        def eps_p(x_t, t):
-            return teacher_head(x_t, t).chunk(2, -1)[0]
+        def loss_of(rows):
+            n = torch.isin(owner, rows)
+            with torch.no_grad():
+                c_q = context(aux, rows)
+                both = class_and_null_context(self.teacher, x[rows], mask[rows], labels[rows])
+            c_p, c_null = (hidden(c, rows) for c in both)
+            teacher_head = guided(self.teacher.head, c_p, c_null, scale[n])
+
+            def eps_p(x_t, t):
+                return teacher_head(x_t, t).chunk(2, -1)[0]
+
+            x_0 = one_step(student.head, z[n], student_context(rows), settings.noise_ratio)
+            loss = self.loss(x_0, t[n], eps[n], partial(aux.head.eps, c=c_q), eps_p)
+            return loss.sum() / len(owner)
 
         aux.requires_grad_(False)
-        x_0 = one_step(student.head, noise(), c, settings.noise_ratio)
-        loss = self.loss(x_0, times(), noise(), partial(aux.head.eps, c=c_q), eps_p).mean()
-        norm = descend(loss, self.optimizers["student"])
+        loss, norm = descend(map(loss_of, parts), self.optimizers["student"])
         aux.requires_grad_(True)
         self.rates["student"].step()
         self.rates["aux"].step()
         update_ema(self.ema, student, step, settings.student_ema)
-        return {"loss": loss.item(), "aux_loss": aux_loss.item(), "grad_norm": norm}
+        return {"loss": loss, "aux_loss": aux_loss, "grad_norm": norm}
 
 
 # 8 Critical steps ---------------------------------------------------------------------------------
@@ -1493,9 +1565,9 @@ class PolicyGradient:
             self.optimizers["schedule"] = self.adamw(schedule.parameters(), settings.schedule_lr)
         self.state = self.optimizers
 
-    @staticmethod
-    def adamw(parameters, lr: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0)
+    def adamw(self, parameters, lr: float) -> torch.optim.AdamW:
+        how = {"betas": (0.9, 0.95), "fused": self.model.device.type == "cuda"}
+        return torch.optim.AdamW(parameters, lr, weight_decay=0.0, **how)
 
     def update(self, labels: Tensor, seed) -> dict[str, float]:
         """G rollouts of each class of `labels` [P], then updates on them; metrics to log.
@@ -1537,30 +1609,45 @@ class PolicyGradient:
             rank = torch.rand(mask.shape, generator=generator).argsort(1).to(mask.device)
             mask = counted = rank < mask.sum(1, keepdim=True)
 
-        def means(network):  # g(z, c) of the counted tokens [N, D]
-            c = network.context(x, mask, labels)[counted]
-            return one_step(network.head, z[counted], c, settings.noise_ratio)
-
         pair = counted.nonzero()[:, 0]  # [N]: the pair that each counted token belongs to
-        A, sigma = A[row][pair], rollouts.sigma[row][pair]
+        x_counted, A, sigma = x[counted], A[row][pair], rollouts.sigma[row][pair]
+        parts = micro_batches(mask, settings.micro_batch)
+
+        def means(network, m):  # g(z, c) of the counted tokens of the pairs m [n, D]
+            c = network.context(x[m], mask[m], labels[m])[counted[m]]
+            return one_step(network.head, z[m][counted[m]], c, settings.noise_ratio)
+
+        g_ref, g_old = torch.empty_like(x_counted), old[counted]
         with torch.no_grad():
-            g_ref = means(self.reference)
-            g_old = means(model) if settings.rl_tokens == "fresh" else old[counted]
-            log_old = token_log_prob(x[counted], g_old, sigma)
-        for epoch in range(settings.rl_epochs):
-            g = means(model)
+            for m in parts:
+                n = torch.isin(pair, m)
+                g_ref[n] = means(self.reference, m)
+                if settings.rl_tokens == "fresh":
+                    g_old[n] = means(model, m)
+            log_old = token_log_prob(x_counted, g_old, sigma)
+
+        def loss_of(m):  # of the pairs m: their share of the mean over all N tokens
+            n = torch.isin(pair, m)
+            g = means(model, m)
             loss, metrics = policy_loss(
-                token_log_prob(x[counted], g, sigma),
-                log_old,
-                A,
-                token_kl(g, g_ref, sigma),
+                token_log_prob(x_counted[n], g, sigma[n]),
+                log_old[n],
+                A[n],
+                token_kl(g, g_ref[n], sigma[n]),
                 settings.clip_ratio,
                 settings.beta,
             )
-            norm = descend(loss, self.optimizers["generator"])
-            if epoch == 0:
-                first_log_ratio = metrics["log_ratio"]  # 0 if sampler and learner agree
-        return metrics | {"log_ratio": first_log_ratio, "loss": loss.item(), "grad_norm": norm}
+            share = n.float().mean()
+            seen.append((share.item(), metrics))
+            return loss * share
+
+        for epoch in range(settings.rl_epochs):
+            seen = []
+            loss, norm = descend(map(loss_of, parts), self.optimizers["generator"])
+            if epoch == 0:  # 0 if sampler and learner agree
+                log_ratio = max(metrics["log_ratio"] for _, metrics in seen)
+        means_of = {name: sum(s * m[name] for s, m in seen) for name in seen[0][1]}
+        return means_of | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
 
     def schedule_update(self, trace: Trace, A: Tensor) -> float:
         """Updates of the schedule policy on all its choices in a Trace; the clip fraction.
@@ -1577,7 +1664,7 @@ class PolicyGradient:
         log_old = log_prob().detach()
         for _ in range(self.schedule_epochs):
             loss, metrics = policy_loss(log_prob(), log_old, A[row], clip_ratio=settings.clip_ratio)
-            descend(loss, self.optimizers["schedule"])
+            descend([loss], self.optimizers["schedule"])
         return metrics["clip_fraction"]
 
 
@@ -1595,13 +1682,26 @@ class RewardBackpropagation(PolicyGradient):
         predictions = "predictions" if settings.rl_steps == "critical" else True
         tokens, trace = generate(model, labels, seed=seed, trace=predictions)
         keep = optimised_steps(trace, tokens, settings, self.mean_image, rng(seed, "update"))
-        tokens, kl = replay(model, self.reference, labels, trace, keep)
-        quality = self.quality(to_images(tokens, settings), labels)
-        norm = descend(settings.beta * kl - quality.mean(), self.optimizers["generator"])
+        tokens = (trace.counts * keep).sum(1)  # [B]: how many an image reveals in those steps
+        seen = []
+
+        def loss_of(rows):  # of some images: their shares of the means over all
+            part = replace(
+                trace, order=trace.order[rows], z=trace.z[rows], counts=trace.counts[rows]
+            )
+            made, mean_kl = replay(model, self.reference, labels[rows], part, keep[rows])
+            of_each = self.quality(to_images(made, settings), labels[rows])
+            shares = of_each.sum() / len(labels), mean_kl * tokens[rows].sum() / tokens.sum()
+            seen.append(torch.stack(shares).detach())
+            return settings.beta * shares[1] - shares[0]
+
+        parts = micro_batches(keep, settings.micro_batch)
+        _, norm = descend(map(loss_of, parts), self.optimizers["generator"])
+        quality, kl = sum(seen).tolist()
         return {
-            "quality": quality.mean().item(),
+            "quality": quality,
             "steps": trace.steps.float().mean().item(),
-            "kl": kl.item(),
+            "kl": kl,
             "grad_norm": norm,
         }
 
@@ -2539,7 +2639,7 @@ def train_critic(name: str, split: Split, settings: Settings, device) -> Critic:
         x, kind = damage(x, labels, patch_in_pixels(x, settings), generator, critic.kinds)
         _, class_logits, damage_logits = critic(x)
         loss = F.cross_entropy(class_logits, labels) + F.cross_entropy(damage_logits, kind)
-        descend(loss, optimizer)
+        descend([loss], optimizer)
         rate.step()
     return critic.eval().requires_grad_(False)
 
@@ -3508,6 +3608,7 @@ MODEL_SETTINGS = (
     "head_depth",
     "predicts",
 )  # what a checkpoint's weights depend on
+MEMORY_SETTINGS = ("checkpointing", "precision", "micro_batch")  # how, not what, is computed
 STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance")  # and what was distilled into them
 GROUPS = {
     "image_size": "data",
@@ -3676,7 +3777,7 @@ def usual_preset(data: str, device) -> str:
 
 def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
     """Settings of the options that were given, on top of the preset, or of a checkpoint's
-    `content`, which fixes some of them (all, when resuming what it began)."""
+    `content`, which fixes some of them (when resuming what it began, all but MEMORY_SETTINGS)."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     if content is None:
         return preset(args.preset or usual_preset(args.data, device), **given)
@@ -3686,7 +3787,7 @@ def settings_from(args, device, content: dict | None, resume: bool) -> Settings:
         )
     base = content["settings"]
     if resume:
-        fixed = [f.name for f in fields(Settings)]
+        fixed = [f.name for f in fields(Settings) if f.name not in MEMORY_SETTINGS]
     else:
         fixed = MODEL_SETTINGS if content["kind"] == "teacher" else STUDENT_SETTINGS
     for name in fixed:
@@ -3840,6 +3941,7 @@ KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
 MAR_SETTINGS = PRESETS["small"] | {
     "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256, "batch": 16,
     "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
+    "precision": "fp32", "micro_batch": 0,
 }  # trained as `small`, which nobody has tried at this size
 RELEASED = {
     "mar_b": MAR_SETTINGS | {

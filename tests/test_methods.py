@@ -423,16 +423,17 @@ def test_a_step_that_is_not_finite_changes_no_weight():
     weight = torch.nn.Parameter(torch.tensor([0.0, 1.0]))
     optimizer = torch.optim.SGD([weight], 0.1)
     with pytest.raises(maskrl.NonFinite, match="loss is nan"):
-        maskrl.descend(weight.sum() * math.nan, optimizer)
+        maskrl.descend([weight.sum() * math.nan], optimizer)
     with pytest.raises(maskrl.NonFinite, match="gradient norm is inf"):
-        maskrl.descend(weight.sqrt().sum(), optimizer)
+        maskrl.descend([weight.sqrt().sum()], optimizer)
     assert weight.tolist() == [0.0, 1.0]
 
 
 def test_a_step_clips_the_gradient_and_says_what_it_was():
     weight = torch.nn.Parameter(torch.zeros(2))
-    norm = maskrl.descend(weight @ torch.tensor([3.0, 4.0]), torch.optim.SGD([weight], 1.0))
-    assert norm == pytest.approx(5)
+    loss = 1 + weight @ torch.tensor([3.0, 4.0])
+    total, norm = maskrl.descend([loss], torch.optim.SGD([weight], 1.0))
+    assert (total, norm) == (1, pytest.approx(5))
     torch.testing.assert_close(weight.detach(), -torch.tensor([0.6, 0.8]))
 
 
@@ -861,7 +862,7 @@ def test_gsim_loss_lowers_the_divergence_between_two_gaussians():
         z, eps = torch.randn(2, 256, 8, dtype=torch.float64)
         t, eps_q = torch.randint(20, 985, (256,)), gaussian_eps(*theta.detach().clone())
         loss = maskrl.gsim_loss(theta[0] + theta[1] * z, t, eps, eps_q, teacher)
-        maskrl.descend(loss.mean(), optimizer)
+        maskrl.descend([loss.mean()], optimizer)
     assert divergence(theta, teacher, squared) < 0.02 * before
     expected = torch.tensor([0.3, 0.5], dtype=torch.float64)
     torch.testing.assert_close(theta.detach().abs(), expected, atol=0.06, rtol=0)

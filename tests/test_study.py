@@ -38,6 +38,7 @@ def cut_short(patch, folder):
     for each in (study.Emoji, study.Letters):
         patch.setattr(each, "options", SHORT)
         digits.make(folder / "folders" / each().name, per_class=20)
+    patch.setattr(study.TrainSpeed, "rounds", dict.fromkeys(study.TrainSpeed.sizes, 2))
 
     def run(*args):
         study.main([*args, "--out", str(folder / "out"), "--device", "cpu", "--threads", "1"])
