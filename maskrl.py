@@ -39,6 +39,7 @@ weight of the KL divergence.
 """
 
 import argparse
+import errno
 import hashlib
 import importlib
 import io
@@ -47,22 +48,25 @@ import logging
 import math
 import os
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import URLError
-from zipfile import is_zipfile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
@@ -81,7 +85,7 @@ class InputError(ValueError):
 
 
 class NonFinite(RuntimeError):
-    """A loss, gradient or reward is infinite or NaN; no weight was changed by it."""
+    """A loss, gradient, weight or reward is infinite or NaN."""
 
 
 # ==================================================================================================
@@ -111,21 +115,33 @@ class Settings:
     Raises InputError, naming the option, for a value of the wrong type or outside its limits."""
 
     # data
-    image_size: int = option(16, "height and width, in pixels or latents", at_least=1)
-    per_class: int = option(3000, "images per class that the built-in shapes draw", at_least=20)
+    image_size: int = option(16, "height and width, in pixels or latents", at_least=1, at_most=4096)
+    per_class: int = option(3000, "images of each built-in shape", at_least=20, at_most=10**6)
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
     seed: int = option(0, "of shapes, weights and noise", at_least=0, below=2**63)
     # model
     patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2", at_least=1)
-    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale")
-    scale: float = option(0.0, "0: mean and scale are measured on the training images", at_least=0)
-    width: int = option(96, "W of the transformer, a multiple of 4 and of --heads", at_least=4)
-    depth: int = option(2, "transformer blocks in the encoder, and in the decoder", at_least=1)
-    decoder_depth: int = option(0, "blocks in the decoder, if not --depth (0)", at_least=0)
+    mean: float = option(
+        0.0, "tokens = (pixels in [-1, 1] - mean) x scale", at_least=-1000, at_most=1000
+    )
+    scale: float = option(
+        0.0, "0: mean and scale are measured on the training images", at_least=0, at_most=1000
+    )
+    width: int = option(
+        96, "W of the transformer, a multiple of 4 and of --heads", at_least=4, at_most=2**14
+    )
+    depth: int = option(
+        2, "transformer blocks in the encoder, and in the decoder", at_least=1, at_most=200
+    )
+    decoder_depth: int = option(
+        0, "blocks in the decoder, if not --depth (0)", at_least=0, at_most=200
+    )
     heads: int = option(4, "attention heads", at_least=1)
-    buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
-    head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
-    head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
+    buffer: int = option(
+        4, "rows at the start of the sequence that carry the class", at_least=1, at_most=4096
+    )
+    head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1, at_most=2**14)
+    head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1, at_most=200)
     predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
     checkpointing: bool = option(False, "compute blocks twice in training, to save memory")
     # generation
@@ -134,11 +150,11 @@ class Settings:
     guidance: float = option(1.2, "s; eps = eps_null + s (eps_class - eps_null)", at_least=0)
     x_0_limit: float = option(1.3, "clips the chain's x_0 (white is 1); 0 is off", at_least=0)
     # training the teacher
-    batch: int = option(64, "images per update of teacher and student", at_least=1)
+    batch: int = option(64, "images per update of teacher and student", at_least=1, at_most=10**5)
     teacher_iters: int = option(2600, "teacher updates", at_least=1)
     teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0)
     muon_lr: float = option(4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0)
-    draws: int = option(4, "noise draws per hidden token and update", at_least=1)
+    draws: int = option(4, "noise draws per hidden token and update", at_least=1, at_most=1000)
     label_dropout: float = option(0.1, "share trained without a class", at_least=0, below=1)
     ema: float = option(0.995, "limit of the teacher's EMA decay", at_least=0, below=1)
     # GSIM
@@ -151,8 +167,8 @@ class Settings:
     method: str = option("grpo", "backprop: the reward's own gradient", choices=METHODS)
     rl_iters: int = option(150, "policy updates", at_least=1)
     rl_lr: float = option(3e-5, "learning rate of the generator", above=0)
-    prompts: int = option(16, "P, groups of rollouts per update", at_least=1)
-    group: int = option(8, "G, rollouts per group", at_least=2)
+    prompts: int = option(16, "P, groups of rollouts per update", at_least=1, at_most=10**5)
+    group: int = option(8, "G, rollouts per group", at_least=2, at_most=10**5)
     rl_steps: str = option("critical", "which steps are optimised", choices=RL_STEPS)
     critical_steps: int = option(4, "K_c, how many of them per rollout", at_least=1)
     rl_tokens: str = option("revealed", "which tokens of such a step count", choices=RL_TOKENS)
@@ -166,7 +182,9 @@ class Settings:
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
     # reward network and judge
     judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
-    judge_n: int = option(2250, "images in each row of the judge's table", at_least=2)
+    judge_n: int = option(
+        2250, "images in each row of the judge's table", at_least=2, at_most=10**6
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -651,7 +669,8 @@ def denoising_loss(head: Head, x_0: Tensor, c: Tensor, t: Tensor, eps: Tensor) -
 def descend(loss: Tensor, *optimizers, max_norm: float = 1.0) -> float:
     """One step of the optimisers, the gradient clipped to max_norm; returns the norm before that.
 
-    NonFinite is raised before any weight changes."""
+    NonFinite is raised before any weight changes if loss or gradient are not finite; after it if
+    the step itself was too large, so that no average ever takes such weights in."""
     if not torch.isfinite(loss):
         raise NonFinite(f"the loss is {loss.item()}")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -664,6 +683,8 @@ def descend(loss: Tensor, *optimizers, max_norm: float = 1.0) -> float:
         raise NonFinite(f"the gradient norm is {norm.item()}")
     for optimizer in optimizers:
         optimizer.step()
+    if not torch.isfinite(nn.utils.get_total_norm(parameters)):
+        raise NonFinite("the step made weights infinite or NaN")
     return norm.item()
 
 
@@ -1287,6 +1308,8 @@ class SchedulePolicy(nn.Module):
     def sample(self, states: Tensor, hidden: Tensor, generator) -> Tensor:
         """Actions [N] drawn from pi."""
         probabilities = self.log_probs(states, hidden).exp()
+        if not probabilities.isfinite().all():
+            raise NonFinite("the schedule's probabilities are infinite or NaN")
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
     def count(self, actions: Tensor, hidden: Tensor) -> Tensor:
@@ -1654,34 +1677,72 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
 
 
 def write_file(path, content: dict) -> None:
-    """Write atomically: an interruption leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
+    with writing(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes the old one's name
-    os.replace(unfinished, path)
+
+
+@contextmanager
+def writing(path) -> Iterator[BinaryIO]:
+    """A file that takes the name `path` when it is complete: an interruption leaves the old file
+    or the new one, never half of one. InputError names the path where the disk is full."""
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's
+        with suppress(OSError):
+            unfinished.unlink()
+        raise InputError(f"{path} cannot be written: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be written or read, in one line."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    return getattr(cause, "strerror", None) or str(cause).splitlines()[0]
 
 
 def load_safely(path, device="cpu", lazily=False) -> Any:
-    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none.
+    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none,
+    or if a bit of it has changed.
 
     An argparse.Namespace, which MAR's own files hold, is read as data; any other class is refused
     by its name. lazily: leave weights on the disk until they are used."""
     try:
+        stat = os.stat(path)
+        damage = damage_of(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+        if damage:
+            raise InputError(f"{path} is damaged: {damage}. Get it anew")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mmap = lazily and is_zipfile(path)
-            return torch.load(path, device, weights_only=True, mmap=mmap)
+            return torch.load(path, device, weights_only=True, mmap=lazily)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
+    except InputError:
+        raise
     except Exception as error:
         reason = ", ".join([type(error).__name__, *foreign_classes(path)])
         raise InputError(
             f"{path} is not a checkpoint that can be read safely ({reason}); expected teacher.pt, "
             "student.pt or policy.pt, or a file in MAR's format"
         ) from None
+
+
+@cache
+def damage_of(path: str, size: int, mtime: int) -> str | None:
+    """What is wrong with the zip archive that torch.save makes, if something is; by its checksums,
+    which torch.load leaves aside. size, mtime: of the file, which is read once until it changes."""
+    with ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != ZIP_STORED for part in parts):
+            return "it is compressed, which torch.save never does"
+        if sum(part.file_size for part in parts) > size:
+            return "it says that it holds more than it has"
+        damaged = archive.testzip()
+    return damaged and f"the checksum of {damaged} is wrong"
 
 
 def foreign_classes(path) -> list[str]:
@@ -1698,14 +1759,23 @@ def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
 
     InputError if it is none, if it is of another kind, or if its settings are out of range."""
     content = load_safely(path, device)
-    parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
-    if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
+    parts = {"kind": str, "settings": dict, "classes": list, "step": int, "training": object}
+    if not isinstance(content, dict) or not {*parts, "model", "model_ema"} <= set(content):
         raise InputError(f"{path} is not a maskrl checkpoint")
-    if not isinstance(content["settings"], dict):
-        raise InputError(f"{path} is not a maskrl checkpoint: its settings are no dictionary")
+    for name, accepted in parts.items():
+        if not isinstance(content[name], accepted):
+            raise InputError(
+                f"{path} is not a maskrl checkpoint: its {name} must be of type {accepted.__name__}"
+            )
+    if content["kind"] not in KINDS or content["step"] < 0:
+        raise InputError(f"{path} is not a maskrl checkpoint")
+    if not all(isinstance(name, str) for name in content["classes"]):
+        raise InputError(f"{path}: its classes must be a list of names")
+    for part in ("model", "model_ema"):
+        tensors_of(path, content, part)
     if kind and content["kind"] != kind:
         raise InputError(f"{path} is a {content['kind']}; a {kind} is needed here")
-    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    unknown = {str(name) for name in content["settings"]} - {f.name for f in fields(Settings)}
     if unknown:
         raise InputError(
             f"{path} has settings that this version does not know: {some(sorted(unknown), 3)}. If "
@@ -1722,16 +1792,15 @@ def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
     """The EMA model of a checkpoint, ready for `generate`; InputError if the file is not sound."""
     content = read_checkpoint(path, kind, device)
     settings, weights = content["settings"], content["model_ema"]
-    try:
-        image_channels = weights["z_proj.weight"].shape[1] // settings.patch**2
+    image_channels = shape_of(path, weights, "z_proj.weight", 2)[1] // settings.patch**2
+
+    def build():
         model = MAR(settings, content["classes"], content["kind"], image_channels)
-        if any(name.startswith("schedule.") for name in weights):
+        if model.kind == "policy" and "schedule.counts" in weights:
             add_schedule(model)
-        model.load_state_dict(weights)
-    except (LookupError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: its weights do not fit its settings: {reason}") from None
-    return model.to(device).eval().requires_grad_(False)
+        return model
+
+    return filled(path, build, weights).to(device).eval().requires_grad_(False)
 
 
 # ==================================================================================================
@@ -2068,7 +2137,8 @@ def middle_square(image: Image.Image, size: int) -> Tensor:
 def class_folders(folder: str) -> list[str]:
     """The names of the sub-folders, sorted; hidden ones are no classes."""
     try:
-        found = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+        names = [e.name for e in os.scandir(folder) if not e.name.startswith(".")]
+        found = [name for name in names if os.path.isdir(os.path.join(folder, name))]
     except OSError as error:
         raise InputError(f"--data {folder}: {error.strerror}") from None
     if not found:
@@ -2076,19 +2146,21 @@ def class_folders(folder: str) -> list[str]:
     return sorted(found)
 
 
-def files_below(folder) -> Iterator[os.DirEntry]:
-    """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed."""
+def files_below(folder, above=frozenset()) -> Iterator[os.DirEntry]:
+    """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed,
+    but not into a folder that one is in already."""
+    above = above | {os.path.realpath(folder)}
     for entry in sorted(os.scandir(folder), key=attrgetter("name")):
-        if entry.is_dir():
-            yield from files_below(entry.path)
-        else:
+        if not os.path.isdir(entry.path):
             yield entry
+        elif os.path.realpath(entry.path) not in above:
+            yield from files_below(entry.path, above)
 
 
 def kind_of(entry: os.DirEntry) -> str:
     """What tells the kind of a file: how its name ends, e.g. `.jpg`."""
     kind = Path(entry.name).suffix.lower() or entry.name
-    return kind if entry.is_file() else f"{kind} (a broken link)"
+    return kind if os.path.isfile(entry.path) else f"{kind} (a broken link)"
 
 
 def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str]:
@@ -2096,7 +2168,7 @@ def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str
     added, removed or changed. Says how many other files there are, of which kinds."""
     paths, labels, digest = [], [], hashlib.sha256(b"upright, white behind, middle square")
     root = os.path.abspath(folder)
-    beside = [kind_of(entry) for entry in os.scandir(root) if not entry.is_dir()]
+    beside = [kind_of(entry) for entry in os.scandir(root) if not os.path.isdir(entry.path)]
     ignored = Counter(f"{kind} beside the sub-folders" for kind in beside)
     for y, name in enumerate(classes):
         for entry in files_below(os.path.join(root, name)):
@@ -2208,17 +2280,18 @@ def train(
     training: a TeacherTraining, Distillation or PolicyGradient. path: of the checkpoint, written
     every `every` steps; log.jsonl lies beside it. measure: function ema -> {name: float}, logged
     ten times; where it gives `progress`, the EMA weights with the lowest are kept at the end.
-    NonFinite names the stage and the step, and leaves a checkpoint of the last finite weights."""
+    Ctrl-C and SIGTERM let a step finish, save, and raise Stopped. NonFinite names the stage, the
+    step and the tensors; the checkpoint stays the last good one, from which --resume repeats all
+    that led there, since every step draws its noise from (seed, stage, step)."""
     path, model, ema = Path(path), training.model, training.ema
-    path.parent.mkdir(parents=True, exist_ok=True)
     # seconds of all updates so far; the lowest progress, and the EMA weights that it is of
     record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
-    start = restore(training, path, record) if resume and path.exists() else 0
+    start = saved = restore(training, path, record, iters) if resume and path.exists() else 0
+    trim_log(path.parent, model.kind, start)
 
     def log(step, metrics):
         values = {k: round(v, 6) for k, v in ({"seconds": record["seconds"]} | metrics).items()}
-        with open(path.with_name("log.jsonl"), "a") as file:
-            file.write(json.dumps({"stage": model.kind, "step": step, **values}) + "\n")
+        append_log(path.parent, {"stage": model.kind, "step": step, **values})
 
     def save(step):
         state = {name: value.state_dict() for name, value in training.state.items()}
@@ -2226,45 +2299,223 @@ def train(
         save_checkpoint(path, model, ema, step, None if step == iters else state)
 
     bar = tqdm(range(start, iters), model.kind, iters, initial=start, mininterval=1)
-    for step in bar:
-        began = time.perf_counter()
-        try:
-            metrics = update(step)
-        except NonFinite as error:
-            save(step)
-            raise NonFinite(
-                f"{model.kind}, step {step}: {error}. The last finite weights are in "
-                f"{path}. If training diverged, start afresh in another --out with a "
-                "lower learning rate"
-            ) from None
-        record["seconds"] += time.perf_counter() - began
-        if step % max(1, iters // 200) == 0 or step == iters - 1:
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            log(step, metrics)
-        tenth_is_over = (step + 1) * 10 // iters > step * 10 // iters
-        if measure and tenth_is_over:
-            values = measure(ema)
-            log(step, values)
-            if values.get("progress", math.inf) < record["lowest"]:
-                record |= {"lowest": values["progress"], "weights": deepcopy(ema.state_dict())}
-        if step + 1 == iters and record["weights"]:
-            ema.load_state_dict(record["weights"])
-        if (step + 1) % every == 0 or step + 1 == iters:
-            save(step + 1)
+    with held_signals() as signals:
+        for step in bar:
+            began = time.perf_counter()
+            try:
+                metrics = update(step)
+                record["seconds"] += time.perf_counter() - began
+                if step % max(1, iters // 200) == 0 or step == iters - 1:
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+                    log(step, metrics)
+                tenth_is_over = (step + 1) * 10 // iters > step * 10 // iters
+                if measure and tenth_is_over:
+                    values = measure(ema)
+                    log(step, values)
+                    if values.get("progress", math.inf) < record["lowest"]:
+                        weights = deepcopy(ema.state_dict())
+                        record |= {"lowest": values["progress"], "weights": weights}
+            except NonFinite as error:
+                good = f"{path} holds the good weights after {saved} steps, and --resume"
+                raise NonFinite(
+                    f"{model.kind}, step {step}: {error}{non_finite_tensors(training)}. "
+                    f"{good if saved else 'Nothing was saved; the same command'} repeats what led "
+                    "here. If training diverged, start afresh in another --out with a lower "
+                    "learning rate"
+                ) from None
+            if step + 1 == iters and record["weights"]:
+                ema.load_state_dict(record["weights"])
+            if (step + 1) % every == 0 or step + 1 == iters or signals:
+                save(step + 1)
+                saved = step + 1
+            if signals:
+                raise Stopped(signals[0], f"{model.kind} is saved in {path} after {saved} steps")
     return ema
 
 
-def restore(training, path, record: dict) -> int:
-    """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with."""
+class Stopped(KeyboardInterrupt):
+    """args: the signal that stopped a training, and where it was saved."""
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; a
+    second one stops at once."""
+    noted = []
+
+    def note(number, _):
+        if noted:
+            raise Stopped(number, "the second signal did not wait for the training to be saved")
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def non_finite_tensors(training) -> str:
+    """Names of the weights and gradients that are not finite, for a message."""
+    networks = {"": training.model} | {
+        f"{name}.": network
+        for name, network in training.state.items()
+        if isinstance(network, nn.Module)
+    }
+    names = []
+    for prefix, network in networks.items():
+        for name, p in network.named_parameters():
+            if not p.isfinite().all():
+                names.append(prefix + name)
+            elif p.grad is not None and not p.grad.isfinite().all():
+                names.append(f"the gradient of {prefix}{name}")
+    return f" ({some(names, 3)})" if names else ""
+
+
+def restore(training, path, record: dict, iters: int) -> int:
+    """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with.
+    InputError if it does not fit them."""
     content = read_checkpoint(path, training.model.kind)
-    training.model.load_state_dict(content["model"])
-    training.ema.load_state_dict(content["model_ema"])
-    for name, value in (content["training"] or {}).items():
-        if name == "record":
-            record.update(value)
+    step, state = content["step"], content["training"]
+    if step > iters or (state is None) != (step == iters):
+        raise InputError(f"{path} is of step {step} of {iters}: --resume cannot go on with it")
+    try:
+        load_state(training.model, content["model"])
+        load_state(training.ema, content["model_ema"])
+        if state is not None:
+            check_alike(dict.fromkeys([*training.state, "record"]), dict.fromkeys(state))
+            weights = training.ema.state_dict() if state["record"]["weights"] else {}
+            check_alike(record | {"weights": weights}, state["record"])
+            record.update(state["record"])
+            for name, value in training.state.items():
+                load_state(value, state[name])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not of this training, or of another version of torch: --resume cannot go "
+            f"on with it ({str(error).splitlines()[0]})"
+        ) from None
+    return step
+
+
+def load_state(value, saved) -> None:
+    """value.load_state_dict(saved), of a network, an optimiser or a schedule of its rates;
+    ValueError if `saved` has another form."""
+    form = value.state_dict()
+    if isinstance(value, torch.optim.Optimizer):  # which adds averages of gradients as it steps
+        parameters = [p for group in value.param_groups for p in group["params"]]
+        form["state"] = {
+            i: {key: parameters[i] if x.ndim else torch.zeros(()) for key, x in entries.items()}
+            for i, entries in saved["state"].items()
+        }
+    check_alike(form, saved)
+    value.load_state_dict(saved)
+
+
+def check_alike(own, saved) -> None:
+    """ValueError unless `saved` has the keys, types and shapes of `own`, and finite tensors."""
+    if isinstance(own, dict):
+        alike = isinstance(saved, dict) and own.keys() == saved.keys()
+        pairs = [(own[key], saved[key]) for key in own] if alike else []
+    elif isinstance(own, (list, tuple)):
+        alike = isinstance(saved, (list, tuple)) and len(own) == len(saved)
+        pairs = zip(own, saved) if alike else []
+    elif torch.is_tensor(own):
+        alike = torch.is_tensor(saved) and own.shape == saved.shape and saved.isfinite().all()
+        pairs = []
+    else:
+        alike, pairs = isinstance(saved, type(own)), []
+    if not alike:
+        raise ValueError(f"an unexpected {type(saved).__name__}")
+    for pair in pairs:
+        check_alike(*pair)
+
+
+def locked(file) -> bool:
+    """Lock an open file for this process, if no other one holds it: whether that is so. The lock
+    ends with the process, however that ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            training.state[name].load_state_dict(value)
-    return content["step"]
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # else: a disk without locks
+    return True
+
+
+LOCKS = {}  # {folder: its open lock file}, of this process
+
+
+def claim(out: Path) -> None:
+    """Make this process the only one that trains in the folder `out`, for as long as it lives;
+    InputError if another one does."""
+    place = out.resolve()
+    if place in LOCKS:
+        LOCKS.pop(place).close()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    if not locked(file):
+        raise InputError(f"another run is at work in --out {out}: wait for it, or stop it first")
+    LOCKS[place] = file
+
+
+def read_log(out) -> list[dict]:
+    """The lines of out/log.jsonl, but for one cut short by a power failure; none if there is no
+    such file."""
+    path, lines = Path(out) / "log.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def append_log(out, line: dict) -> None:
+    """One more line in out/log.jsonl."""
+    path = Path(out) / "log.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(as_json(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def trim_log(out, stage: str, start: int) -> None:
+    """Take from out/log.jsonl the lines of a stage from step `start` on, which it logs again."""
+    lines = read_log(out)
+    kept = [line for line in lines if line["stage"] != stage or line["step"] < start]
+    if lines:
+        write_text(Path(out) / "log.jsonl", "".join(as_json(line) + "\n" for line in kept))
+
+
+def write_text(path, text: str) -> None:
+    with writing(path) as file:
+        file.write(text.encode())
+
+
+def as_json(value, **options) -> str:
+    """JSON, in which a number that is infinite or NaN is null."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def train_teacher(settings: Settings, data: Data, out, device, resume=False) -> MAR:
@@ -2427,6 +2678,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     FID's formula, in float64."""
     a, b = a.cpu().double(), b.cpu().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise NonFinite("features of images are infinite or NaN")
     S_a, S_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(S_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -2788,7 +3041,11 @@ def checked_reward(name: str, quality: Callable, images: Tensor, labels: Tensor)
     def checked(images, labels, error=NonFinite):
         # no graph for weights that somebody forgot to freeze
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            q = quality(images.clamp(-1, 1), labels)
+            try:
+                q = quality(images.clamp(-1, 1), labels)
+            except Exception as problem:
+                kind = type(problem).__name__
+                raise error(f"--reward {name} raised {kind}: {problem}") from problem
         check(q, labels, error)
         return q.to(images)
 
@@ -2858,12 +3115,8 @@ def picture(images: Tensor, columns: int, pixels: int = 64, padding: int = 4) ->
 
 
 def save_picture(path, image: Image.Image, **options) -> None:
-    """InputError if the picture cannot be written."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **options)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from None
+    with writing(path) as file:
+        image.save(file, EXTENSIONS[Path(path).suffix.lower()], **options)
 
 
 def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:
@@ -2987,7 +3240,8 @@ def report(
         "hardware": hardware(judge.device),
         "settings": asdict(settings),
     } | (extra or {})
-    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    metrics = with_earlier(Path(out) / "metrics.json", metrics)
+    write_text(Path(out) / "metrics.json", as_json(metrics, indent=1))
     print(report_table(metrics))
     samples_picture(out, images, rows, judge.labels, data)
     curves(out)
@@ -2998,6 +3252,23 @@ def report(
         f"Their columns: {', '.join(display_names(columns, data.names))}"
     )
     return metrics
+
+
+def with_earlier(path: Path, metrics: dict) -> dict:
+    """`metrics` with what the file at `path` has besides, if it is of the same settings: a report
+    of teacher and student alone does not lose what RL had reported."""
+    try:
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] != metrics["settings"] or earlier["n"] != metrics["n"]:
+            return metrics
+        rows = {
+            name: {key: math.nan if v is None else v for key, v in row.items()}
+            for name, row in earlier["rows"].items()
+        }
+        minutes = earlier["minutes"] | metrics["minutes"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return metrics
+    return earlier | metrics | {"rows": rows | metrics["rows"], "minutes": minutes}
 
 
 def report_table(metrics: dict) -> str:
@@ -3084,12 +3355,6 @@ CURVES = {
 }
 
 
-def read_log(out) -> list[dict]:
-    """The lines of out/log.jsonl; none if there is no such file."""
-    path = Path(out) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def curves(out) -> None:
     """curves.png: what was logged of every stage."""
     plt, lines = pyplot(), read_log(out)
@@ -3115,7 +3380,8 @@ def curves(out) -> None:
         style = ".-" if len(points) < 20 else "-"
         axis.plot(points.keys(), points.values(), style, markersize=5, linewidth=1)
         axis.set_title(title, fontsize=9)
-    figure.savefig(Path(out) / "curves.png", dpi=80)
+    with writing(Path(out) / "curves.png") as file:
+        figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
@@ -3142,7 +3408,8 @@ def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
     left.set(xlabel="step k", title="information gain V_k, and its mean")
     right.bar(steps, critical.float().mean(0).tolist())
     right.set(xlabel="step k", title="share of rollouts in which step k is critical")
-    figure.savefig(Path(out) / "gain.png", dpi=80)
+    with writing(Path(out) / "gain.png") as file:
+        figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
@@ -3384,6 +3651,8 @@ def prepare(
     written: the checkpoints that the script writes, the last stage first. base: the content of the
     checkpoint that it starts from."""
     device = find_device(args.device, args.threads)
+    if args.out.exists():
+        claim(args.out)
     there = [name for name in written if (args.out / name).exists()]
     if there and not args.resume:
         raise InputError(
@@ -3401,12 +3670,32 @@ def prepare(
     settings = settings_from(args, device, base, resume=bool(there))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
     data, settings = measured_data(args, settings, base, device)
+    check_memory(settings, data, device)
     print(f"{describe(data, settings)}; on {hardware(device)}")
     if args.resume and not there:
         print(f"nothing to resume in {args.out}: starting afresh")
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out)
     remember_choices(args, resume=bool(there))
     return settings, data, device
+
+
+def check_memory(settings: Settings, data: Data, device) -> None:
+    """InputError if a model cannot be trained in the memory of the device: weights, gradient, two
+    averages of an optimiser and the EMA alone take 20 bytes per parameter."""
+    with torch.device("meta"):
+        model = MAR(settings, data.classes, image_channels=data.learned.channels)
+    need = 20 * sum(p.numel() for p in model.parameters()) / 2**30
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    else:  # Windows does not say
+        return
+    if need > there:
+        raise InputError(
+            f"to train this model takes at least {need:,.0f} GiB of memory, and {device} has "
+            f"{there:,.0f}: lower --width, --depth, --head-width, --head-depth or --image-size"
+        )
 
 
 def measured_data(args, settings: Settings, base, device) -> tuple[Data, Settings]:
@@ -3443,14 +3732,18 @@ def remember_choices(args, resume: bool) -> None:
     given["vae"] = str(args.vae or "")
     if "reward" in args:  # train_distill.py has none
         given["reward"] = args.reward
-    kept = json.loads(path.read_text()) if resume and path.exists() else {}
+    try:
+        kept = json.loads(path.read_text()) if resume and path.exists() else {}
+        kept = {name: str(kept[name]) for name in kept}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it") from None
     for name in given:
         if kept.get(name) not in (None, given[name]):
             raise InputError(
                 f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
                 f"{given[name] or None}: give it again, or another --out"
             )
-    path.write_text(json.dumps(kept | given))
+    write_text(path, as_json(kept | given))
 
 
 def teacher_and_student(
@@ -3475,19 +3768,40 @@ def teacher_and_student(
 
 
 def run(main: Callable) -> None:
-    """Call main() as a script: wrong input ends in one line and exit code 2, a non-finite loss in
-    one line and code 1, Ctrl-C in one line and code 130."""
+    """Call main() as a script. Wrong input ends in one line and exit code 2; a non-finite loss, or
+    too little memory, in one line and code 1; Ctrl-C in one line and code 130, SIGTERM in 143."""
+
+    def stop(number, _):
+        raise Stopped(number, "what a training had saved is there")
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         main()
-    except (InputError, NonFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print(
-            "stopped; what a training had saved, the same command with --resume continues",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    except (InputError, OSError) as error:
+        fail(error, 2)
+    except NonFinite as error:
+        fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("out of memory: try a smaller --batch, --draws, --prompts, --group or model", 1)
+    except KeyboardInterrupt as stopped:
+        number, where = stopped.args or (signal.SIGINT, "what a training had saved is there")
+        print(f"stopped: {where}; the same command with --resume continues", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def fail(error, code: int) -> None:
+    """End with one line, whatever characters the names in it have."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python was refused memory, on the CPU or on a GPU."""
+    refused = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or refused
 
 
 # 19 MAR's released weights and the KL-16 autoencoder ----------------------------------------------
@@ -3548,7 +3862,30 @@ def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
     for name, value in weights.items():
         if not (isinstance(name, str) and torch.is_tensor(value)):
             raise InputError(f"{path}: {name!r} under {part!r} is not a tensor with a name")
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
+            raise InputError(f"{path}: {name} is no plain tensor")
+    if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
+        raise InputError(f"{path}: its weights under {part!r} are larger than the file")
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} under {part!r} has weights that are infinite or NaN")
     return weights
+
+
+def filled(path, build: Callable, weights: dict[str, Tensor], rename: Callable = str) -> nn.Module:
+    """The module build() with the `weights` of a file, which has them as rename(their name there).
+
+    Shapes are compared first, on a model without memory: none is taken for what does not fit."""
+    with torch.device("meta"):
+        expected = build().state_dict()
+    check_names_and_shapes(path, {rename(name): expected[name] for name in expected}, weights)
+    module = build()
+    weights = {name: weights[rename(name)] for name in expected}
+    for name, own in module.state_dict().items():
+        if not own.is_floating_point() and not torch.equal(own, weights[name]):
+            raise InputError(f"{path}: {name} is not what its settings make it")
+    module.load_state_dict(weights)
+    return module
 
 
 def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -3558,9 +3895,13 @@ def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, T
     for name, value in weights.items():
         if name in module and value.shape != module[name].shape:
             wrong.append(f"{name} is {list(value.shape)}, not {list(module[name].shape)}")
+        elif name in module and value.is_floating_point() != module[name].is_floating_point():
+            wrong.append(f"{name} is of type {value.dtype}, not {module[name].dtype}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
+        raise InputError(
+            f"{path}: its weights do not fit its settings: {'; '.join(wrong[:5])}{more}"
+        )
 
 
 def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
@@ -3641,10 +3982,8 @@ def load_mar(path, ema=True, num_heads=None, device="cpu", classes=None) -> MAR:
     InputError names what is missing, unexpected or of the wrong shape; no code in the file is
     run."""
     content = read_mar(path, ema, num_heads, classes)
-    model = MAR(content["settings"], content["classes"], image_channels=16)
-    own, weights = model.state_dict(), content["model_ema"]
-    check_names_and_shapes(path, {mar_name(name): own[name] for name in own}, weights)
-    model.load_state_dict({name: weights[mar_name(name)] for name in own})
+    build = partial(MAR, content["settings"], content["classes"], image_channels=16)
+    model = filled(path, build, content["model_ema"], mar_name)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -3875,9 +4214,7 @@ def load_kl16(path, device="cpu") -> KL16:
     fits = width > 0 and width % 32 == 0 and all(w > 0 and w % width == 0 for w in widths)
     if not (levels and fits):
         raise InputError(f"{path}: the encoder's levels have widths {widths}, on a base of {width}")
-    vae = KL16(width, [w // width for w in widths], channels)
-    check_names_and_shapes(path, vae.state_dict(), weights)
-    vae.load_state_dict(weights)
+    vae = filled(path, partial(KL16, width, [w // width for w in widths], channels), weights)
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -87,6 +87,9 @@ def held_out_reward(name, data, critic, device):
 def main(argv=None):
     args = parse(argv)
     maskrl.check_reward_name(args.reward)
+    clip = maskrl.ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
+    if clip != maskrl.ClipOptions() and args.reward != "clip":
+        raise maskrl.InputError("--clip-model, --clip-weights and --clip-prompt need --reward clip")
     heads = getattr(args, "heads", None)
     given = [(args.teacher, "teacher"), (args.student, "student")]
     contents = [maskrl.read_model(path, kind, heads) for path, kind in given if path]
@@ -96,7 +99,6 @@ def main(argv=None):
 
     quality = None
     if args.reward != "embedded":  # first, for a wrong one should show before long work
-        clip = maskrl.ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
         quality = maskrl.make_reward(args.reward, settings, data, device, clip=clip)
     critic = maskrl.train_critic("reward", data.train, settings, device)
     quality = quality or maskrl.make_reward("embedded", settings, data, device, critic)
