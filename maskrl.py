@@ -1785,6 +1785,8 @@ def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
         content["settings"] = Settings(**content["settings"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if content["settings"].scale == 0:
+        raise InputError(f"{path}: its --scale is 0, and no longer measured")
     return content
 
 

@@ -1524,6 +1524,7 @@ def weight(name, value):
 UNSOUND = {
     "negative size": (setting(image_size=-8), "--image-size -8 must be at least 1"),
     "size not in tokens": (setting(image_size=9), "--image-size 9 must be a multiple"),
+    "no scale": (setting(scale=0.0), "its --scale is 0"),
     "a size that is text": (setting(image_size="8"), "--image-size '8' must be of type int"),
     "unknown choice": (setting(rl_steps="foo"), "--rl-steps foo must be one of"),
     "nan": (setting(guidance=math.nan), "--guidance nan must be a finite number"),
