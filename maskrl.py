@@ -19,7 +19,7 @@ Part II, the workbench, serves the scripts; a reader of the papers may stop befo
 
     12  Data                15  Judge        18  Command line
     13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
-    14  Reward network      17  Report and pictures
+    14  Reward network      17  Report and pictures               20  Several processes
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -60,7 +60,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from datetime import timedelta
+from functools import cache, partial, partialmethod, wraps
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
@@ -70,6 +71,7 @@ from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -1685,9 +1687,13 @@ def write_file(path, content: dict) -> None:
 def writing(path) -> Iterator[BinaryIO]:
     """A file that takes the name `path` when it is complete: an interruption leaves the old file
     or the new one, never half of one. InputError names the path where the disk is full."""
-    path = Path(path)
+    path = Path(os.devnull if rank() else path)
     unfinished = path.with_name(path.name + ".tmp")
     try:
+        if rank():  # the first of several processes writes for all
+            with open(path, "wb") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             yield file
@@ -2290,6 +2296,7 @@ def train(
     record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
     start = saved = restore(training, path, record, iters) if resume and path.exists() else 0
     trim_log(path.parent, model.kind, start)
+    average_gradients(training)
 
     def log(step, metrics):
         values = {k: round(v, 6) for k, v in ({"seconds": record["seconds"]} | metrics).items()}
@@ -2327,11 +2334,13 @@ def train(
                 ) from None
             if step + 1 == iters and record["weights"]:
                 ema.load_state_dict(record["weights"])
-            if (step + 1) % every == 0 or step + 1 == iters or signals:
+            stop = agreed(signals[0] if signals else 0, model.device)
+            if (step + 1) % every == 0 or step + 1 == iters or stop:
                 save(step + 1)
                 saved = step + 1
-            if signals:
-                raise Stopped(signals[0], f"{model.kind} is saved in {path} after {saved} steps")
+            if stop:
+                agreed(stop, model.device)  # no process ends before the file is written
+                raise Stopped(stop, f"{model.kind} is saved in {path} after {saved} steps")
     return ema
 
 
@@ -2341,12 +2350,12 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; a
-    second one stops at once."""
+    """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; the
+    same one once more stops at once."""
     noted = []
 
     def note(number, _):
-        if noted:
+        if number in noted:
             raise Stopped(number, "the second signal did not wait for the training to be saved")
         noted.append(number)
 
@@ -2459,6 +2468,8 @@ LOCKS = {}  # {folder: its open lock file}, of this process
 def claim(out: Path) -> None:
     """Make this process the only one that trains in the folder `out`, for as long as it lives;
     InputError if another one does."""
+    if rank():
+        return
     place = out.resolve()
     if place in LOCKS:
         LOCKS.pop(place).close()
@@ -2484,12 +2495,13 @@ def read_log(out) -> list[dict]:
 
 def append_log(out, line: dict) -> None:
     """One more line in out/log.jsonl."""
-    path = Path(out) / "log.jsonl"
+    path = Path(os.devnull if rank() else Path(out) / "log.jsonl")
     try:
         with open(path, "a") as file:
             file.write(as_json(line) + "\n")
             file.flush()
-            os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
+            if not rank():
+                os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -3652,7 +3664,7 @@ def prepare(
 
     written: the checkpoints that the script writes, the last stage first. base: the content of the
     checkpoint that it starts from."""
-    device = find_device(args.device, args.threads)
+    device = join_processes(find_device(args.device, args.threads))
     if args.out.exists():
         claim(args.out)
     there = [name for name in written if (args.out / name).exists()]
@@ -3779,11 +3791,14 @@ def run(main: Callable) -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         main()
+        leave_processes()
     except (InputError, OSError) as error:
         fail(error, 2)
     except NonFinite as error:
         fail(error, 1)
     except (MemoryError, RuntimeError) as error:
+        if is_lost_process(error):
+            fail(f"process {rank()} lost another one: {error}", 1)
         if not is_out_of_memory(error):
             raise
         fail("out of memory: try a smaller --batch, --draws, --prompts, --group or model", 1)
@@ -4282,3 +4297,111 @@ def latents_of(split: Split, vae: KL16, flip=False, batch: int = 32) -> Latents:
 def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
     """The data for a generator of latents: it learns them, and what it makes is decoded."""
     return replace(data, latents=latents_of(data.train, vae, flip), decode=vae.decode)
+
+
+# 20 Several processes -----------------------------------------------------------------------------
+# `torchrun --nproc_per_node=N train_rl.py ...` trains on N GPUs. All processes run the same program
+# on the same whole batch, with the same random numbers, and hold the same weights. Two calls alone,
+# which are nearly all of the work, are divided: `MAR.context` and `Head.forward` compute rows 1 / N
+# each, and then all gather the rows. So every other line, losses, groups, advantages and judges,
+# sees the batch as if there were one process; results agree but for rounding, with any N.
+
+
+def rank() -> int:
+    """The number of this process; 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """The device of this process, if torchrun started several; else `device`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    MAR.context, Head.forward = divided(MAR.context), divided(Head.forward)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+def divided(function: Callable) -> Callable:
+    """A method whose inputs and output have a row for each of B things, computed by all."""
+
+    @wraps(function)
+    def call(self, *inputs):
+        rows = math.ceil(len(inputs[0]) / dist.get_world_size())
+        if rows == 0:
+            return function(self, *inputs)
+        mine = (torch.arange(rows) + rows * rank()) % len(inputs[0])  # some rows twice at the end
+        own = [Own.apply(x, mine.to(x.device)) for x in inputs]
+        return Gathered.apply(function(self, *own))[: len(inputs[0])]
+
+    return call
+
+
+class Own(torch.autograd.Function):
+    """Some rows of x [B, ...]; backward, the gradients of all processes' rows."""
+
+    @staticmethod
+    def forward(context, x, rows):
+        context.rows, context.shape = rows, x.shape
+        return x[rows]
+
+    @staticmethod
+    def backward(context, gradient):
+        whole = gradient.new_zeros(context.shape).index_add_(0, context.rows, gradient)
+        dist.all_reduce(whole)
+        return whole / dist.get_world_size(), None
+
+
+class Gathered(torch.autograd.Function):
+    """The rows of all processes. Backward, those of this one times N, since gradients of weights
+    are averaged, and each process has 1 / N of their terms."""
+
+    @staticmethod
+    def forward(context, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient.chunk(dist.get_world_size())[rank()] * dist.get_world_size()
+
+
+def average_gradients(training) -> None:
+    """Let every gradient of these networks be the mean over all processes."""
+    if not dist.is_initialized():
+        return
+
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+    for network in (training.model, *training.state.values()):
+        for p in network.parameters() if isinstance(network, nn.Module) else ():
+            p.register_post_accumulate_grad_hook(average)
+
+
+def agreed(number: int, device) -> int:
+    """The largest `number` of all processes."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether another process ended, or did not answer in time."""
+    named = any(name in str(error) for name in ("gloo", "NCCL", "Connection"))
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or named)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ They fork from a server that has torch and maskrl loaded, so that they start wit
 
 import contextlib
 import multiprocessing
+import os
 import resource
 import time
 from functools import partial
@@ -27,10 +28,12 @@ def no_matplotlib():
     return None
 
 
-def work(script, argv, output, every, file_limit):
+def work(script, argv, output, every, file_limit, environ):
     """One script, its output in a file; every: steps from checkpoint to checkpoint; file_limit:
-    bytes that a file may have: at the next one, writing fails as on a full disk."""
+    bytes that a file may have: at the next one, writing fails as on a full disk; environ: more
+    variables of the environment."""
     torch.set_num_threads(1)
+    os.environ |= environ or {}
     maskrl.pyplot = no_matplotlib
     if every:
         train = maskrl.train
@@ -42,9 +45,10 @@ def work(script, argv, output, every, file_limit):
             maskrl.run(partial(MAINS[script], [str(a) for a in argv]))
 
 
-def start(script, argv, output, every=None, file_limit=None):
+def start(script, argv, output, every=None, file_limit=None, environ=None):
     """The process of a script, at work."""
-    process = fork.Process(target=work, args=(script, argv, output, every, file_limit))
+    args = (script, argv, output, every, file_limit, environ)
+    process = fork.Process(target=work, args=args)
     Path(output).unlink(missing_ok=True)
     process.start()
     while process.is_alive() and not Path(output).exists():

@@ -1,29 +1,22 @@
-"""What happens to a run happens to people: it is killed, its disk is full, its files rot. Statements
-about what is left then. `make test-long` kills and breaks more of the same."""
+"""What happens to a run happens to people: it is killed, its disk is full, its files rot. What is
+left then. `make test-long` kills and breaks more of the same."""
 
 import json
 import os
 import random
-import shutil
 import signal
-import sys
+import socket
 import time
-from pathlib import Path
 
 import child
 import pytest
 import torch
-from conftest import error_of, tiny
 
 import maskrl
-import sample
-import train_distill
-import train_rl
-from maskrl import InputError, NonFinite
 
 QUICK = (
     "--image-size 8 --patch 4 --width 16 --depth 1 --heads 1 --buffer 1 --head-width 16 "
-    "--head-depth 1 --steps 4 --teacher-iters 30 --gsim-iters 20 --rl-iters 12 --judge-iters 3 "
+    "--head-depth 1 --steps 4 --teacher-iters 12 --gsim-iters 5 --rl-iters 6 --judge-iters 3 "
     "--judge-n 18 --per-class 20 --batch 8 --prompts 2 --group 4 --denoise-steps 2 --device cpu "
     "--threads 1"
 ).split()
@@ -63,7 +56,7 @@ def uninterrupted(tmp_path_factory):
             out = tmp_path_factory.mktemp(script)
             child.finish("sample", ["--help"], out / "output")  # starts the server
             began = time.perf_counter()
-            code, output = child.finish(script, [*QUICK, "--out", out], out / "output", every=3)
+            code, output = child.finish(script, [*QUICK, "--out", out], out / "output", every=2)
             assert code == 0, output
             runs[script] = out, time.perf_counter() - began
         return runs[script]
@@ -77,13 +70,13 @@ def stop_and_go_on(script, moments, out, seconds):
     codes = []
     argv = [*QUICK, "--out", out, "--resume"]
     for number, share in moments:
-        process = child.start(script, argv, out.parent / "output", every=3)
+        process = child.start(script, argv, out.parent / "output", every=2)
         process.join(share * seconds)
         if process.is_alive():
             os.kill(process.pid, number)
         process.join()
         codes.append(process.exitcode)
-    code, output = child.finish(script, argv, out.parent / "output", every=3)
+    code, output = child.finish(script, argv, out.parent / "output", every=2)
     assert code == 0, output
     return codes
 
@@ -113,10 +106,51 @@ def test_a_run_that_is_stopped_three_times_ends_like_one_that_is_not(uninterrupt
 def test_a_run_that_is_stopped_at_random_ends_like_one_that_is_not(
     uninterrupted, tmp_path, script, seed
 ):
-    """Two stops each. A checkpoint is written after every third step, so that some of them come
+    """Two stops each. A checkpoint is written after every second step, so that some of them come
     while one is."""
     dice = random.Random(seed)
     numbers = dice.choices(list(EXITS), k=2)
     moments = [(number, dice.uniform(0.02, 0.9)) for number in numbers]
     codes = check_kills(script, moments, uninterrupted, tmp_path)
     print(f"{script}: {codes}")
+
+
+# Several processes --------------------------------------------------------------------------------
+
+
+def side_by_side(script, argv, folder, n=2):
+    """The processes that torchrun would start on this machine, and the file each writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    return [
+        child.start(
+            script,
+            argv,
+            folder / f"output {i}",
+            every=2,
+            environ=world | {"RANK": str(i), "LOCAL_RANK": str(i)},
+        )
+        for i in range(n)
+    ]
+
+
+def assert_close(a, b):
+    """Two logs say the same but for times and rounding."""
+    assert len(a) == len(b) > 0
+    for one, other in zip(without_times(a), without_times(b)):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_train_like_one(uninterrupted, tmp_path):
+    """Teacher, GSIM and RL, by log and last weights. The first process stops them all by a signal
+    that it alone gets, and one process finishes what two have begun."""
+    whole, _ = uninterrupted("rl")
+    argv = [*QUICK, "--out", tmp_path / "out"]
+    processes = side_by_side("rl", argv, tmp_path)
+    for process in processes:
+        process.join()
+    output = (tmp_path / "output 0").read_text() + (tmp_path / "output 1").read_text()
+    assert [process.exitcode for process in processes] == [0, 0], output
+    assert_close(maskrl.read_log(tmp_path / "out"), maskrl.read_log(whole))
