@@ -685,8 +685,9 @@ def descend(loss: Tensor, *optimizers, max_norm: float = 1.0) -> float:
         raise NonFinite(f"the gradient norm is {norm.item()}")
     for optimizer in optimizers:
         optimizer.step()
-    if not torch.isfinite(nn.utils.get_total_norm(parameters)):
-        raise NonFinite("the step made weights infinite or NaN")
+    size = nn.utils.get_total_norm(parameters)
+    if not torch.isfinite(size):
+        raise NonFinite(f"the step made the norm of the weights {size.item()}")
     return norm.item()
 
 
@@ -2510,7 +2511,7 @@ def trim_log(out, stage: str, start: int) -> None:
     """Take from out/log.jsonl the lines of a stage from step `start` on, which it logs again."""
     lines = read_log(out)
     kept = [line for line in lines if line["stage"] != stage or line["step"] < start]
-    if lines:
+    if (Path(out) / "log.jsonl").exists():
         write_text(Path(out) / "log.jsonl", "".join(as_json(line) + "\n" for line in kept))
 
 
@@ -3789,6 +3790,8 @@ def run(main: Callable) -> None:
         raise Stopped(number, "what a training had saved is there")
 
     signal.signal(signal.SIGTERM, stop)
+    for stream in (sys.stdout, sys.stderr):  # folders may have names that are no UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         leave_processes()
