@@ -154,21 +154,23 @@ class Settings:
     # training the teacher
     batch: int = option(64, "images per update of teacher and student", at_least=1, at_most=10**5)
     teacher_iters: int = option(2600, "teacher updates", at_least=1)
-    teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0)
-    muon_lr: float = option(4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0)
+    teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0, at_most=1000)
+    muon_lr: float = option(
+        4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0, at_most=1000
+    )
     draws: int = option(4, "noise draws per hidden token and update", at_least=1, at_most=1000)
     label_dropout: float = option(0.1, "share trained without a class", at_least=0, below=1)
     ema: float = option(0.995, "limit of the teacher's EMA decay", at_least=0, below=1)
     # GSIM
     gsim_iters: int = option(650, "student updates", at_least=1)
-    student_lr: float = option(6e-4, "learning rate of the student", above=0)
-    aux_lr: float = option(1.2e-3, "learning rate of the auxiliary network", above=0)
+    student_lr: float = option(6e-4, "learning rate of the student", above=0, at_most=1000)
+    aux_lr: float = option(1.2e-3, "learning rate of the auxiliary network", above=0, at_most=1000)
     student_ema: float = option(0.98, "limit of the student's EMA decay", at_least=0, below=1)
     noise_ratio: float = option(5.0, "sigma / alpha where the student starts", above=0, below=1e4)
     # RL
     method: str = option("grpo", "backprop: the reward's own gradient", choices=METHODS)
     rl_iters: int = option(150, "policy updates", at_least=1)
-    rl_lr: float = option(3e-5, "learning rate of the generator", above=0)
+    rl_lr: float = option(3e-5, "learning rate of the generator", above=0, at_most=1000)
     prompts: int = option(16, "P, groups of rollouts per update", at_least=1, at_most=10**5)
     group: int = option(8, "G, rollouts per group", at_least=2, at_most=10**5)
     rl_steps: str = option("critical", "which steps are optimised", choices=RL_STEPS)
@@ -180,7 +182,7 @@ class Settings:
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio", above=0)
     beta: float = option(0.2, "weight of KL(policy || student)", at_least=0)
     learn_steps: bool = option(True, "learn a schedule of at most --steps iterations")
-    schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0)
+    schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0, at_most=1000)
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
     # reward network and judge
     judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
