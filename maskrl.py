@@ -2344,6 +2344,8 @@ def train(
             if stop:
                 agreed(stop, model.device)  # no process ends before the file is written
                 raise Stopped(stop, f"{model.kind} is saved in {path} after {saved} steps")
+        if signals:  # while the last file was written
+            raise Stopped(signals[0], f"{model.kind} is complete in {path}")
     return ema
 
 
