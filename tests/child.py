@@ -48,7 +48,7 @@ def work(script, argv, output, every, file_limit, environ):
 def start(script, argv, output, every=None, file_limit=None, environ=None):
     """The process of a script, at work."""
     args = (script, argv, output, every, file_limit, environ)
-    process = fork.Process(target=work, args=args)
+    process = fork.Process(target=work, args=args, daemon=True)  # it ends when the test does
     Path(output).unlink(missing_ok=True)
     process.start()
     while process.is_alive() and not Path(output).exists():
