@@ -7,6 +7,9 @@ demo: .venv/ready  ## teacher, one-step student and RL on the built-in shapes, i
 test: .venv/ready  ## the test suite
 	.venv/bin/python -m pytest -q
 
+test-long: .venv/ready  ## what `make test` does only briefly: kills and broken files
+	.venv/bin/python -m pytest -q -m long
+
 bench-train: .venv/ready  ## updates per second of every stage, into assets/results
 	.venv/bin/python tests/study.py train_speed
 
@@ -22,4 +25,4 @@ results: .venv/ready  ## assets/results.md and the README's table from assets/re
 	.venv/bin/python -m pip install -e ".[test,notebook]"
 	touch .venv/ready
 
-.PHONY: demo test bench-train lint results
+.PHONY: demo test test-long bench-train lint results

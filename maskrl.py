@@ -17,9 +17,10 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                15  Judge                  18  Command line
-    13  Training loop       16  Rewards                19  MAR's released weights
-    14  Reward network      17  Report and pictures    20  KL-16 autoencoder
+    12  Data                16  Rewards                20  MAR's released weights
+    13  Training loop       17  Report and pictures    21  KL-16 autoencoder
+    14  Reward network      18  Command line
+    15  Judge               19  Several processes
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -39,6 +40,7 @@ weight of the KL divergence.
 """
 
 import argparse
+import errno
 import hashlib
 import importlib
 import io
@@ -47,26 +49,31 @@ import logging
 import math
 import os
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import partial, wraps
+from datetime import timedelta
+from functools import cache, partial, partialmethod, wraps
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import URLError
-from zipfile import is_zipfile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange, repeat
@@ -83,7 +90,7 @@ class InputError(ValueError):
 
 
 class NonFinite(RuntimeError):
-    """A loss, gradient or reward is infinite or NaN; no weight was changed by it."""
+    """A loss, gradient, weight or reward is infinite or NaN."""
 
 
 # ==================================================================================================
@@ -114,21 +121,33 @@ class Settings:
     Raises InputError, naming the option, for a value of the wrong type or outside its limits."""
 
     # data
-    image_size: int = option(16, "height and width, in pixels or latents", at_least=1)
-    per_class: int = option(3000, "images per class that the built-in shapes draw", at_least=20)
+    image_size: int = option(16, "height and width, in pixels or latents", at_least=1, at_most=4096)
+    per_class: int = option(3000, "images of each built-in shape", at_least=20, at_most=10**6)
     flip: bool = option(False, "mirror training images at random (not for digits or letters)")
     seed: int = option(0, "of shapes, weights and noise", at_least=0, below=2**63)
     # model
     patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2", at_least=1)
-    mean: float = option(0.0, "tokens = (pixels in [-1, 1] - mean) x scale")
-    scale: float = option(0.0, "0: mean and scale are measured on the training images", at_least=0)
-    width: int = option(96, "W of the transformer, a multiple of 4 and of --heads", at_least=4)
-    depth: int = option(2, "transformer blocks in the encoder, and in the decoder", at_least=1)
-    decoder_depth: int = option(0, "blocks in the decoder, if not --depth (0)", at_least=0)
+    mean: float = option(
+        0.0, "tokens = (pixels in [-1, 1] - mean) x scale", at_least=-1000, at_most=1000
+    )
+    scale: float = option(
+        0.0, "0: mean and scale are measured on the training images", at_least=0, at_most=1000
+    )
+    width: int = option(
+        96, "W of the transformer, a multiple of 4 and of --heads", at_least=4, at_most=2**14
+    )
+    depth: int = option(
+        2, "transformer blocks in the encoder, and in the decoder", at_least=1, at_most=200
+    )
+    decoder_depth: int = option(
+        0, "blocks in the decoder, if not --depth (0)", at_least=0, at_most=200
+    )
     heads: int = option(4, "attention heads", at_least=1)
-    buffer: int = option(4, "rows at the start of the sequence that carry the class", at_least=1)
-    head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1)
-    head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1)
+    buffer: int = option(
+        4, "rows at the start of the sequence that carry the class", at_least=1, at_most=4096
+    )
+    head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1, at_most=2**14)
+    head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1, at_most=200)
     predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
     checkpointing: bool = option(False, "compute blocks twice in training, to save memory")
     precision: str = option("fp32", "of the hidden layers' matrix products", choices=PRECISIONS)
@@ -138,26 +157,28 @@ class Settings:
     guidance: float = option(1.2, "s; eps = eps_null + s (eps_class - eps_null)", at_least=0)
     x_0_limit: float = option(1.3, "clips the chain's x_0 (white is 1); 0 is off", at_least=0)
     # training the teacher
-    batch: int = option(64, "images per update of teacher and student", at_least=1)
+    batch: int = option(64, "images per update of teacher and student", at_least=1, at_most=10**5)
     micro_batch: int = option(0, "images at a time of a batch, to save memory; 0: all", at_least=0)
     teacher_iters: int = option(2600, "teacher updates", at_least=1)
-    teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0)
-    muon_lr: float = option(4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0)
-    draws: int = option(4, "noise draws per hidden token and update", at_least=1)
+    teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0, at_most=1000)
+    muon_lr: float = option(
+        4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0, at_most=1000
+    )
+    draws: int = option(4, "noise draws per hidden token and update", at_least=1, at_most=1000)
     label_dropout: float = option(0.1, "share trained without a class", at_least=0, below=1)
     ema: float = option(0.995, "limit of the teacher's EMA decay", at_least=0, below=1)
     # GSIM
     gsim_iters: int = option(650, "student updates", at_least=1)
-    student_lr: float = option(6e-4, "learning rate of the student", above=0)
-    aux_lr: float = option(1.2e-3, "learning rate of the auxiliary network", above=0)
+    student_lr: float = option(6e-4, "learning rate of the student", above=0, at_most=1000)
+    aux_lr: float = option(1.2e-3, "learning rate of the auxiliary network", above=0, at_most=1000)
     student_ema: float = option(0.98, "limit of the student's EMA decay", at_least=0, below=1)
     noise_ratio: float = option(5.0, "sigma / alpha where the student starts", above=0, below=1e4)
     # RL
     method: str = option("grpo", "backprop: the reward's own gradient", choices=METHODS)
     rl_iters: int = option(150, "policy updates", at_least=1)
-    rl_lr: float = option(3e-5, "learning rate of the generator", above=0)
-    prompts: int = option(16, "P, groups of rollouts per update", at_least=1)
-    group: int = option(8, "G, rollouts per group", at_least=2)
+    rl_lr: float = option(3e-5, "learning rate of the generator", above=0, at_most=1000)
+    prompts: int = option(16, "P, groups of rollouts per update", at_least=1, at_most=10**5)
+    group: int = option(8, "G, rollouts per group", at_least=2, at_most=10**5)
     rl_steps: str = option("critical", "which steps are optimised", choices=RL_STEPS)
     critical_steps: int = option(4, "K_c, how many of them per rollout", at_least=1)
     rl_tokens: str = option("revealed", "which tokens of such a step count", choices=RL_TOKENS)
@@ -167,11 +188,13 @@ class Settings:
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio", above=0)
     beta: float = option(0.2, "weight of KL(policy || student)", at_least=0)
     learn_steps: bool = option(True, "learn a schedule of at most --steps iterations")
-    schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0)
+    schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0, at_most=1000)
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
     # reward network and judge
     judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
-    judge_n: int = option(2250, "images in each row of the judge's table", at_least=2)
+    judge_n: int = option(
+        2250, "images in each row of the judge's table", at_least=2, at_most=10**6
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -698,7 +721,8 @@ def descend(losses: Iterable[Tensor], *optimizers, max_norm: float = 1.0) -> tup
 
     Each of the losses is made when its turn comes, and its graph is freed before the next one's.
     Returns the sum, and the gradient's norm before it was clipped. NonFinite is raised before any
-    weight changes."""
+    weight changes if loss or gradient are not finite; after it if the step itself was too large, so
+    that no average ever takes such weights in."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
@@ -714,6 +738,9 @@ def descend(losses: Iterable[Tensor], *optimizers, max_norm: float = 1.0) -> tup
         raise NonFinite(f"the gradient norm is {norm.item()}")
     for optimizer in optimizers:
         optimizer.step()
+    size = nn.utils.get_total_norm(parameters)
+    if not torch.isfinite(size):
+        raise NonFinite(f"the step made the norm of the weights {size.item()}")
     return total, norm.item()
 
 
@@ -1365,6 +1392,8 @@ class SchedulePolicy(nn.Module):
     def sample(self, states: Tensor, hidden: Tensor, generator) -> Tensor:
         """Actions [N] drawn from pi."""
         probabilities = self.log_probs(states, hidden).exp()
+        if not probabilities.isfinite().all():
+            raise NonFinite("the schedule's probabilities are infinite or NaN")
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
     def count(self, actions: Tensor, hidden: Tensor) -> Tensor:
@@ -1760,34 +1789,76 @@ def save_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=N
 
 
 def write_file(path, content: dict) -> None:
-    """Write atomically: an interruption leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
+    with writing(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes the old one's name
-    os.replace(unfinished, path)
+
+
+@contextmanager
+def writing(path) -> Iterator[BinaryIO]:
+    """A file that takes the name `path` when it is complete: an interruption leaves the old file
+    or the new one, never half of one. InputError names the path where the disk is full."""
+    path = Path(os.devnull if rank() else path)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        if rank():  # the first of several processes writes for all
+            with open(path, "wb") as file:
+                yield file
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's
+        with suppress(OSError):
+            unfinished.unlink()
+        raise InputError(f"{path} cannot be written: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be written or read, in one line."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    return getattr(cause, "strerror", None) or str(cause).splitlines()[0]
 
 
 def load_safely(path, device="cpu", lazily=False) -> Any:
-    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none.
+    """What torch.save wrote to `path`; no code in the file is ever run. InputError if it is none,
+    or if a bit of it has changed.
 
     An argparse.Namespace, which MAR's own files hold, is read as data; any other class is refused
     by its name. lazily: leave weights on the disk until they are used."""
     try:
+        stat = os.stat(path)
+        damage = damage_of(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+        if damage:
+            raise InputError(f"{path} is damaged: {damage}. Get it anew")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mmap = lazily and is_zipfile(path)
-            return torch.load(path, device, weights_only=True, mmap=mmap)
+            return torch.load(path, device, weights_only=True, mmap=lazily)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
+    except InputError:
+        raise
     except Exception as error:
         reason = ", ".join([type(error).__name__, *foreign_classes(path)])
         raise InputError(
             f"{path} is not a checkpoint that can be read safely ({reason}); expected teacher.pt, "
             "student.pt or policy.pt, or a file in MAR's format"
         ) from None
+
+
+@cache
+def damage_of(path: str, size: int, mtime: int) -> str | None:
+    """What is wrong with the zip archive that torch.save makes, if something is; by its checksums,
+    which torch.load leaves aside. size, mtime: of the file, which is read once until it changes."""
+    with ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != ZIP_STORED for part in parts):
+            return "it is compressed, which torch.save never does"
+        if sum(part.file_size for part in parts) > size:
+            return "it says that it holds more than it has"
+        damaged = archive.testzip()
+    return damaged and f"the checksum of {damaged} is wrong"
 
 
 def foreign_classes(path) -> list[str]:
@@ -1804,14 +1875,23 @@ def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
 
     InputError if it is none, if it is of another kind, or if its settings are out of range."""
     content = load_safely(path, device)
-    parts = {"kind", "settings", "classes", "step", "model", "model_ema", "training"}
-    if not isinstance(content, dict) or not parts <= set(content) or content["kind"] not in KINDS:
+    parts = {"kind": str, "settings": dict, "classes": list, "step": int, "training": object}
+    if not isinstance(content, dict) or not {*parts, "model", "model_ema"} <= set(content):
         raise InputError(f"{path} is not a maskrl checkpoint")
-    if not isinstance(content["settings"], dict):
-        raise InputError(f"{path} is not a maskrl checkpoint: its settings are no dictionary")
+    for name, accepted in parts.items():
+        if not isinstance(content[name], accepted):
+            raise InputError(
+                f"{path} is not a maskrl checkpoint: its {name} must be of type {accepted.__name__}"
+            )
+    if content["kind"] not in KINDS or content["step"] < 0:
+        raise InputError(f"{path} is not a maskrl checkpoint")
+    if not all(isinstance(name, str) for name in content["classes"]):
+        raise InputError(f"{path}: its classes must be a list of names")
+    for part in ("model", "model_ema"):
+        tensors_of(path, content, part)
     if kind and content["kind"] != kind:
         raise InputError(f"{path} is a {content['kind']}; a {kind} is needed here")
-    unknown = set(content["settings"]) - {f.name for f in fields(Settings)}
+    unknown = {str(name) for name in content["settings"]} - {f.name for f in fields(Settings)}
     if unknown:
         raise InputError(
             f"{path} has settings that this version does not know: {some(sorted(unknown), 3)}. If "
@@ -1821,6 +1901,8 @@ def read_checkpoint(path, kind: str | None = None, device="cpu") -> dict:
         content["settings"] = Settings(**content["settings"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if content["settings"].scale == 0:
+        raise InputError(f"{path}: its --scale is 0, and no longer measured")
     return content
 
 
@@ -1828,16 +1910,15 @@ def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
     """The EMA model of a checkpoint, ready for `generate`; InputError if the file is not sound."""
     content = read_checkpoint(path, kind, device)
     settings, weights = content["settings"], content["model_ema"]
-    try:
-        image_channels = weights["z_proj.weight"].shape[1] // settings.patch**2
+    image_channels = shape_of(path, weights, "z_proj.weight", 2)[1] // settings.patch**2
+
+    def build():
         model = MAR(settings, content["classes"], content["kind"], image_channels)
-        if any(name.startswith("schedule.") for name in weights):
+        if model.kind == "policy" and "schedule.counts" in weights:
             add_schedule(model)
-        model.load_state_dict(weights)
-    except (LookupError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: its weights do not fit its settings: {reason}") from None
-    return model.to(device).eval().requires_grad_(False)
+        return model
+
+    return filled(path, build, weights).to(device).eval().requires_grad_(False)
 
 
 # ==================================================================================================
@@ -1931,7 +2012,7 @@ class Data:
     judge: Split
     test: Split
     cache: Path | None = None  # the folder that keeps the decoded images, if there is one
-    latents: Any = None  # of `train`, as Latents (section 19), if the generator makes latents
+    latents: Any = None  # of `train`, as Latents (section 20), if the generator makes latents
     decode: Callable = unchanged  # what a generator makes -> images in [-1, 1]
 
     @property
@@ -2177,7 +2258,8 @@ def middle_square(image: Image.Image, size: int) -> Tensor:
 def class_folders(folder: str) -> list[str]:
     """The names of the sub-folders, sorted; hidden ones are no classes."""
     try:
-        found = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+        names = [e.name for e in os.scandir(folder) if not e.name.startswith(".")]
+        found = [name for name in names if os.path.isdir(os.path.join(folder, name))]
     except OSError as error:
         raise InputError(f"--data {folder}: {error.strerror}") from None
     if not found:
@@ -2185,19 +2267,21 @@ def class_folders(folder: str) -> list[str]:
     return sorted(found)
 
 
-def files_below(folder) -> Iterator[os.DirEntry]:
-    """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed."""
+def files_below(folder, above=frozenset()) -> Iterator[os.DirEntry]:
+    """All files in a folder and its sub-folders, in a fixed order; symbolic links are followed,
+    but not into a folder that one is in already."""
+    above = above | {os.path.realpath(folder)}
     for entry in sorted(os.scandir(folder), key=attrgetter("name")):
-        if entry.is_dir():
-            yield from files_below(entry.path)
-        else:
+        if not os.path.isdir(entry.path):
             yield entry
+        elif os.path.realpath(entry.path) not in above:
+            yield from files_below(entry.path, above)
 
 
 def kind_of(entry: os.DirEntry) -> str:
     """What tells the kind of a file: how its name ends, e.g. `.jpg`."""
     kind = Path(entry.name).suffix.lower() or entry.name
-    return kind if entry.is_file() else f"{kind} (a broken link)"
+    return kind if os.path.isfile(entry.path) else f"{kind} (a broken link)"
 
 
 def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str]:
@@ -2205,7 +2289,7 @@ def list_images(folder: str, classes: list[str]) -> tuple[list[str], Tensor, str
     added, removed or changed. Says how many other files there are, of which kinds."""
     paths, labels, digest = [], [], hashlib.sha256(b"upright, white behind, middle square")
     root = os.path.abspath(folder)
-    beside = [kind_of(entry) for entry in os.scandir(root) if not entry.is_dir()]
+    beside = [kind_of(entry) for entry in os.scandir(root) if not os.path.isdir(entry.path)]
     ignored = Counter(f"{kind} beside the sub-folders" for kind in beside)
     for y, name in enumerate(classes):
         for entry in files_below(os.path.join(root, name)):
@@ -2334,17 +2418,19 @@ def train(
     training: a TeacherTraining, Distillation or PolicyGradient. path: of the checkpoint, written
     every `every` steps; log.jsonl lies beside it. measure: function ema -> {name: float}, logged
     ten times; where it gives `progress`, the EMA weights with the lowest are kept at the end.
-    NonFinite names the stage and the step, and leaves a checkpoint of the last finite weights."""
+    Ctrl-C and SIGTERM let a step finish, save, and raise Stopped. NonFinite names the stage, the
+    step and the tensors; the checkpoint stays the last good one, from which --resume repeats all
+    that led there, since every step draws its noise from (seed, stage, step)."""
     path, model, ema = Path(path), training.model, training.ema
-    path.parent.mkdir(parents=True, exist_ok=True)
     # seconds of all updates so far; the lowest progress, and the EMA weights that it is of
     record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
-    start = restore(training, path, record) if resume and path.exists() else 0
+    start = saved = restore(training, path, record, iters) if resume and path.exists() else 0
+    trim_log(path.parent, model.kind, start)
+    average_gradients(training)
 
     def log(step, metrics):
         values = {k: round(v, 6) for k, v in ({"seconds": record["seconds"]} | metrics).items()}
-        with open(path.with_name("log.jsonl"), "a") as file:
-            file.write(json.dumps({"stage": model.kind, "step": step, **values}) + "\n")
+        append_log(path.parent, {"stage": model.kind, "step": step, **values})
 
     def save(step):
         state = {name: value.state_dict() for name, value in training.state.items()}
@@ -2352,45 +2438,230 @@ def train(
         save_checkpoint(path, model, ema, step, None if step == iters else state)
 
     bar = tqdm(range(start, iters), model.kind, iters, initial=start, mininterval=1)
-    for step in bar:
-        began = time.perf_counter()
-        try:
-            metrics = update(step)
-        except NonFinite as error:
-            save(step)
-            raise NonFinite(
-                f"{model.kind}, step {step}: {error}. The last finite weights are in "
-                f"{path}. If training diverged, start afresh in another --out with a "
-                "lower learning rate"
-            ) from None
-        record["seconds"] += time.perf_counter() - began
-        if step % max(1, iters // 200) == 0 or step == iters - 1:
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
-            log(step, metrics)
-        tenth_is_over = (step + 1) * 10 // iters > step * 10 // iters
-        if measure and tenth_is_over:
-            values = measure(ema)
-            log(step, values)
-            if values.get("progress", math.inf) < record["lowest"]:
-                record |= {"lowest": values["progress"], "weights": deepcopy(ema.state_dict())}
-        if step + 1 == iters and record["weights"]:
-            ema.load_state_dict(record["weights"])
-        if (step + 1) % every == 0 or step + 1 == iters:
-            save(step + 1)
+    with held_signals() as signals:
+        for step in bar:
+            began = time.perf_counter()
+            try:
+                metrics = update(step)
+                record["seconds"] += time.perf_counter() - began
+                if step % max(1, iters // 200) == 0 or step == iters - 1:
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+                    log(step, metrics)
+                tenth_is_over = (step + 1) * 10 // iters > step * 10 // iters
+                if measure and tenth_is_over:
+                    values = measure(ema)
+                    log(step, values)
+                    if values.get("progress", math.inf) < record["lowest"]:
+                        weights = deepcopy(ema.state_dict())
+                        record |= {"lowest": values["progress"], "weights": weights}
+            except NonFinite as error:
+                good = f"{path} holds the good weights after {saved} steps, and --resume"
+                raise NonFinite(
+                    f"{model.kind}, step {step}: {error}{non_finite_tensors(training)}. "
+                    f"{good if saved else 'Nothing was saved; the same command'} repeats what led "
+                    "here. If training diverged, start afresh in another --out with a lower "
+                    "learning rate"
+                ) from None
+            if step + 1 == iters and record["weights"]:
+                ema.load_state_dict(record["weights"])
+            stop = agreed(signals[0] if signals else 0, model.device)
+            if (step + 1) % every == 0 or step + 1 == iters or stop:
+                save(step + 1)
+                saved = step + 1
+            if stop:
+                agreed(stop, model.device)  # no process ends before the file is written
+                raise Stopped(stop, f"{model.kind} is saved in {path} after {saved} steps")
+        if signals:  # while the last file was written
+            raise Stopped(signals[0], f"{model.kind} is complete in {path}")
     return ema
 
 
-def restore(training, path, record: dict) -> int:
-    """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with."""
+class Stopped(KeyboardInterrupt):
+    """args: the signal that stopped a training, and where it was saved."""
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; the
+    same one once more stops at once."""
+    noted = []
+
+    def note(number, _):
+        if number in noted:
+            raise Stopped(number, "the second signal did not wait for the training to be saved")
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def non_finite_tensors(training) -> str:
+    """Names of the weights and gradients that are not finite, for a message."""
+    networks = {"": training.model} | {
+        f"{name}.": network
+        for name, network in training.state.items()
+        if isinstance(network, nn.Module)
+    }
+    names = []
+    for prefix, network in networks.items():
+        for name, p in network.named_parameters():
+            if not p.isfinite().all():
+                names.append(prefix + name)
+            elif p.grad is not None and not p.grad.isfinite().all():
+                names.append(f"the gradient of {prefix}{name}")
+    return f" ({some(names, 3)})" if names else ""
+
+
+def restore(training, path, record: dict, iters: int) -> int:
+    """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with.
+    InputError if it does not fit them."""
     content = read_checkpoint(path, training.model.kind)
-    training.model.load_state_dict(content["model"])
-    training.ema.load_state_dict(content["model_ema"])
-    for name, value in (content["training"] or {}).items():
-        if name == "record":
-            record.update(value)
+    step, state = content["step"], content["training"]
+    if step > iters or (state is None) != (step == iters):
+        raise InputError(f"{path} is of step {step} of {iters}: --resume cannot go on with it")
+    try:
+        load_state(training.model, content["model"])
+        load_state(training.ema, content["model_ema"])
+        if state is not None:
+            check_alike(dict.fromkeys([*training.state, "record"]), dict.fromkeys(state))
+            weights = training.ema.state_dict() if state["record"]["weights"] else {}
+            check_alike(record | {"weights": weights}, state["record"])
+            record.update(state["record"])
+            for name, value in training.state.items():
+                load_state(value, state[name])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not of this training, or of another version of torch: --resume cannot go "
+            f"on with it ({str(error).splitlines()[0]})"
+        ) from None
+    return step
+
+
+def load_state(value, saved) -> None:
+    """value.load_state_dict(saved), of a network, an optimiser or a schedule of its rates;
+    ValueError if `saved` has another form."""
+    form = value.state_dict()
+    if isinstance(value, torch.optim.Optimizer):  # which adds averages of gradients as it steps
+        parameters = [p for group in value.param_groups for p in group["params"]]
+        form["state"] = {
+            i: {key: parameters[i] if x.ndim else torch.zeros(()) for key, x in entries.items()}
+            for i, entries in saved["state"].items()
+        }
+    check_alike(form, saved)
+    value.load_state_dict(saved)
+
+
+def check_alike(own, saved) -> None:
+    """ValueError unless `saved` has the keys, types and shapes of `own`, and finite tensors."""
+    if isinstance(own, dict):
+        alike = isinstance(saved, dict) and own.keys() == saved.keys()
+        pairs = [(own[key], saved[key]) for key in own] if alike else []
+    elif isinstance(own, (list, tuple)):
+        alike = isinstance(saved, (list, tuple)) and len(own) == len(saved)
+        pairs = zip(own, saved) if alike else []
+    elif torch.is_tensor(own):
+        alike = torch.is_tensor(saved) and own.shape == saved.shape and saved.isfinite().all()
+        pairs = []
+    else:
+        alike, pairs = isinstance(saved, type(own)), []
+    if not alike:
+        raise ValueError(f"an unexpected {type(saved).__name__}")
+    for pair in pairs:
+        check_alike(*pair)
+
+
+def locked(file) -> bool:
+    """Lock an open file for this process, if no other one holds it: whether that is so. The lock
+    ends with the process, however that ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            training.state[name].load_state_dict(value)
-    return content["step"]
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # else: a disk without locks
+    return True
+
+
+LOCKS = {}  # {folder: its open lock file}, of this process
+
+
+def claim(out: Path) -> None:
+    """Make this process the only one that trains in the folder `out`, for as long as it lives;
+    InputError if another one does."""
+    if rank():
+        return
+    place = out.resolve()
+    if place in LOCKS:
+        LOCKS.pop(place).close()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    if not locked(file):
+        raise InputError(f"another run is at work in --out {out}: wait for it, or stop it first")
+    LOCKS[place] = file
+
+
+def read_log(out) -> list[dict]:
+    """The lines of out/log.jsonl, but for one cut short by a power failure; none if there is no
+    such file."""
+    path, lines = Path(out) / "log.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def append_log(out, line: dict) -> None:
+    """One more line in out/log.jsonl."""
+    path = Path(os.devnull if rank() else Path(out) / "log.jsonl")
+    try:
+        with open(path, "a") as file:
+            file.write(as_json(line) + "\n")
+            file.flush()
+            if not rank():
+                os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def trim_log(out, stage: str, start: int) -> None:
+    """Take from out/log.jsonl the lines of a stage from step `start` on, which it logs again."""
+    lines = read_log(out)
+    kept = [line for line in lines if line["stage"] != stage or line["step"] < start]
+    if (Path(out) / "log.jsonl").exists():
+        write_text(Path(out) / "log.jsonl", "".join(as_json(line) + "\n" for line in kept))
+
+
+def write_text(path, text: str) -> None:
+    with writing(path) as file:
+        file.write(text.encode())
+
+
+def as_json(value, **options) -> str:
+    """JSON, in which a number that is infinite or NaN is null."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def train_teacher(settings: Settings, data: Data, out, device, resume=False) -> MAR:
@@ -2657,6 +2928,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     last trace is the sum of the singular values of A B^T, or of their QR factors, which are small
     where there are fewer images than features, and where there are more."""
     a, b = a.cpu().double(), b.cpu().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise NonFinite("features of images are infinite or NaN")
     A, B = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
     R_A, R_B = (torch.linalg.qr(X, mode="r").R for X in (A, B))
     cross = torch.linalg.svdvals(R_A @ R_B.T).sum()
@@ -3157,7 +3430,11 @@ def checked_reward(name: str, quality: Callable, images: Tensor, labels: Tensor)
     def checked(images, labels, error=NonFinite):
         # no graph for weights that somebody forgot to freeze
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            q = quality(images.clamp(-1, 1), labels)
+            try:
+                q = quality(images.clamp(-1, 1), labels)
+            except Exception as problem:
+                kind = type(problem).__name__
+                raise error(f"--reward {name} raised {kind}: {problem}") from problem
         check(q, labels, error)
         return q.to(images)
 
@@ -3241,12 +3518,8 @@ def picture(images: Tensor, columns: int, pixels: int = 64, padding: int = 4) ->
 
 
 def save_picture(path, image: Image.Image, **options) -> None:
-    """InputError if the picture cannot be written."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, **options)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from None
+    with writing(path) as file:
+        image.save(file, EXTENSIONS[Path(path).suffix.lower()], **options)
 
 
 def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:
@@ -3372,7 +3645,8 @@ def report(
         "examination": judge.examination,
         "blind": judge.blind,
     } | (extra or {})
-    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    metrics = with_earlier(Path(out) / "metrics.json", metrics)
+    write_text(Path(out) / "metrics.json", as_json(metrics, indent=1))
     print(report_table(metrics))
     samples_picture(out, images, rows, judge.labels, data)
     curves(out)
@@ -3383,6 +3657,23 @@ def report(
         f"Their columns: {', '.join(display_names(columns, data.names))}"
     )
     return metrics
+
+
+def with_earlier(path: Path, metrics: dict) -> dict:
+    """`metrics` with what the file at `path` has besides, if it is of the same settings: a report
+    of teacher and student alone does not lose what RL had reported."""
+    try:
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] != metrics["settings"] or earlier["n"] != metrics["n"]:
+            return metrics
+        rows = {
+            name: {key: math.nan if v is None else v for key, v in row.items()}
+            for name, row in earlier["rows"].items()
+        }
+        minutes = earlier["minutes"] | metrics["minutes"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return metrics
+    return earlier | metrics | {"rows": rows | metrics["rows"], "minutes": minutes}
 
 
 def report_table(metrics: dict) -> str:
@@ -3476,12 +3767,6 @@ CURVES = {
 }
 
 
-def read_log(out) -> list[dict]:
-    """The lines of out/log.jsonl; none if there is no such file."""
-    path = Path(out) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def curves(out) -> None:
     """curves.png: what was logged of every stage."""
     plt, lines = pyplot(), read_log(out)
@@ -3507,7 +3792,8 @@ def curves(out) -> None:
         style = ".-" if len(points) < 20 else "-"
         axis.plot(points.keys(), points.values(), style, markersize=5, linewidth=1)
         axis.set_title(title, fontsize=9)
-    figure.savefig(Path(out) / "curves.png", dpi=80)
+    with writing(Path(out) / "curves.png") as file:
+        figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
@@ -3534,7 +3820,8 @@ def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
     left.set(xlabel="step k", title="information gain V_k, and its mean")
     right.bar(steps, critical.float().mean(0).tolist())
     right.set(xlabel="step k", title="share of rollouts in which step k is critical")
-    figure.savefig(Path(out) / "gain.png", dpi=80)
+    with writing(Path(out) / "gain.png") as file:
+        figure.savefig(file, dpi=80)
     plt.close(figure)
 
 
@@ -3704,7 +3991,14 @@ def training_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def clip_options(args) -> ClipOptions:
-    return ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
+    """ClipOptions of the command line; InputError if nothing asks CLIP."""
+    options = ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
+    if options != ClipOptions() and "clip" not in (args.features, getattr(args, "reward", None)):
+        raise InputError(
+            "--clip-model, --clip-weights, --clip-prompt: only --reward clip and "
+            "--features clip ask CLIP"
+        )
+    return options
 
 
 def make_judge(args, settings: Settings, data: Data, device) -> Judge:
@@ -3820,7 +4114,9 @@ def prepare(
 
     written: the checkpoints that the script writes, the last stage first. base: the content of the
     checkpoint that it starts from."""
-    device = find_device(args.device, args.threads)
+    device = join_processes(find_device(args.device, args.threads))
+    if args.out.exists():
+        claim(args.out)
     there = [name for name in written if (args.out / name).exists()]
     if there and not args.resume:
         raise InputError(
@@ -3838,12 +4134,32 @@ def prepare(
     settings = settings_from(args, device, base, resume=bool(there))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
     data, settings = measured_data(args, settings, base, device)
+    check_memory(settings, data, device)
     print(f"{describe(data, settings)}; on {hardware(device)}")
     if args.resume and not there:
         print(f"nothing to resume in {args.out}: starting afresh")
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out)
     remember_choices(args, resume=bool(there))
     return settings, data, device
+
+
+def check_memory(settings: Settings, data: Data, device) -> None:
+    """InputError if a model cannot be trained in the memory of the device: weights, gradient, two
+    averages of an optimiser and the EMA alone take 20 bytes per parameter."""
+    with torch.device("meta"):
+        model = MAR(settings, data.classes, image_channels=data.learned.channels)
+    need = 20 * sum(p.numel() for p in model.parameters()) / 2**30
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    else:  # Windows does not say
+        return
+    if need > there:
+        raise InputError(
+            f"to train this model takes at least {need:,.0f} GiB of memory, and {device} has "
+            f"{there:,.0f}: lower --width, --depth, --head-width, --head-depth or --image-size"
+        )
 
 
 def measured_data(args, settings: Settings, base, device) -> tuple[Data, Settings]:
@@ -3882,14 +4198,18 @@ def remember_choices(args, resume: bool) -> None:
     given |= {"vae": str(args.vae or ""), "features": args.features}
     if "reward" in args:  # train_distill.py has none
         given["reward"] = args.reward
-    kept = json.loads(path.read_text()) if resume and path.exists() else {}
+    try:
+        kept = json.loads(path.read_text()) if resume and path.exists() else {}
+        kept = {name: str(kept[name]) for name in kept}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it") from None
     for name in given:
         if kept.get(name) not in (None, given[name]):
             raise InputError(
                 f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
                 f"{given[name] or None}: give it again, or another --out"
             )
-    path.write_text(json.dumps(kept | given))
+    write_text(path, as_json(kept | given))
 
 
 def teacher_and_student(
@@ -3914,22 +4234,156 @@ def teacher_and_student(
 
 
 def run(main: Callable) -> None:
-    """Call main() as a script: wrong input ends in one line and exit code 2, a non-finite loss in
-    one line and code 1, Ctrl-C in one line and code 130."""
+    """Call main() as a script. Wrong input ends in one line and exit code 2; a non-finite loss, or
+    too little memory, in one line and code 1; Ctrl-C in one line and code 130, SIGTERM in 143."""
+
+    def stop(number, _):
+        raise Stopped(number, "what a training had saved is there")
+
+    signal.signal(signal.SIGTERM, stop)
+    for stream in (sys.stdout, sys.stderr):  # folders may have names that are no UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (InputError, NonFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print(
-            "stopped; what a training had saved, the same command with --resume continues",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        leave_processes()
+    except (InputError, OSError) as error:
+        fail(error, 2)
+    except NonFinite as error:
+        fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if is_lost_process(error):
+            fail(f"process {rank()} lost another one: {error}", 1)
+        if not is_out_of_memory(error):
+            raise
+        fail("out of memory: try a smaller --batch, --draws, --prompts, --group or model", 1)
+    except KeyboardInterrupt as stopped:
+        number, where = stopped.args or (signal.SIGINT, "what a training had saved is there")
+        print(f"stopped: {where}; the same command with --resume continues", file=sys.stderr)
+        sys.exit(128 + number)
 
 
-# 19 MAR's released weights ------------------------------------------------------------------------
+def fail(error, code: int) -> None:
+    """End with one line, whatever characters the names in it have."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python was refused memory, on the CPU or on a GPU."""
+    refused = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or refused
+
+
+# 19 Several processes -----------------------------------------------------------------------------
+# `torchrun --nproc_per_node=N train_rl.py ...` trains on N GPUs. All processes run the same program
+# on the same whole batch, with the same random numbers, and hold the same weights. Two calls alone,
+# which are nearly all of the work, are divided: `MAR.context` and `Head.forward` compute rows 1 / N
+# each, and then all gather the rows. So every other line, losses, groups, advantages and judges,
+# sees the batch as if there were one process; results agree but for rounding, with any N.
+
+
+def rank() -> int:
+    """The number of this process; 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """The device of this process, if torchrun started several; else `device`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    MAR.context, Head.forward = divided(MAR.context), divided(Head.forward)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+def divided(function: Callable) -> Callable:
+    """A method whose inputs and output have a row for each of B things, computed by all."""
+
+    @wraps(function)
+    def call(self, *inputs):
+        rows = math.ceil(len(inputs[0]) / dist.get_world_size())
+        if rows == 0:
+            return function(self, *inputs)
+        mine = (torch.arange(rows) + rows * rank()) % len(inputs[0])  # some rows twice at the end
+        own = [Own.apply(x, mine.to(x.device)) for x in inputs]
+        return Gathered.apply(function(self, *own))[: len(inputs[0])]
+
+    return call
+
+
+class Own(torch.autograd.Function):
+    """Some rows of x [B, ...]; backward, the gradients of all processes' rows."""
+
+    @staticmethod
+    def forward(context, x, rows):
+        context.rows, context.shape = rows, x.shape
+        return x[rows]
+
+    @staticmethod
+    def backward(context, gradient):
+        whole = gradient.new_zeros(context.shape).index_add_(0, context.rows, gradient)
+        dist.all_reduce(whole)
+        return whole / dist.get_world_size(), None
+
+
+class Gathered(torch.autograd.Function):
+    """The rows of all processes. Backward, those of this one times N, since gradients of weights
+    are averaged, and each process has 1 / N of their terms."""
+
+    @staticmethod
+    def forward(context, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient.chunk(dist.get_world_size())[rank()] * dist.get_world_size()
+
+
+def average_gradients(training) -> None:
+    """Let every gradient of these networks be the mean over all processes."""
+    if not dist.is_initialized():
+        return
+
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+    for network in (training.model, *training.state.values()):
+        for p in network.parameters() if isinstance(network, nn.Module) else ():
+            p.register_post_accumulate_grad_hook(average)
+
+
+def agreed(number: int, device) -> int:
+    """The largest `number` of all processes."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether another process ended, or did not answer in time."""
+    named = any(name in str(error) for name in ("gloo", "NCCL", "Connection"))
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or named)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# 20 MAR's released weights ------------------------------------------------------------------------
 # MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
 # KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
 # in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
@@ -3988,6 +4442,13 @@ def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
     for name, value in weights.items():
         if not (isinstance(name, str) and torch.is_tensor(value)):
             raise InputError(f"{path}: {name!r} under {part!r} is not a tensor with a name")
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
+            raise InputError(f"{path}: {name} is no plain tensor")
+    if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
+        raise InputError(f"{path}: its weights under {part!r} are larger than the file")
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} under {part!r} has weights that are infinite or NaN")
     return weights
 
 
@@ -3999,7 +4460,11 @@ def filled(path, build: Callable, weights: dict[str, Tensor], rename: Callable =
         expected = build().state_dict()
     check_names_and_shapes(path, {rename(name): expected[name] for name in expected}, weights)
     module = build()
-    module.load_state_dict({name: weights[rename(name)] for name in expected})
+    weights = {name: weights[rename(name)] for name in expected}
+    for name, own in module.state_dict().items():
+        if not own.is_floating_point() and not torch.equal(own, weights[name]):
+            raise InputError(f"{path}: {name} is not what its settings make it")
+    module.load_state_dict(weights)
     return module
 
 
@@ -4010,9 +4475,13 @@ def check_names_and_shapes(path, module: dict[str, Tensor], weights: dict[str, T
     for name, value in weights.items():
         if name in module and value.shape != module[name].shape:
             wrong.append(f"{name} is {list(value.shape)}, not {list(module[name].shape)}")
+        elif name in module and value.is_floating_point() != module[name].is_floating_point():
+            wrong.append(f"{name} is of type {value.dtype}, not {module[name].dtype}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{path}: {'; '.join(wrong[:5])}{more}")
+        raise InputError(
+            f"{path}: its weights do not fit its settings: {'; '.join(wrong[:5])}{more}"
+        )
 
 
 def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> torch.Size:
@@ -4217,7 +4686,7 @@ def with_latents(data: Data, vae: "KL16", flip: bool) -> Data:
     return replace(data, latents=latents, decode=vae.decode)
 
 
-# 20 KL-16 autoencoder -----------------------------------------------------------------------------
+# 21 KL-16 autoencoder -----------------------------------------------------------------------------
 # Convolutions with the official names and arithmetic; a first reader may skip them.
 
 

@@ -23,6 +23,9 @@ from PIL import Image
 import maskrl
 from maskrl import InputError
 
+BATCH = 256  # images that are drawn at once: memory holds no more, however many there are
+SHOWN = 1024  # images that --out has room for
+
 
 def add_generator(parser):
     """The options that say what generates."""
@@ -96,12 +99,12 @@ def parse(argv=None):
 
 def check_paths(args):
     """InputError, before any work, if a picture could not be written."""
-    paths = [path for path in (args.out, args.film) if path]
+    paths = [path for path in (args.out, args.film) if path is not None]
     for path in paths:
-        if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+        if maskrl.EXTENSIONS.get(Path(path).suffix.lower()) not in Image.SAVE:
             raise InputError(f"{path}: the name must end in .png, .jpg or another image format")
     inputs = [path for path in (args.inpaint, args.mask) if path]
-    if len({Path(path).absolute() for path in paths + inputs}) < len(paths + inputs):
+    if len({Path(path).resolve() for path in paths + inputs}) < len(paths + inputs):
         raise InputError(
             f"--out {args.out} would overwrite --film, --inpaint or --mask, or they "
             "name the same file"
@@ -149,9 +152,9 @@ def to_complete(image, mask, settings, vae=None):
     return maskrl.to_tokens(pixels, settings), hidden
 
 
-def write_files(folder, images, labels, classes):
-    """Every image [N, 3, S, S] as folder/<number> <class>.png."""
-    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+def write_files(folder, images, labels, classes, first=0):
+    """Every image [N, 3, S, S] as folder/<number> <class>.png, numbered from `first`."""
+    for i, (image, label) in enumerate(zip(images, labels.tolist()), first):
         name = classes[label].replace("/", "_")
         picture = maskrl.picture(image[None], 1, pixels=1, padding=0)
         maskrl.save_picture(Path(folder) / f"{i:05} {name}.png", picture)
@@ -160,8 +163,12 @@ def write_files(folder, images, labels, classes):
 def main(argv=None):
     args = parse(argv)
     device = maskrl.find_device(args.device, args.threads)
-    if args.n < 1:
-        raise InputError(f"--n {args.n} must be at least 1")
+    if not 1 <= args.n <= 10**7:
+        raise InputError(f"--n {args.n} must be at least 1 and at most {10**7}")
+    if args.n > SHOWN and not args.files:
+        raise InputError(
+            f"--n {args.n}: a picture shows at most {SHOWN}; more of them need --files"
+        )
     if bool(args.inpaint) != bool(args.mask):
         raise InputError("--inpaint and --mask belong together")
     check_paths(args)
@@ -177,36 +184,46 @@ def main(argv=None):
     known = None
     if args.inpaint:
         given, mask = to_complete(args.inpaint, args.mask, settings, vae)
-        known = given.expand(args.n, -1, -1).to(device), mask.to(device)
+        known = given.to(device), mask.to(device)
     sampling = maskrl.Sampling(
         args.steps, args.guidance, args.denoise_steps, args.temperature, progress=True
     ).resolve(model)
 
-    start = time.perf_counter()
-    tokens, trace = maskrl.generate(
-        model, labels, sampling, known=known, seed=args.seed, trace=True
-    )
-    ms = 1000 * (time.perf_counter() - start) / args.n
-    images = decode(maskrl.to_images(tokens, settings)).cpu()
-
-    grid = images
-    if known:  # what was given comes first
-        given = decode(maskrl.to_images(given, settings)).cpu()
-        given = torch.where(maskrl.pixel_mask(mask, images.shape[-1]), 0.0, given)
-        grid, columns = torch.cat([given, images]), 8
-    maskrl.save_picture(args.out, maskrl.picture(grid, columns if columns > 2 else 8))
-    written = [args.out]
-    if args.film:
-        maskrl.film(args.film, tokens, trace, settings, decode)
-        written.append(args.film)
+    shown_names = maskrl.display_names(model.classes, names)
+    grid, written, steps, seconds = [], [args.out], 0, 0.0
+    for first in range(0, args.n, BATCH):
+        start = time.perf_counter()
+        part = labels[first : first + BATCH]
+        tokens, trace = maskrl.generate(
+            model,
+            part,
+            sampling,
+            known=known and (known[0].expand(len(part), -1, -1), known[1]),
+            seed=(args.seed, first) if first else args.seed,
+            trace=True,
+        )
+        seconds += time.perf_counter() - start
+        steps += int(trace.steps.sum())
+        images = decode(maskrl.to_images(tokens, settings)).cpu()
+        if first < SHOWN:
+            grid.append(images)
+        if args.film and first == 0:
+            maskrl.film(args.film, tokens, trace, settings, decode)
+            written.append(args.film)
+        if args.files:
+            write_files(args.files, images, part, shown_names, first)
     if args.files:
-        write_files(args.files, images, labels, maskrl.display_names(model.classes, names))
         written.append(args.files)
-    steps = trace.steps.float().mean()
+    if known:  # what was given comes first
+        given = decode(maskrl.to_images(known[0], settings)).cpu()
+        grid.insert(0, torch.where(maskrl.pixel_mask(mask, images.shape[-1]), 0.0, given))
+        columns = 8
+    grid = maskrl.picture(torch.cat(grid), columns if columns > 2 else 8)
+    maskrl.save_picture(args.out, grid)
     print(
-        f"{', '.join(written)}: {args.n} images of a {model.kind}, {steps:.1f} unmasking "
-        f"iterations x {sampling.denoise_steps} denoising steps, guidance {sampling.guidance:g}, "
-        f"{ms:.1f} ms per image on {device}"
+        f"{', '.join(written)}: {args.n} images of a {model.kind}, {steps / args.n:.1f} "
+        f"unmasking iterations x {sampling.denoise_steps} denoising steps, "
+        f"guidance {sampling.guidance:g}, {1000 * seconds / args.n:.1f} ms per image on {device}"
     )
 
 

@@ -72,6 +72,7 @@ def main(argv=None):
     maskrl.check_reward_name(args.reward)
     if args.reward == args.features == "clip":
         raise maskrl.InputError("--features clip: the judge must not look as --reward clip does")
+    clip = maskrl.clip_options(args)
     heads = getattr(args, "heads", None)
     given = [(args.teacher, "teacher"), (args.student, "student")]
     contents = [maskrl.read_model(path, kind, heads) for path, kind in given if path]
@@ -81,7 +82,6 @@ def main(argv=None):
 
     quality = None
     if args.reward != "embedded":  # first, for a wrong one should show before long work
-        clip = maskrl.clip_options(args)
         quality = maskrl.make_reward(args.reward, settings, data, device, clip=clip)
     judge = maskrl.make_judge(args, settings, data, device)
     critic = maskrl.train_critic("reward", data.train, settings, device)

@@ -44,7 +44,7 @@ def test_a_folder_goes_through_all_stages_and_leaves_their_files(run):
     out, metrics = run
     models, pictures = "teacher student policy", "samples neighbours curves gain"
     files = {f"{name}.pt" for name in models.split()} | {f"{n}.png" for n in pictures.split()}
-    files |= {"choices.json", "log.jsonl", "metrics.json"}
+    files |= {".lock", "choices.json", "log.jsonl", "metrics.json"}
     assert files == {path.name for path in out.iterdir()}
     assert json.loads((out / "metrics.json").read_text())["rows"].keys() == metrics["rows"].keys()
 
@@ -413,9 +413,7 @@ def test_an_interrupted_run_resumes_to_the_very_same_weights(
         assert torch.equal(weights(whole / f"{name}.pt"), weights(tmp_path / f"{name}.pt")), name
 
 
-def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_weights(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_non_finite_loss_stops_and_names_the_stage_and_the_step(tmp_path, monkeypatch, capsys):
     denoising_loss, calls = maskrl.denoising_loss, []
 
     def broken_at_the_fourth(*args):
@@ -424,9 +422,8 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_weights(
 
     monkeypatch.setattr(maskrl, "denoising_loss", broken_at_the_fourth)
     error = error_of(train_distill.main, [*SHORT, "--out", tmp_path], capsys, code=1)
-    assert "teacher, step 3: the loss is nan" in error
-    assert maskrl.read_checkpoint(tmp_path / "teacher.pt")["step"] == 3
-    assert weights(tmp_path / "teacher.pt").isfinite().all()
+    assert "teacher, step 3: the loss is nan. Nothing was saved; the same command repeats" in error
+    assert not (tmp_path / "teacher.pt").exists()
 
 
 # The files themselves -----------------------------------------------------------------------------
