@@ -275,6 +275,22 @@ def to_images(tokens: Tensor, settings: Settings) -> Tensor:
 # `diffloss.net` is our `head`.
 
 
+class Cache:
+    """What the layers gave at each of the N = buffer + L places of the sequence, until next time.
+
+    Between two refreshes of a generation (section 6) only the places `rows` [B, n] are computed;
+    they attend to the keys and values that are kept of all the others."""
+
+    def __init__(self, places: int):
+        self.places, self.rows, self.kept = places, None, {}
+
+    def renew(self, name, x: Tensor) -> Tensor:
+        """Keep x [B, n, W] at the places `rows`; returns what there is of `name` [B, N, W]."""
+        if name not in self.kept:
+            self.kept[name] = x.new_zeros(len(x), self.places, x.shape[-1])
+        return self.kept[name].scatter_(1, self.rows[..., None].expand_as(x), x)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -282,9 +298,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """x [B, N, W]; keys [B, N]: true for rows that may be attended to (None: all of them)."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+    def forward(self, x: Tensor, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """x [B, n, W] attends to itself or, with a cache, to all places that this holds.
+
+        keys: true for what may be attended to, [B, n] or [B, N] of a cache (None: everything)."""
+        width = x.shape[-1]
+        q, kv = self.qkv(x).split([width, 2 * width], -1)
+        if cache is not None:
+            kv = cache.renew(self, kv)
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
         attn_mask = None if keys is None else keys[:, None, None, :]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -310,8 +333,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), keys)
+    def forward(self, x: Tensor, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), keys, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -481,7 +504,7 @@ class MAR(nn.Module):
 
     def apply_block(self, block: Block, *inputs) -> Tensor:
         """block(*inputs); with --checkpointing the backward pass computes its inside once more."""
-        if self.settings.checkpointing:
+        if self.settings.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -489,40 +512,70 @@ class MAR(nn.Module):
         """The null class in place of every label [B]."""
         return torch.full_like(labels, self.num_classes)
 
-    def context(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def context(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        cache: Cache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """c [B, L, W] of tokens [B, L, D] under mask [B, L], for labels [B] (num_classes: null).
 
         Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of
         tokens: shorter sequences are padded, and nothing attends to the padding, so that each image
-        comes out as if it were alone."""
-        B, L, _ = tokens.shape
-        buffer, width = self.settings.buffer, self.settings.width
+        comes out as if it were alone.
+
+        cache: what this call computes is kept there, for the next to build on. wanted [B, L]: the
+        only tokens to compute, at least those revealed since the last call; everything else,
+        the other tokens' c too, is then as the cache has it."""
+        buffer = self.settings.buffer
         classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
+        visible = F.pad(~mask, (buffer, 0), value=True)  # [B, buffer + L]
+        computed = torch.ones_like(visible) if wanted is None else F.pad(wanted, (buffer, 0))
+        places = cache or Cache(visible.shape[1])
 
         # encoder: `buffer` copies of the class, then the visible tokens in raster order
         x = torch.cat([repeat(classes, "b w -> b n w", n=buffer), self.z_proj(tokens)], 1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)  # [B, buffer + L, W]
-        visible = F.pad(~mask, (buffer, 0), value=True)
-        count = visible.sum(1)
-        most = int(count.max())
-        keep = (
-            (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        )  # visible ones first
-        keep = repeat(keep, "b n -> b n w", w=width)
-        x = x.gather(1, keep)  # [B, most, W]
-        ragged = int(count.min()) < most
-        keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
+        places.rows, count = first_rows(visible & computed)
+        x = take(x, places.rows)  # [B, most, W]
+        if cache is None:
+            keys = torch.arange(x.shape[1], device=x.device) < count[:, None]
+            keys = None if keys.all() else keys
+        else:
+            keys = visible
         for block in self.encoder_blocks:
-            x = self.apply_block(block, x, keys)
+            x = self.apply_block(block, x, keys, cache)
 
         # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
-        full = torch.zeros(B, buffer + L, width, device=x.device, dtype=x.dtype).scatter(1, keep, x)
-        x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
+        x = places.renew("encoder", x)  # [B, buffer + L, W]
+        x = torch.where(visible[..., None], x, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed_learned
+        if cache is not None:
+            cache.rows, _ = first_rows(computed)
+            x = take(x, cache.rows)
         for block in self.decoder_blocks:
-            x = self.apply_block(block, x)
-        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
+            x = self.apply_block(block, x, None, cache)
+        x = self.decoder_norm(x)
+        if cache is not None:
+            x = cache.renew("decoder", x)
+        return x[:, buffer:] + self.diffusion_pos_embed_learned
+
+
+def first_rows(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices [B, most] of the wanted rows [B, N], in their order, and how many there are [B].
+
+    An image with fewer than the most has some rows that are not wanted after them."""
+    count = wanted.sum(1)
+    order = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : int(count.max())], count
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows [B, n] of x [B, N, W]."""
+    return x.gather(1, repeat(rows, "b n -> b n w", w=x.shape[-1]))
 
 
 # 4 Diffusion --------------------------------------------------------------------------------------
@@ -832,6 +885,9 @@ def guided(head: Callable, c: Tensor, c_null: Tensor, scale: Tensor | float) -> 
     return guided_head
 
 
+WARM_UP = 3  # iterations that compute everything, whatever the refresh
+
+
 @dataclass
 class Sampling:
     """How to sample; what is None is decided by the model.
@@ -840,13 +896,16 @@ class Sampling:
     guidance: s of a teacher, linear in the share revealed (None: settings.guidance; a student has
     it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
-    DiSA (2505.20297). temperature: factor on the chain's noise. progress: show a bar."""
+    DiSA (2505.20297). temperature: factor on the chain's noise. refresh: R, so that all contexts
+    are computed only in every Rth iteration and the first few (see `unmask`); 1 is exact.
+    progress: show a bar."""
 
     steps: int | None = None
     guidance: float | None = None
     denoise_steps: int | tuple[int, int] | None = None
     temperature: float = 1.0
     progress: bool = False
+    refresh: int = 1
 
     def resolve(self, model: MAR) -> "Sampling":
         """The same with nothing left open; InputError where it does not suit the model's kind."""
@@ -868,7 +927,13 @@ class Sampling:
             raise InputError("--temperature: one step has no chain whose noise it could scale")
         if not (0 <= self.temperature < math.inf and 0 <= guidance < math.inf):
             raise InputError("--temperature and --guidance must be numbers from 0 up")
+        if self.refresh < 1:
+            raise InputError(f"--refresh {self.refresh} must be at least 1, which is no cache")
         return replace(self, denoise_steps=denoise_steps, guidance=guidance)
+
+    def computes_everything(self, k: int) -> bool:
+        """Whether iteration k = 0, 1, ... is a refresh."""
+        return k < WARM_UP or k % self.refresh == 0
 
     def chains(self, iterations: int) -> list[Diffusion] | None:
         """The denoising chain of each of K iterations; None for the one-step generator."""
@@ -928,21 +993,26 @@ class Trace:
         return mask, mask & (rank >= hidden - self.counts[..., None])
 
 
-def class_and_null_context(model: MAR, tokens, mask, labels) -> tuple[Tensor, Tensor]:
+def class_and_null_context(
+    model: MAR, tokens, mask, labels, cache: Cache | None = None, wanted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """c for the labels and c for the null class, each [B, L, W], computed in one batch."""
     both = torch.cat([labels, model.null(labels)])
-    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2)
+    wanted = None if wanted is None else wanted.repeat(2, 1)
+    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both, cache, wanted).chunk(2)
 
 
-def unfinished_contexts(model: MAR, tokens, mask, labels, guidance) -> tuple[Tensor, Tensor | None]:
-    """c and, under guidance, c_null [B, L, W] of images that still hide tokens; else zeros."""
-    live = mask.any(1)
+def contexts_of(
+    live, model: MAR, tokens, mask, labels, guidance, cache=None, wanted=None
+) -> tuple[Tensor, Tensor | None]:
+    """c and, under guidance, c_null [B, L, W] of the images live [B]; else zeros."""
+    inputs = tokens[live], mask[live], labels[live], cache, None if wanted is None else wanted[live]
     c = torch.zeros(*mask.shape, model.settings.width, device=mask.device)
     if guidance == 1:
-        c[live] = model.context(tokens[live], mask[live], labels[live])
+        c[live] = model.context(*inputs)
         return c, None
     c_null = torch.zeros_like(c)
-    c[live], c_null[live] = class_and_null_context(model, tokens[live], mask[live], labels[live])
+    c[live], c_null[live] = class_and_null_context(model, *inputs)
     return c, c_null
 
 
@@ -983,7 +1053,14 @@ def generate(
 
 
 def unmask(model, labels, sampling, noise, known, generator, predictions) -> tuple[Tensor, Trace]:
-    """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times."""
+    """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times.
+
+    With refresh R > 1, most iterations compute two kinds of tokens only: those just revealed, which
+    are new to the encoder, and those about to be. They attend to the kept keys and values of all
+    others, which miss only what the new tokens would have changed in them. Every Rth iteration and
+    the first few, where each token changes most, compute everything. This is LazyMAR's token cache
+    (2503.12450); differs from it: no other tokens are computed, c_null is, and a schedule policy
+    looks at the contexts of the iteration before."""
     tokens, order, to_draw = starting_point(noise, known)
     if sampling.steps is None:
         schedule, steps = model.schedule, min(to_draw, model.settings.steps)
@@ -993,7 +1070,8 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
 
-    rank = order.argsort(1)
+    rank, reveal = order.argsort(1), None
+    places = model.settings.buffer + model.length
     means = torch.zeros_like(tokens)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
@@ -1001,7 +1079,10 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     while hidden.any():
         k = len(record["counts"])
         mask = rank < hidden[:, None]
-        c, c_null = unfinished_contexts(model, tokens, mask, labels, sampling.guidance)
+        everything = sampling.computes_everything(k)
+        if everything:
+            live, cache = mask.any(1), Cache(places) if sampling.refresh > 1 else None
+            c, c_null = contexts_of(live, model, tokens, mask, labels, sampling.guidance, cache)
         if schedule is None:
             count = torch.full_like(hidden, fixed[k])
         else:
@@ -1010,7 +1091,12 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             count = schedule.count(action, hidden)
             record["states"].append(state)
             record["actions"].append(action)
-        reveal = mask & (rank >= (hidden - count)[:, None])
+        just_revealed, reveal = reveal, mask & (rank >= (hidden - count)[:, None])
+        if not everything:
+            few = just_revealed | reveal
+            c, c_null = contexts_of(
+                live, model, tokens, mask, labels, sampling.guidance, cache, few
+            )
 
         fill = mask if predictions else reveal  # the whole image, or only what is revealed
         if chains is None:
