@@ -276,13 +276,22 @@ def to_images(tokens: Tensor, settings: Settings) -> Tensor:
 
 
 class Cache:
-    """What the layers gave at each of the N = buffer + L places of the sequence, until next time.
+    """What the layers gave at each of the N = buffer + L places of the sequence when last computed.
 
     Between two refreshes of a generation (section 6) only the places `rows` [B, n] are computed;
-    they attend to the keys and values that are kept of all the others."""
+    they attend to the keys and values that are kept of all others."""
 
-    def __init__(self, places: int):
-        self.places, self.rows, self.kept = places, None, {}
+    def __init__(self):
+        self.rows, self.kept = None, {}
+
+    def choose(self, wanted: Tensor) -> Tensor:
+        """rows := the places where wanted [B, N]; an image with fewer of them repeats its last."""
+        count = wanted.sum(1, keepdim=True)
+        order = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)
+        most = torch.arange(int(count.max()), device=wanted.device)
+        self.places = wanted.shape[1]
+        self.rows = order.gather(1, torch.minimum(most, (count - 1).clamp(min=0)))
+        return self.rows
 
     def renew(self, name, x: Tensor) -> Tensor:
         """Keep x [B, n, W] at the places `rows`; returns what there is of `name` [B, N, W]."""
@@ -533,44 +542,39 @@ class MAR(nn.Module):
         classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
         visible = F.pad(~mask, (buffer, 0), value=True)  # [B, buffer + L]
         computed = torch.ones_like(visible) if wanted is None else F.pad(wanted, (buffer, 0))
-        places = cache or Cache(visible.shape[1])
 
         # encoder: `buffer` copies of the class, then the visible tokens in raster order
         x = torch.cat([repeat(classes, "b w -> b n w", n=buffer), self.z_proj(tokens)], 1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)  # [B, buffer + L, W]
-        places.rows, count = first_rows(visible & computed)
-        x = take(x, places.rows)  # [B, most, W]
         if cache is None:
-            keys = torch.arange(x.shape[1], device=x.device) < count[:, None]
-            keys = None if keys.all() else keys
+            count = visible.sum(1)
+            most = int(count.max())
+            rows = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible first
+            ragged = int(count.min()) < most
+            keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
         else:
-            keys = visible
+            rows, keys = cache.choose(visible & computed), visible
+        x = take(x, rows)  # [B, most, W]
         for block in self.encoder_blocks:
             x = self.apply_block(block, x, keys, cache)
 
         # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
-        x = places.renew("encoder", x)  # [B, buffer + L, W]
-        x = torch.where(visible[..., None], x, self.mask_token.to(x.dtype))
+        if cache is None:
+            full = torch.zeros(*visible.shape, x.shape[-1], device=x.device, dtype=x.dtype)
+            full = full.scatter(1, rows[..., None].expand_as(x), x)
+        else:
+            full = cache.renew("encoder", x)
+        x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed_learned
         if cache is not None:
-            cache.rows, _ = first_rows(computed)
-            x = take(x, cache.rows)
+            x = take(x, cache.choose(computed))
         for block in self.decoder_blocks:
             x = self.apply_block(block, x, None, cache)
         x = self.decoder_norm(x)
         if cache is not None:
             x = cache.renew("decoder", x)
         return x[:, buffer:] + self.diffusion_pos_embed_learned
-
-
-def first_rows(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices [B, most] of the wanted rows [B, N], in their order, and how many there are [B].
-
-    An image with fewer than the most has some rows that are not wanted after them."""
-    count = wanted.sum(1)
-    order = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, : int(count.max())], count
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
@@ -1071,7 +1075,6 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     limits = token_limits(model.settings)
 
     rank, reveal = order.argsort(1), None
-    places = model.settings.buffer + model.length
     means = torch.zeros_like(tokens)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
@@ -1081,7 +1084,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         mask = rank < hidden[:, None]
         everything = sampling.computes_everything(k)
         if everything:
-            live, cache = mask.any(1), Cache(places) if sampling.refresh > 1 else None
+            live, cache = mask.any(1), Cache() if sampling.refresh > 1 else None
             c, c_null = contexts_of(live, model, tokens, mask, labels, sampling.guidance, cache)
         if schedule is None:
             count = torch.full_like(hidden, fixed[k])

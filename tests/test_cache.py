@@ -1,0 +1,140 @@
+"""Attention caching (sections 3 and 6): which tokens are computed, and against what."""
+
+import pytest
+import torch
+from conftest import random_model
+
+import maskrl
+from maskrl import Cache, InputError, Sampling
+
+LABELS = torch.tensor([0, 1, 2, 3])
+SAMPLINGS = {
+    "a student": ("student", Sampling(steps=8)),
+    "a guided chain": ("teacher", Sampling(steps=8, denoise_steps=4, guidance=2.0)),
+    "a learned schedule": ("policy", Sampling()),
+}
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def generator_of(kind, **overrides):
+    model = random_model(kind, depth=2, **overrides)
+    if kind == "policy":
+        maskrl.add_schedule(model)
+    return model
+
+
+def ragged_masks():
+    """Tokens, the masks before and after some of them are revealed, and which ones are next."""
+    tokens, rank = torch.randn(4, 16, 12), torch.rand(4, 16).argsort(1)
+    before, after, last = torch.tensor([[16, 12, 7, 4], [15, 9, 5, 1], [14, 8, 1, 0]])[..., None]
+    return tokens, rank < before, rank < after, (rank < after) & (rank >= last)
+
+
+@torch.no_grad()
+def frozen(model, tokens, before, after, computed):
+    """c of the computed places when every layer's other inputs are those under the mask `before`:
+    what a cache stands for, by whole passes over one image [L, ...] at a time and without one."""
+    buffer = model.settings.buffer
+
+    def embedded(label):
+        classes = torch.cat([model.class_emb.weight, model.fake_latent])[label]
+        x = torch.cat([classes.expand(buffer, -1), model.z_proj(tokens)])
+        return model.z_proj_ln(x + model.encoder_pos_embed_learned[0])
+
+    def through(blocks, x, old, keys, fresh):
+        """x after the blocks, and the inputs of all; those that are not fresh come from old."""
+        inputs = []
+        for i, block in enumerate(blocks):
+            if old is not None:
+                x = torch.where(fresh[:, None], x, old[i])
+            inputs.append(x)
+            x = block(x[None], keys[None])[0]
+        return x, inputs
+
+    def whole(label, mask, fresh, old):
+        visible = torch.cat([torch.ones(buffer).bool(), ~mask])
+        everything = torch.ones_like(visible)
+        x, encoder = through(model.encoder_blocks, embedded(label), old and old[0], visible, fresh)
+        x = model.decoder_embed(model.encoder_norm(x))
+        x = torch.where(visible[:, None], x, model.mask_token[0])
+        x = x + model.decoder_pos_embed_learned[0]
+        x, decoder = through(model.decoder_blocks, x, old and old[1], everything, fresh)
+        c = model.decoder_norm(x)[buffer:] + model.diffusion_pos_embed_learned[0]
+        return c, (encoder, decoder)
+
+    def context(label):
+        fresh = torch.cat([torch.zeros(buffer).bool(), computed])
+        _, old = whole(label, before, None, None)
+        return whole(label, after, fresh, old)[0]
+
+    return context
+
+
+@torch.no_grad()
+def test_a_computed_token_attends_to_the_others_as_they_were():
+    model = generator_of("student")
+    tokens, before, after, following = ragged_masks()
+    computed = (before & ~after) | following
+    cache = Cache()
+    model.context(tokens, before, LABELS, cache)
+    c = model.context(tokens, after, LABELS, cache, computed)
+    for i, label in enumerate(LABELS):
+        by_hand = frozen(model, tokens[i], before[i], after[i], computed[i])(label)
+        close(c[i][computed[i]], by_hand[computed[i]])
+    exact = model.context(tokens, after, LABELS)
+    assert not torch.allclose(c[computed], exact[computed], atol=1e-3)  # it is not the whole truth
+
+
+@torch.no_grad()
+def test_a_token_that_is_not_computed_keeps_its_context():
+    model = generator_of("student")
+    tokens, before, after, following = ragged_masks()
+    cache, computed = Cache(), (before & ~after) | following
+    c = model.context(tokens, before, LABELS, cache)
+    again = model.context(tokens, after, LABELS, cache, computed)
+    close(c, model.context(tokens, before, LABELS))  # a first pass computes everything
+    assert torch.equal(again[~computed], c[~computed])
+
+
+@torch.no_grad()
+def test_images_of_a_batch_come_out_of_a_cache_as_if_alone():
+    """Though one of them may have more tokens to compute, or none."""
+    model = generator_of("student")
+    tokens, before, after, following = ragged_masks()
+    computed = (before & ~after) | following
+    computed[3] = False
+
+    def both_passes(rows):
+        cache = Cache()
+        model.context(tokens[rows], before[rows], LABELS[rows], cache)
+        return model.context(tokens[rows], after[rows], LABELS[rows], cache, computed[rows])[:3]
+
+    alone = torch.cat([both_passes([i]) for i in range(3)])
+    close(both_passes([0, 1, 2, 3]), alone)
+
+
+@pytest.mark.parametrize("kind, sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_a_cache_that_is_refreshed_in_every_iteration_changes_nothing(kind, sampling, monkeypatch):
+    model = generator_of(kind)
+    exact, trace = maskrl.generate(model, LABELS, sampling, trace=True)
+    assert sampling.refresh == 1
+    monkeypatch.setattr(maskrl, "WARM_UP", 16)
+    sampling = maskrl.replace(sampling, refresh=99)
+    cached, other = maskrl.generate(model, LABELS, sampling, trace=True)
+    assert torch.equal(other.counts, trace.counts)
+    close(cached, exact)
+
+
+@pytest.mark.parametrize("kind, sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_cached_images_are_near_the_exact_ones_and_each_as_if_alone(kind, sampling):
+    model, sampling = generator_of(kind), maskrl.replace(sampling, refresh=4)
+    noise = maskrl.draw_noise(model, 4, maskrl.rng("test"))
+    together = maskrl.generate(model, LABELS, sampling, noise)
+    assert together.isfinite().all()
+    if kind == "student":  # the others draw more noise, which a batch shares out
+        for i in range(4):
+            one = maskrl.Noise(noise.order[i : i + 1], noise.z[i : i + 1])
+            close(maskrl.generate(model, LABELS[i : i + 1], sampling, one)[0], together[i], 1e-4)
