@@ -19,7 +19,7 @@ Part II, the workbench, serves the scripts; a reader of the papers may stop befo
 
     12  Data                15  Judge        18  Command line
     13  Training loop       16  Rewards      19  MAR's released weights and the KL-16 autoencoder
-    14  Reward network      17  Report and pictures
+    14  Reward network      17  Report and pictures  20  Bench
 
 Letters, the same in the papers, the docstrings and the code:
 
@@ -54,7 +54,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -3005,18 +3005,34 @@ def generate_many(
     return torch.cat(images), torch.cat(steps)
 
 
-def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, float]:
-    """Seconds per image of every arm {name: (model, Sampling)}: the median of all rounds but the
-    first, the arms in turns, so that a busy moment of the machine hits all alike."""
-    times = {name: [] for name in arms}
+def seconds_in_turns(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
+    """Seconds of every call {name: function}, sorted, of all rounds but the first; the calls in
+    turns, so that a busy moment of the machine hits all alike."""
+    seconds = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, (model, sampling) in arms.items():
-            start = time.perf_counter()
-            generate(model, labels, sampling)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / len(labels))
-    return {name: sorted(seconds[1:])[(rounds - 1) // 2] for name, seconds in times.items()}
+        for name, call in calls.items():
+            start = clock(device)
+            call()
+            seconds[name].append(clock(device) - start)
+    return {name: sorted(times[1:]) for name, times in seconds.items()}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, float]:
+    """Seconds per image of every arm {name: (model, Sampling)}, a median of all in turns."""
+    calls = {name: partial(generate, model, labels, how) for name, (model, how) in arms.items()}
+    times = seconds_in_turns(calls, rounds, labels.device)
+    return {name: lower_median(seconds) / len(labels) for name, seconds in times.items()}
+
+
+def lower_median(ordered: list[float]) -> float:
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
@@ -4032,3 +4048,185 @@ def latents_of(split: Split, vae: KL16, flip=False, batch: int = 32) -> Latents:
 def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
     """The data for a generator of latents: it learns them, and what it makes is decoded."""
     return replace(data, latents=latents_of(data.train, vae, flip), decode=vae.decode)
+
+
+# 20 Bench -----------------------------------------------------------------------------------------
+# Which idea makes an image how much faster: the one step, the cache, the schedule, each alone and
+# all together, timed in turns in one run.
+
+BENCH_REFRESH = 8  # R of the arms with a cache
+PARTS = ("transformer", "head", "decoding")
+
+
+def bench_arms(models: dict[str, MAR], steps: int | None, refresh: int = BENCH_REFRESH) -> dict:
+    """{name: (model, Sampling)} of what `models`, {kind: model}, allow: each idea alone, and all.
+
+    steps: K of a fixed schedule (None: the checkpoint's). The schedule is the learned one of a
+    policy or, without a policy, a quarter of the student's iterations."""
+    teacher, student, policy = (models.get(kind) for kind in ("teacher", "student", "policy"))
+    arms = {}
+    if teacher:
+        arms["teacher, 100 steps"] = teacher, Sampling(steps, denoise_steps=100)
+        arms["teacher, 25 steps"] = teacher, Sampling(steps, denoise_steps=25)
+        arms["annealed teacher"] = teacher, Sampling(steps, denoise_steps=(50, 5))
+    if student:
+        arms["student"] = student, Sampling(steps)
+        arms["student + cache"] = student, Sampling(steps, refresh=refresh)
+    if policy:
+        arms["student + schedule"] = policy, Sampling()
+        arms["all together"] = policy, Sampling(refresh=refresh)
+    elif student:
+        fewer = max(1, (steps or student.settings.steps) // 4)
+        arms["student + schedule"] = student, Sampling(fewer)
+        arms["all together"] = student, Sampling(fewer, refresh=refresh)
+    return arms
+
+
+def bench(
+    models: dict[str, MAR],
+    decode: Callable = unchanged,
+    judge: Judge | None = None,
+    steps: int | None = None,
+    batches: list[int] = (1, 8, 32),
+    rounds: int = 5,
+) -> dict:
+    """Every arm's seconds per image in every batch size, where they go, and with a judge its
+    Fréchet distance; and what each idea contributes. {"rows": {arm: figures}, "factors": ...}.
+
+    seconds: {batch: [lowest, median, highest]} of rounds - 1 rounds, all arms in turns."""
+    arms = bench_arms(models, steps)
+    rows = {name: {"seconds": {}} for name in arms}
+    for batch in batches:
+        calls = {name: partial(make_images, *arm, batch, decode) for name, arm in arms.items()}
+        device = next(iter(models.values())).device
+        for name, times in seconds_in_turns(calls, rounds, device).items():
+            per_image = [times[0] / batch, lower_median(times) / batch, times[-1] / batch]
+            rows[name]["seconds"][batch] = per_image
+    for name, (model, sampling) in arms.items():
+        rows[name]["shares"], rows[name]["steps"] = shares(model, sampling, batches[0], decode)
+        if judge:
+            images, steps_taken = generate_many(
+                model, judge.labels, sampling, model.settings.seed, name, decode
+            )
+            rows[name]["frechet"] = judge(images)["frechet"]
+            rows[name]["steps"] = float(steps_taken.float().mean())
+    return {"rows": rows, "factors": factors(rows, batches[0])}
+
+
+def factors(rows: dict, batch: int) -> dict[str, float]:
+    """How many times as fast each idea alone makes an image; their product, and all together."""
+    seconds = {name: row["seconds"][batch][1] for name, row in rows.items()}
+    if not {"teacher, 100 steps", "student"} <= seconds.keys():
+        return {}
+    one_step = seconds["teacher, 100 steps"] / seconds["student"]
+    cache = seconds["student"] / seconds["student + cache"]
+    schedule = seconds["student"] / seconds["student + schedule"]
+    return {
+        "one step": one_step,
+        "cache": cache,
+        "schedule": schedule,
+        "product": one_step * cache * schedule,
+        "all together": seconds["teacher, 100 steps"] / seconds["all together"],
+    }
+
+
+@torch.no_grad()
+def make_images(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> Trace:
+    """Draw and decode `batch` images of the classes in turn."""
+    labels = torch.arange(batch, device=model.device) % model.num_classes
+    tokens, trace = generate(model, labels, sampling, trace=True)
+    decode(to_images(tokens, model.settings))
+    return trace
+
+
+def shares(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> tuple[dict, float]:
+    """Share of each of PARTS in the seconds of a generation, and its unmasking iterations.
+
+    The rest is the loop's own: choosing places, noise, guidance and the steps of the chain."""
+    spent, started, device = Counter(), {}, model.device
+
+    def begins(part, *_):
+        started[part] = clock(device)
+
+    def ends(part, *_):
+        spent[part] += clock(device) - started[part]
+
+    def timed_decode(images):
+        begins("decoding")
+        decode(images)
+        ends("decoding")
+
+    hooks = [
+        model.z_proj.register_forward_pre_hook(partial(begins, "transformer")),
+        model.decoder_norm.register_forward_hook(partial(ends, "transformer")),
+        model.head.register_forward_pre_hook(partial(begins, "head")),
+        model.head.register_forward_hook(partial(ends, "head")),
+    ]
+    try:
+        start = clock(device)
+        trace = make_images(model, sampling, batch, timed_decode)
+        total = clock(device) - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {part: spent[part] / total for part in PARTS}, float(trace.steps.float().mean())
+
+
+def bench_models(name, device, vae: KL16 | None, num_heads=None) -> tuple[dict, Callable]:
+    """{kind: model} of a checkpoint and of teacher.pt, student.pt and policy.pt beside it, as far
+    as they make the same images; or, of a preset's name, random weights. And what decodes."""
+    if name in PRESETS:
+        return random_models(name, device, vae)
+    models = [load_model(name, None, device, num_heads)]
+    for kind in ("teacher", "student", "policy"):
+        path = Path(name).parent / f"{kind}.pt"
+        if path.exists() and kind != models[0].kind:
+            models.append(load_checkpoint(path, kind, device))
+    first = models[0]
+    alike = [m for m in models if (m.classes, m.length) == (first.classes, first.length)]
+    return {model.kind: model for model in alike}, vae.decode if vae else unchanged
+
+
+def bench_judge(models: dict[str, MAR], name: str, vae: KL16 | None, device) -> Judge | None:
+    """A judge of the data called `name`; None, with a word, if the models make other classes."""
+    model = next(iter(models.values()))
+    data = load_data(model.settings, name, stride=vae.stride if vae else 1)
+    if data.classes != model.classes:
+        print("no Fréchet distance: these are not the classes of --data")
+        return None
+    return Judge(data, model.settings, device)
+
+
+def random_models(name: str, device, vae: KL16 | None) -> tuple[dict, Callable]:
+    """Teacher and student of a preset's size, of the same random weights, and what decodes."""
+    image_channels = 16 if name in RELEASED else 3
+    settings = preset(name, scale=1.0)
+    teacher = MAR(settings, numbered(1000), "teacher", image_channels).to(device).eval()
+    student = copy(teacher)
+    student.kind = "student"
+    if name in RELEASED:
+        vae = vae or KL16().to(device).eval()
+    return {"teacher": teacher, "student": student}, vae.decode if vae else unchanged
+
+
+def bench_table(result: dict) -> str:
+    """bench.json as text."""
+    first = next(iter(next(iter(result["rows"].values()))["seconds"]))
+    header = f"{'seconds per image':20}{f'batch {first}':>10}{'(spread)':>18}{'best batch':>12}"
+    header += f"{'(of)':>7}{'iterations':>12}" + "".join(f"{part:>13}" for part in PARTS)
+    lines = [header + f"{'Fréchet':>10}"]
+    for name, row in result["rows"].items():
+        low, middle, high = row["seconds"][first]
+        best = min(row["seconds"], key=lambda batch: row["seconds"][batch][1])
+        line = f"{name:20}{middle:10.4g}{f'({low:.4g}-{high:.4g})':>18}"
+        line += f"{row['seconds'][best][1]:12.4g}{f'({best})':>7}{row['steps']:12.1f}"
+        line += "".join(f"{row['shares'][part]:13.0%}" for part in PARTS)
+        line += f"{row['frechet']:10.2f}" if "frechet" in row else f"{'-':>10}"
+        lines.append(line)
+    if result["factors"]:
+        lines.append(
+            "times as fast, in the first batch size: one step {one step:.1f} x cache {cache:.2f} x "
+            "schedule {schedule:.2f} = {product:.0f}; measured all together "
+            "{all together:.0f}".format(**result["factors"])
+        )
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 import maskrl
-from maskrl import Cache, InputError, Sampling
+from maskrl import Cache, Sampling
 
 LABELS = torch.tensor([0, 1, 2, 3])
 SAMPLINGS = {
