@@ -879,8 +879,10 @@ def guided(head: Callable, c: Tensor, c_null: Tensor, scale: Tensor | float) -> 
 
     The variance channels are those of the class."""
 
+    both_c = torch.cat([c, c_null])  # one batch
+
     def guided_head(x, t):
-        both = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, c_null]))  # one batch
+        both = head(x.repeat(2, 1), t.repeat(2), both_c)
         eps, variance = both.chunk(2, -1)
         eps_class, eps_null = eps.chunk(2)
         eps = eps_null + scale * (eps_class - eps_null)
