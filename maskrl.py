@@ -4202,7 +4202,7 @@ def bench_judge(models: dict[str, MAR], name: str, vae: KL16 | None, device) -> 
 def random_models(name: str, device, vae: KL16 | None) -> tuple[dict, Callable]:
     """Teacher and student of a preset's size, of the same random weights, and what decodes."""
     image_channels = 16 if name in RELEASED else 3
-    settings = preset(name, scale=1.0)
+    settings = replace(preset(name), scale=1.0)
     teacher = MAR(settings, numbered(1000), "teacher", image_channels).to(device).eval()
     student = copy(teacher)
     student.kind = "student"

@@ -954,10 +954,17 @@ class Speed(Study):
         "iterations of the student, one image at a time, all R in turns; lowest and highest beside "
         "the median. R = 1 is without a cache."
     )
-    settings = {"patch": 2, "batch": 24, "teacher_iters": 1200, "gsim_iters": 250}
+    settings = {
+        **{"patch": 2, "batch": 24, "teacher_iters": 1200, "gsim_iters": 250},
+        "judge_n": 900,
+    }
     columns = ("frechet", "precision", "recall", "image_ms", "lowest_ms", "highest_ms")
     refreshes = (1, 4, 8, 16)
-    iterations = {"student": 16, "student, K = 64": 64, "teacher": 16}
+    trained = {  # name: kind, how to sample
+        "student": ("student", {"steps": 16}),
+        "student, K = 64": ("student", {"steps": 64}),
+        "teacher": ("teacher", {"steps": 16, "denoise_steps": 25}),
+    }
     sizes = {"small": 6, "mar_b": 3}  # and rounds, of which the first warms up
     random_steps = 64
     verdict = (
@@ -972,15 +979,14 @@ class Speed(Study):
     )
 
     def measure(self, lab, only=()):
-        smaller_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
+        small_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
         rows = {}
-        for name, steps in self.iterations.items():
-            kind, denoise_steps = name.split(",")[0], 25 if name == "teacher" else None
+        for name, (kind, how) in self.trained.items():
             for R in self.refreshes:
-                row, how = f"{name}, R = {R}", {"steps": steps, "refresh": R}
+                row = f"{name}, R = {R}"
                 if not only or row.startswith(only):
-                    how |= {"denoise_steps": denoise_steps} if denoise_steps else {}
-                    rows[row] = smaller_tokens.judged(kind, **how)
+                    work = partial(self.judge, small_tokens, kind, Sampling(**how, refresh=R))
+                    rows[row] = small_tokens.result(row, work)
         for size, rounds in self.sizes.items():
             if not only or size.startswith(only):
                 times = lab.result(f"speed, {size}", partial(self.times, size, rounds, lab.device))
@@ -989,6 +995,11 @@ class Speed(Study):
                 for R in self.refreshes:
                     rows[f"{size}, R = {R}"] = shared | times[str(R)]
         return rows
+
+    def judge(self, lab, kind, sampling):
+        model, seed = getattr(lab, kind), lab.settings.seed
+        images, steps = maskrl.generate_many(model, lab.judge.labels, sampling, seed, kind)
+        return {**lab.judge(images), "steps": float(steps.float().mean())}
 
     def times(self, size, rounds, device):
         """{R: milliseconds per image} of random weights."""
@@ -1013,18 +1024,17 @@ class Scaling(Study):
     question = (
         "How do the time of a generation and its peak memory grow? A student of the size of "
         "`small` with random weights, without a cache: one image of 16 iterations with 16 to 1024 "
-        "tokens; of 256 tokens with 4 to 64 iterations; and 1 to 16 images. Milliseconds per "
+        "tokens; of 256 tokens with 4 to 64 iterations; and 1 to 8 images. Milliseconds per "
         "generation are medians, all in turns; memory is what a fresh process adds to its models. "
         "Exponents are slopes of log against log, from the row above, and fitted to all."
     )
     columns = ("generation_ms", "peak_mb", "time_exponent", "memory_exponent")
-    overrides: dict = {}  # of the preset small
     axes = {
         "tokens": (16, 64, 256, 1024),
         "iterations": (4, 8, 16, 32, 64),
-        "images": (1, 2, 4, 8, 16),
+        "images": (1, 2, 4, 8),
     }
-    rounds = 4
+    rounds = 4  # of which the first warms up
     verdict = (
         "Time grows with tokens to the power {0[tokens, fitted][time_exponent]}, from 256 to 1024 "
         "to the power {0[1024 tokens][time_exponent]}; with iterations to the power "
@@ -1054,18 +1064,20 @@ class Scaling(Study):
             rows[f"{axis}, fitted"] = shared | {"minutes": 0.0} | exponents(seen)
         return rows
 
-    def point(self, axis, size) -> dict:
-        """What is generated."""
-        point = {"tokens": 256, "iterations": 16, "images": 1} | {axis: size}
-        return point | {"overrides": self.overrides}
+    def point(self, axis, size):
+        """Settings and number of the images that are generated."""
+        what = {"tokens": 256, "iterations": 16, "images": 1} | {axis: size}
+        shape = {"image_size": 4 * int(what["tokens"] ** 0.5), "patch": 4, "scale": 1.0}
+        small = replace(maskrl.preset("small"), steps=what["iterations"], **shape)
+        return small, what["images"]
 
     def figures(self, points, device):
-        calls = {name: generation_of(**point, device=device) for name, point in points.items()}
+        calls = {name: generation_of(*point, device) for name, point in points.items()}
         seconds = maskrl.seconds_in_turns(calls, self.rounds, device)
         return {
             name: {
                 "generation_ms": 1000 * maskrl.lower_median(seconds[name]),
-                "peak_mb": peak_megabytes(point, device),
+                "peak_mb": peak_megabytes(*point, device),
             }
             for name, point in points.items()
         }
@@ -1100,24 +1112,21 @@ def exponents(points: list) -> dict[str, float]:
     return {"time_exponent": slope("generation_ms"), "memory_exponent": slope("peak_mb")}
 
 
-def generation_of(tokens, iterations, images, overrides, device):
-    """A function that generates with random weights of the size of `small`."""
-    side = int(tokens**0.5)
-    shape = {"image_size": 4 * side, "patch": 4, "steps": iterations, "scale": 1.0}
-    settings = replace(maskrl.preset("small"), **overrides | shape)
+def generation_of(settings, images: int, device):
+    """A function that generates with random weights."""
     model = maskrl.MAR(settings, ["a"], "student").to(device).eval()
     return partial(maskrl.generate, model, [0] * images)
 
 
-def peak_megabytes(point: dict, device) -> float:
+def peak_megabytes(settings, images: int, device) -> float:
     """What a generation adds to the memory of a process of its own."""
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(added_megabytes, (point, device))
+        return pool.apply(added_megabytes, (settings, images, device))
 
 
-def added_megabytes(point, device) -> float:
+def added_megabytes(settings, images, device) -> float:
     torch.set_num_threads(1)
-    generate = generation_of(**point, device=device)
+    generate = generation_of(settings, images, device)
     before = memory_megabytes(device)
     generate()
     return memory_megabytes(device) - before
