@@ -1009,9 +1009,10 @@ def class_and_null_context(
 
 
 def contexts_of(
-    live, model: MAR, tokens, mask, labels, guidance, cache=None, wanted=None
+    model: MAR, tokens, mask, labels, guidance, live, cache=None, wanted=None
 ) -> tuple[Tensor, Tensor | None]:
-    """c and, under guidance, c_null [B, L, W] of the images live [B]; else zeros."""
+    """c and, under guidance, c_null [B, L, W] of the images live, a mask [B] or a slice; else
+    zeros."""
     inputs = tokens[live], mask[live], labels[live], cache, None if wanted is None else wanted[live]
     c = torch.zeros(*mask.shape, model.settings.width, device=mask.device)
     if guidance == 1:
@@ -1072,22 +1073,24 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         schedule, steps = model.schedule, min(to_draw, model.settings.steps)
     else:
         schedule, steps = None, sampling.steps
-    fixed = reveal_counts(to_draw, steps)
+    fixed, guidance = reveal_counts(to_draw, steps), sampling.guidance
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
 
-    rank, reveal = order.argsort(1), None
+    rank, reveal, live = order.argsort(1), None, slice(None)
     means = torch.zeros_like(tokens)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
-    bar = tqdm(total=int(hidden.sum()), desc="tokens", disable=not sampling.progress, leave=False)
-    while hidden.any():
-        k = len(record["counts"])
+    bar = tqdm(total=len(fixed), desc="iterations", disable=not sampling.progress, leave=False)
+    for k in range(len(fixed)):
         mask = rank < hidden[:, None]
+        if schedule is not None and not mask.any():
+            break
         everything = sampling.computes_everything(k)
         if everything:
-            live, cache = mask.any(1), Cache() if sampling.refresh > 1 else None
-            c, c_null = contexts_of(live, model, tokens, mask, labels, sampling.guidance, cache)
+            live = live if schedule is None else mask.any(1)
+            cache = Cache() if sampling.refresh > 1 else None
+            c, c_null = contexts_of(model, tokens, mask, labels, guidance, live, cache)
         if schedule is None:
             count = torch.full_like(hidden, fixed[k])
         else:
@@ -1099,15 +1102,14 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         just_revealed, reveal = reveal, mask & (rank >= (hidden - count)[:, None])
         if not everything:
             few = just_revealed | reveal
-            c, c_null = contexts_of(
-                live, model, tokens, mask, labels, sampling.guidance, cache, few
-            )
+            c, c_null = contexts_of(model, tokens, mask, labels, guidance, live, cache, few)
 
-        fill = mask if predictions else reveal  # the whole image, or only what is revealed
+        # the whole image, or only what is revealed
+        fill = (mask if predictions else reveal).nonzero(as_tuple=True)
         if chains is None:
             drawn = one_step(model.head, noise.z[fill], c[fill], model.settings.noise_ratio)
         else:
-            scale = guidance_scale(sampling.guidance, hidden - count, model.length)
+            scale = guidance_scale(guidance, hidden - count, model.length)
             head = chain_head(model.head, c, c_null, scale, fill)
             drawn = chains[k].sample(head, noise.z[fill], generator, sampling.temperature, limits)
         image = tokens.clone()
@@ -1115,7 +1117,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         means = torch.where(reveal[..., None], image, means)
         tokens = torch.where(reveal[..., None], add_noise(image, noise.sigma, generator), tokens)
         hidden = hidden - count
-        bar.update(int(count.sum()))
+        bar.update()
         record["counts"].append(count)
         if predictions:
             record["predictions"].append(image)
@@ -1136,11 +1138,12 @@ def starting_point(noise: Noise, known) -> tuple[Tensor, Tensor, int]:
 
 
 def chain_head(head, c, c_null, scale, fill) -> Callable:
-    """head(x, t) of the places fill [B, L], guided by scale [B] where there is a c_null."""
+    """head(x, t) of the places fill, guided by scale [B] where there is a c_null.
+
+    fill: indices of images and of tokens, [N] each."""
     if c_null is None:
         return partial(head, c=c[fill])
-    scale = scale[:, None].expand(fill.shape)[fill]
-    return guided(head, c[fill], c_null[fill], scale[:, None])
+    return guided(head, c[fill], c_null[fill], scale[fill[0], None])
 
 
 def token_limits(settings: Settings) -> tuple[float, float] | None:
@@ -1155,11 +1158,11 @@ def token_limits(settings: Settings) -> tuple[float, float] | None:
 
 def add_noise(image: Tensor, sigma: Tensor | float, generator) -> Tensor:
     """image [B, L, D] + exploration noise of standard deviation sigma, a number or [B]."""
-    sigma = torch.as_tensor(sigma, device=image.device)
+    sigma = torch.as_tensor(sigma)
     if not sigma.any():
         return image
     noise = torch.randn(image.shape, generator=generator, device=image.device)
-    return image + sigma.expand(len(image))[:, None, None] * noise
+    return image + sigma.to(image.device).expand(len(image))[:, None, None] * noise
 
 
 # 7 GSIM -------------------------------------------------------------------------------------------
@@ -4060,7 +4063,7 @@ BENCH_REFRESH = 8  # R of the arms with a cache
 PARTS = ("transformer", "head", "decoding")
 
 
-def bench_arms(models: dict[str, MAR], steps: int | None, refresh: int = BENCH_REFRESH) -> dict:
+def bench_arms(models: dict[str, MAR], steps: int | None) -> dict:
     """{name: (model, Sampling)} of what `models`, {kind: model}, allow: each idea alone, and all.
 
     steps: K of a fixed schedule (None: the checkpoint's). The schedule is the learned one of a
@@ -4073,14 +4076,14 @@ def bench_arms(models: dict[str, MAR], steps: int | None, refresh: int = BENCH_R
         arms["annealed teacher"] = teacher, Sampling(steps, denoise_steps=(50, 5))
     if student:
         arms["student"] = student, Sampling(steps)
-        arms["student + cache"] = student, Sampling(steps, refresh=refresh)
+        arms["student + cache"] = student, Sampling(steps, refresh=BENCH_REFRESH)
     if policy:
         arms["student + schedule"] = policy, Sampling()
-        arms["all together"] = policy, Sampling(refresh=refresh)
+        arms["all together"] = policy, Sampling(refresh=BENCH_REFRESH)
     elif student:
         fewer = max(1, (steps or student.settings.steps) // 4)
         arms["student + schedule"] = student, Sampling(fewer)
-        arms["all together"] = student, Sampling(fewer, refresh=refresh)
+        arms["all together"] = student, Sampling(fewer, refresh=BENCH_REFRESH)
     return arms
 
 
@@ -4089,7 +4092,7 @@ def bench(
     decode: Callable = unchanged,
     judge: Judge | None = None,
     steps: int | None = None,
-    batches: list[int] = (1, 8, 32),
+    batches: tuple[int, ...] = (1, 8, 32),
     rounds: int = 5,
 ) -> dict:
     """Every arm's seconds per image in every batch size, where they go, and with a judge its
