@@ -902,9 +902,9 @@ class Sampling:
     guidance: s of a teacher, linear in the share revealed (None: settings.guidance; a student has
     it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
-    DiSA (2505.20297). temperature: factor on the chain's noise. refresh: R, so that all contexts
-    are computed only in every Rth iteration and the first few (see `unmask`); 1 is exact.
-    progress: show a bar."""
+    DiSA (2505.20297). temperature: factor on the chain's noise. refresh: all contexts are computed
+    only in the first few iterations and every so many (see `unmask`); 1 is exact. progress: show a
+    bar."""
 
     steps: int | None = None
     guidance: float | None = None
@@ -1062,12 +1062,13 @@ def generate(
 def unmask(model, labels, sampling, noise, known, generator, predictions) -> tuple[Tensor, Trace]:
     """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times.
 
-    With refresh R > 1, most iterations compute two kinds of tokens only: those just revealed, which
-    are new to the encoder, and those about to be. They attend to the kept keys and values of all
-    others, which miss only what the new tokens would have changed in them. Every Rth iteration and
-    the first few, where each token changes most, compute everything. This is LazyMAR's token cache
-    (2503.12450); differs from it: no other tokens are computed, c_null is, and a schedule policy
-    looks at the contexts of the iteration before."""
+    With a refresh above 1, most iterations compute two kinds of tokens only: those just revealed,
+    which are new to the encoder, and those about to be. They attend to the kept keys and values of
+    all others, which miss only what the new tokens would have changed in them. A refresh, in the
+    first few iterations, when each token changes most, and in every refresh-th, computes
+    everything. A schedule policy then looks at the contexts of the iteration before. This is the
+    token cache of LazyMAR (2503.12450), which computes the `buffer` rows, too, and takes
+    c_null - c from the last refresh."""
     tokens, order, to_draw = starting_point(noise, known)
     if sampling.steps is None:
         schedule, steps = model.schedule, min(to_draw, model.settings.steps)
@@ -4059,7 +4060,7 @@ def with_latents(data: Data, vae: KL16, flip: bool) -> Data:
 # Which idea makes an image how much faster: the one step, the cache, the schedule, each alone and
 # all together, timed in turns in one run.
 
-BENCH_REFRESH = 8  # R of the arms with a cache
+BENCH_REFRESH = 8  # of the arms with a cache
 PARTS = ("transformer", "head", "decoding")
 
 

@@ -96,8 +96,8 @@ def parse(argv=None):
         "--refresh",
         type=int,
         default=1,
-        metavar="R",
-        help="all contexts are computed in every Rth iteration and the first few only; 1, the "
+        metavar="N",
+        help="all contexts are computed in every Nth iteration and the first few only; 1, the "
         "default, is exact",
     )
     add("--seed", type=int, default=0)

@@ -948,11 +948,11 @@ class Speed(Study):
     title = "Attention caching"
     question = (
         "What does it save to compute only the tokens just revealed and those about to be, between "
-        "refreshes in every Rth iteration and the first few, and what does it cost? *Quality*: a "
+        "refreshes in every Nth iteration and the first few, and what does it cost? *Quality*: a "
         "small model of 64 tokens, trained on the shapes with `--patch 2`; the teacher walks 25 "
         "steps. *Speed*: random weights of the size of `small` and of MAR-B, 256 tokens, 64 "
-        "iterations of the student, one image at a time, all R in turns; lowest and highest beside "
-        "the median. R = 1 is without a cache."
+        "iterations of the student, one image at a time, all in turns; lowest and highest beside "
+        "the median. A refresh of 1 is without a cache."
     )
     settings = {
         **{"patch": 2, "batch": 24, "teacher_iters": 1200, "gsim_iters": 250},
@@ -960,40 +960,40 @@ class Speed(Study):
     }
     columns = ("frechet", "precision", "recall", "image_ms", "lowest_ms", "highest_ms")
     refreshes = (1, 4, 8, 16)
-    trained = {  # name: kind, how to sample
-        "student": ("student", {"steps": 16}),
-        "teacher": ("teacher", {"steps": 16, "denoise_steps": 25}),
+    trained = {  # kind: how to sample, and at which refreshes
+        "student": ({"steps": 16}, (1, 4, 8, 16)),
+        "teacher": ({"steps": 16, "denoise_steps": 25}, (1, 8)),
     }
     sizes = {"small": 4, "mar_b": 2}  # and rounds, of which the first warms up
     random_steps = 64
     verdict = (
-        "At R = 8 the student's distance is {0[student, R = 8][frechet]} against "
-        "{0[student, R = 1][frechet]} without a cache, its precision "
-        "{0[student, R = 8][precision]} against {0[student, R = 1][precision]}.",
-        "The teacher's distance is {0[teacher, R = 8][frechet]} against "
-        "{0[teacher, R = 1][frechet]}.",
-        "An image of the size `small` is {0[small, R = 1 / small, R = 8][image_ms]} times as fast "
-        "at R = 8, of MAR-B {0[mar_b, R = 1 / mar_b, R = 8][image_ms]} times; at R = 16 "
-        "{0[small, R = 1 / small, R = 16][image_ms]} and "
-        "{0[mar_b, R = 1 / mar_b, R = 16][image_ms]} times.",
+        "At 8 the student's distance is {0[student, refresh 8][frechet]} against "
+        "{0[student, refresh 1][frechet]} without a cache, its precision "
+        "{0[student, refresh 8][precision]} against {0[student, refresh 1][precision]}.",
+        "The teacher's distance is {0[teacher, refresh 8][frechet]} against "
+        "{0[teacher, refresh 1][frechet]}.",
+        "An image by the size `small` comes {0[small, refresh 1 / small, refresh 8][image_ms]} "
+        "times as fast at 8, and {0[small, refresh 1 / small, refresh 16][image_ms]} times at 16.",
+        "By the size of MAR-B: {0[mar_b, refresh 1 / mar_b, refresh 8][image_ms]} and "
+        "{0[mar_b, refresh 1 / mar_b, refresh 16][image_ms]} times.",
     )
 
     def measure(self, lab, only=()):
         small_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
         rows = {}
-        for name, (kind, how) in self.trained.items():
-            for R in self.refreshes:
-                row = f"{name}, R = {R}"
+        for kind, (how, refreshes) in self.trained.items():
+            for n in refreshes:
+                row = f"{kind}, refresh {n}"
                 if not only or row.startswith(only):
-                    work = partial(self.judge, small_tokens, kind, Sampling(**how, refresh=R))
+                    work = partial(self.judge, small_tokens, kind, Sampling(**how, refresh=n))
                     rows[row] = small_tokens.result(row, work)
         for size, rounds in self.sizes.items():
             if not only or size.startswith(only):
                 times = lab.result(f"speed, {size}", partial(self.times, size, rounds, lab.device))
                 shared = {name: times[name] for name in ("hardware", "commit", "date", "threads")}
                 shared["minutes"] = times["minutes"] / len(self.refreshes)
-                for R in self.refreshes:
-                    rows[f"{size}, R = {R}"] = shared | times[str(R)]
+                for n in self.refreshes:
+                    rows[f"{size}, refresh {n}"] = shared | times[str(n)]
         return rows
 
     def judge(self, lab, kind, sampling):
@@ -1002,20 +1002,20 @@ class Speed(Study):
         return {**lab.judge(images), "steps": float(steps.float().mean())}
 
     def times(self, size, rounds, device):
-        """{R: milliseconds per image} of random weights."""
+        """{refresh: milliseconds per image} of random weights."""
         models, decode = maskrl.random_models(size, device, vae=None)
         calls = {}
-        for R in self.refreshes:
-            sampling = Sampling(self.random_steps, refresh=R)
-            calls[str(R)] = partial(maskrl.generate, models["student"], [0], sampling)
+        for n in self.refreshes:
+            sampling = Sampling(self.random_steps, refresh=n)
+            calls[str(n)] = partial(maskrl.generate, models["student"], [0], sampling)
         seconds = maskrl.seconds_in_turns(calls, rounds, device)
         return {
-            R: {
+            n: {
                 "image_ms": 1000 * maskrl.lower_median(times),
                 "lowest_ms": 1000 * times[0],
                 "highest_ms": 1000 * times[-1],
             }
-            for R, times in seconds.items()
+            for n, times in seconds.items()
         }
 
 
@@ -1036,12 +1036,14 @@ class Scaling(Study):
     }
     rounds = 3  # of which the first warms up
     verdict = (
-        "Time grows with tokens to the power {0[tokens, fitted][time_exponent]}, from 256 to 1024 "
-        "to the power {0[1024 tokens][time_exponent]}; with iterations to the power "
-        "{0[iterations, fitted][time_exponent]}, with images to the power "
-        "{0[images, fitted][time_exponent]}. Memory grows with tokens to the power "
-        "{0[tokens, fitted][memory_exponent]}, with images to the power "
-        "{0[images, fitted][memory_exponent]}.",
+        "From the fewest tokens to the most, time grows as their number to the power "
+        "{0[tokens, fitted][time_exponent]} and memory to the power "
+        "{0[tokens, fitted][memory_exponent]}.",
+        "From 256 to 1024 tokens the exponents are {0[1024 tokens][time_exponent]} and "
+        "{0[1024 tokens][memory_exponent]}.",
+        "Time grows as the iterations to the power {0[iterations, fitted][time_exponent]}, and as "
+        "the images to the power {0[images, fitted][time_exponent]}; memory as the images to the "
+        "power {0[images, fitted][memory_exponent]}.",
     )
     picture = ("scaling.png", "time and peak memory of a generation, both axes logarithmic")
 
