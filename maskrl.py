@@ -17,9 +17,9 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
-    12  Data                16  Rewards                20  MAR's released weights
-    13  Training loop       17  Report and pictures    21  KL-16 autoencoder
-    14  Reward network      18  Command line
+    12  Data                16  Rewards                20  Bench
+    13  Training loop       17  Report and pictures    21  MAR's released weights
+    14  Reward network      18  Command line           22  KL-16 autoencoder
     15  Judge               19  Several processes
 
 Letters, the same in the papers, the docstrings and the code:
@@ -59,7 +59,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial, partialmethod, wraps
@@ -314,12 +314,37 @@ def in_precision(method: Callable) -> Callable:
     Weights, residuals and norms are float32 in any case."""
 
     @wraps(method)
-    def call(module, *inputs):
+    def call(module, *inputs, **options):
         low = module.precision == "bf16"
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=low):
-            return method(module, *inputs).float()
+            return method(module, *inputs, **options).float()
 
     return call
+
+
+class Cache:
+    """What the layers gave at each of the N = buffer + L places of the sequence when last computed.
+
+    Between two refreshes of a generation (section 6) only the places `rows` [B, n] are computed;
+    they attend to the keys and values that are kept of all others."""
+
+    def __init__(self):
+        self.rows, self.kept = None, {}
+
+    def choose(self, wanted: Tensor) -> Tensor:
+        """rows := the places where wanted [B, N]; an image with fewer of them repeats its last."""
+        count = wanted.sum(1, keepdim=True)
+        order = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)
+        most = torch.arange(int(count.max()), device=wanted.device)
+        self.places = wanted.shape[1]
+        self.rows = order.gather(1, torch.minimum(most, (count - 1).clamp(min=0)))
+        return self.rows
+
+    def renew(self, name, x: Tensor) -> Tensor:
+        """Keep x [B, n, W] at the places `rows`; returns what there is of `name` [B, N, W]."""
+        if name not in self.kept:
+            self.kept[name] = x.new_zeros(len(x), self.places, x.shape[-1])
+        return self.kept[name].scatter_(1, self.rows[..., None].expand_as(x), x)
 
 
 class Attention(nn.Module):
@@ -329,9 +354,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """x [B, N, W]; keys [B, N]: true for rows that may be attended to (None: all of them)."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+    def forward(self, x: Tensor, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """x [B, n, W] attends to itself or, with a cache, to all places that this holds.
+
+        keys: true for what may be attended to, [B, n] or [B, N] of a cache (None: everything)."""
+        width = x.shape[-1]
+        q, kv = self.qkv(x).split([width, 2 * width], -1)
+        if cache is not None:
+            kv = cache.renew(self, kv)
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
         attn_mask = None if keys is None else keys[:, None, None, :]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -357,8 +389,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), keys)
+    def forward(self, x: Tensor, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), keys, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -540,7 +572,7 @@ class MAR(nn.Module):
 
     def apply_block(self, block: Block, *inputs) -> Tensor:
         """block(*inputs); with --checkpointing the backward pass computes its inside once more."""
-        if self.settings.checkpointing:
+        if self.settings.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -549,40 +581,65 @@ class MAR(nn.Module):
         return torch.full_like(labels, self.num_classes)
 
     @in_precision
-    def context(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def context(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        cache: Cache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """c [B, L, W] of tokens [B, L, D] under mask [B, L], for labels [B] (num_classes: null).
 
         Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of
         tokens: shorter sequences are padded, and nothing attends to the padding, so that each image
-        comes out as if it were alone."""
-        B, L, _ = tokens.shape
-        buffer, width = self.settings.buffer, self.settings.width
+        comes out as if it were alone.
+
+        cache: what this call computes is kept there, for the next to build on. wanted [B, L]: the
+        only tokens to compute, at least those revealed since the last call; everything else,
+        the other tokens' c too, is then as the cache has it."""
+        buffer = self.settings.buffer
         classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
+        visible = F.pad(~mask, (buffer, 0), value=True)  # [B, buffer + L]
+        computed = torch.ones_like(visible) if wanted is None else F.pad(wanted, (buffer, 0))
 
         # encoder: `buffer` copies of the class, then the visible tokens in raster order
         x = torch.cat([repeat(classes, "b w -> b n w", n=buffer), self.z_proj(tokens)], 1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)  # [B, buffer + L, W]
-        visible = F.pad(~mask, (buffer, 0), value=True)
-        count = visible.sum(1)
-        most = int(count.max())
-        keep = (
-            (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        )  # visible ones first
-        keep = repeat(keep, "b n -> b n w", w=width)
-        x = x.gather(1, keep)  # [B, most, W]
-        ragged = int(count.min()) < most
-        keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
+        if cache is None:
+            count = visible.sum(1)
+            most = int(count.max())
+            rows = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible first
+            ragged = int(count.min()) < most
+            keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
+        else:
+            rows, keys = cache.choose(visible & computed), visible
+        x = take(x, rows)  # [B, most, W]
         for block in self.encoder_blocks:
-            x = self.apply_block(block, x, keys)
+            x = self.apply_block(block, x, keys, cache)
 
         # decoder: what was kept goes back among mask tokens, which overwrite the padding
         x = self.decoder_embed(self.encoder_norm(x))
-        full = torch.zeros(B, buffer + L, width, device=x.device, dtype=x.dtype).scatter(1, keep, x)
+        if cache is None:
+            full = torch.zeros(*visible.shape, x.shape[-1], device=x.device, dtype=x.dtype)
+            full = full.scatter(1, rows[..., None].expand_as(x), x)
+        else:
+            full = cache.renew("encoder", x)
         x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
         x = x + self.decoder_pos_embed_learned
+        if cache is not None:
+            x = take(x, cache.choose(computed))
         for block in self.decoder_blocks:
-            x = self.apply_block(block, x)
-        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
+            x = self.apply_block(block, x, None, cache)
+        x = self.decoder_norm(x)
+        if cache is not None:
+            x = cache.renew("decoder", x)
+        return x[:, buffer:] + self.diffusion_pos_embed_learned
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows [B, n] of x [B, N, W]."""
+    return x.gather(1, repeat(rows, "b n -> b n w", w=x.shape[-1]))
 
 
 # 4 Diffusion --------------------------------------------------------------------------------------
@@ -908,14 +965,19 @@ def guided(head: Callable, c: Tensor, c_null: Tensor, scale: Tensor | float) -> 
 
     The variance channels are those of the class."""
 
+    both_c = torch.cat([c, c_null])  # one batch
+
     def guided_head(x, t):
-        both = head(x.repeat(2, 1), t.repeat(2), torch.cat([c, c_null]))  # one batch
+        both = head(x.repeat(2, 1), t.repeat(2), both_c)
         eps, variance = both.chunk(2, -1)
         eps_class, eps_null = eps.chunk(2)
         eps = eps_null + scale * (eps_class - eps_null)
         return torch.cat([eps, variance[: len(x)]], -1)
 
     return guided_head
+
+
+WARM_UP = 3  # iterations that compute everything, whatever the refresh
 
 
 @dataclass
@@ -926,13 +988,16 @@ class Sampling:
     guidance: s of a teacher, linear in the share revealed (None: settings.guidance; a student has
     it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
-    DiSA (2505.20297). temperature: factor on the chain's noise. progress: show a bar."""
+    DiSA (2505.20297). temperature: factor on the chain's noise. refresh: all contexts are computed
+    only in the first few iterations and every so many (see `unmask`); 1 is exact. progress: show a
+    bar."""
 
     steps: int | None = None
     guidance: float | None = None
     denoise_steps: int | tuple[int, int] | None = None
     temperature: float = 1.0
     progress: bool = False
+    refresh: int = 1
 
     def resolve(self, model: MAR) -> "Sampling":
         """The same with nothing left open; InputError where it does not suit the model's kind."""
@@ -954,7 +1019,13 @@ class Sampling:
             raise InputError("--temperature: one step has no chain whose noise it could scale")
         if not (0 <= self.temperature < math.inf and 0 <= guidance < math.inf):
             raise InputError("--temperature and --guidance must be numbers from 0 up")
+        if self.refresh < 1:
+            raise InputError(f"--refresh {self.refresh} must be at least 1, which is no cache")
         return replace(self, denoise_steps=denoise_steps, guidance=guidance)
+
+    def computes_everything(self, k: int) -> bool:
+        """Whether iteration k = 0, 1, ... is a refresh."""
+        return k < WARM_UP or k % self.refresh == 0
 
     def chains(self, iterations: int) -> list[Diffusion] | None:
         """The denoising chain of each of K iterations; None for the one-step generator."""
@@ -1014,21 +1085,27 @@ class Trace:
         return mask, mask & (rank >= hidden - self.counts[..., None])
 
 
-def class_and_null_context(model: MAR, tokens, mask, labels) -> tuple[Tensor, Tensor]:
+def class_and_null_context(
+    model: MAR, tokens, mask, labels, cache: Cache | None = None, wanted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """c for the labels and c for the null class, each [B, L, W], computed in one batch."""
     both = torch.cat([labels, model.null(labels)])
-    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2)
+    wanted = None if wanted is None else wanted.repeat(2, 1)
+    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both, cache, wanted).chunk(2)
 
 
-def unfinished_contexts(model: MAR, tokens, mask, labels, guidance) -> tuple[Tensor, Tensor | None]:
-    """c and, under guidance, c_null [B, L, W] of images that still hide tokens; else zeros."""
-    live = mask.any(1)
+def contexts_of(
+    model: MAR, tokens, mask, labels, guidance, live, cache=None, wanted=None
+) -> tuple[Tensor, Tensor | None]:
+    """c and, under guidance, c_null [B, L, W] of the images live, a mask [B] or a slice; else
+    zeros."""
+    inputs = tokens[live], mask[live], labels[live], cache, None if wanted is None else wanted[live]
     c = torch.zeros(*mask.shape, model.settings.width, device=mask.device)
     if guidance == 1:
-        c[live] = model.context(tokens[live], mask[live], labels[live])
+        c[live] = model.context(*inputs)
         return c, None
     c_null = torch.zeros_like(c)
-    c[live], c_null[live] = class_and_null_context(model, tokens[live], mask[live], labels[live])
+    c[live], c_null[live] = class_and_null_context(model, *inputs)
     return c, c_null
 
 
@@ -1069,25 +1146,38 @@ def generate(
 
 
 def unmask(model, labels, sampling, noise, known, generator, predictions) -> tuple[Tensor, Trace]:
-    """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times."""
+    """The loop of `generate`: contexts, tokens for some hidden places, reveal them; K times.
+
+    With a refresh above 1, most iterations compute two kinds of tokens only: those just revealed,
+    which are new to the encoder, and those about to be. They attend to the kept keys and values of
+    all others, which miss only what the new tokens would have changed in them. A refresh, in the
+    first few iterations, when each token changes most, and in every refresh-th, computes
+    everything. A schedule policy then looks at the contexts of the iteration before. This is the
+    token cache of LazyMAR (2503.12450), which computes the `buffer` rows, too, and takes
+    c_null - c from the last refresh."""
     tokens, order, to_draw = starting_point(noise, known)
     if sampling.steps is None:
         schedule, steps = model.schedule, min(to_draw, model.settings.steps)
     else:
         schedule, steps = None, sampling.steps
-    fixed = reveal_counts(to_draw, steps)
+    fixed, guidance = reveal_counts(to_draw, steps), sampling.guidance
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
 
-    rank = order.argsort(1)
+    rank, reveal, live = order.argsort(1), None, slice(None)
     means = torch.zeros_like(tokens)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
-    bar = tqdm(total=int(hidden.sum()), desc="tokens", disable=not sampling.progress, leave=False)
-    while hidden.any():
-        k = len(record["counts"])
+    bar = tqdm(total=len(fixed), desc="iterations", disable=not sampling.progress, leave=False)
+    for k in range(len(fixed)):
         mask = rank < hidden[:, None]
-        c, c_null = unfinished_contexts(model, tokens, mask, labels, sampling.guidance)
+        if schedule is not None and not mask.any():
+            break
+        everything = sampling.computes_everything(k)
+        if everything:
+            live = live if schedule is None else mask.any(1)
+            cache = Cache() if sampling.refresh > 1 else None
+            c, c_null = contexts_of(model, tokens, mask, labels, guidance, live, cache)
         if schedule is None:
             count = torch.full_like(hidden, fixed[k])
         else:
@@ -1096,13 +1186,17 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             count = schedule.count(action, hidden)
             record["states"].append(state)
             record["actions"].append(action)
-        reveal = mask & (rank >= (hidden - count)[:, None])
+        just_revealed, reveal = reveal, mask & (rank >= (hidden - count)[:, None])
+        if not everything:
+            few = just_revealed | reveal
+            c, c_null = contexts_of(model, tokens, mask, labels, guidance, live, cache, few)
 
-        fill = mask if predictions else reveal  # the whole image, or only what is revealed
+        # the whole image, or only what is revealed
+        fill = (mask if predictions else reveal).nonzero(as_tuple=True)
         if chains is None:
             drawn = one_step(model.head, noise.z[fill], c[fill], model.settings.noise_ratio)
         else:
-            scale = guidance_scale(sampling.guidance, hidden - count, model.length)
+            scale = guidance_scale(guidance, hidden - count, model.length)
             head = chain_head(model.head, c, c_null, scale, fill)
             drawn = chains[k].sample(head, noise.z[fill], generator, sampling.temperature, limits)
         image = tokens.clone()
@@ -1110,7 +1204,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         means = torch.where(reveal[..., None], image, means)
         tokens = torch.where(reveal[..., None], add_noise(image, noise.sigma, generator), tokens)
         hidden = hidden - count
-        bar.update(int(count.sum()))
+        bar.update()
         record["counts"].append(count)
         if predictions:
             record["predictions"].append(image)
@@ -1131,11 +1225,12 @@ def starting_point(noise: Noise, known) -> tuple[Tensor, Tensor, int]:
 
 
 def chain_head(head, c, c_null, scale, fill) -> Callable:
-    """head(x, t) of the places fill [B, L], guided by scale [B] where there is a c_null."""
+    """head(x, t) of the places fill, guided by scale [B] where there is a c_null.
+
+    fill: indices of images and of tokens, [N] each."""
     if c_null is None:
         return partial(head, c=c[fill])
-    scale = scale[:, None].expand(fill.shape)[fill]
-    return guided(head, c[fill], c_null[fill], scale[:, None])
+    return guided(head, c[fill], c_null[fill], scale[fill[0], None])
 
 
 def token_limits(settings: Settings) -> tuple[float, float] | None:
@@ -1150,11 +1245,11 @@ def token_limits(settings: Settings) -> tuple[float, float] | None:
 
 def add_noise(image: Tensor, sigma: Tensor | float, generator) -> Tensor:
     """image [B, L, D] + exploration noise of standard deviation sigma, a number or [B]."""
-    sigma = torch.as_tensor(sigma, device=image.device)
+    sigma = torch.as_tensor(sigma)
     if not sigma.any():
         return image
     noise = torch.randn(image.shape, generator=generator, device=image.device)
-    return image + sigma.expand(len(image))[:, None, None] * noise
+    return image + sigma.to(image.device).expand(len(image))[:, None, None] * noise
 
 
 # 7 GSIM -------------------------------------------------------------------------------------------
@@ -2012,7 +2107,7 @@ class Data:
     judge: Split
     test: Split
     cache: Path | None = None  # the folder that keeps the decoded images, if there is one
-    latents: Any = None  # of `train`, as Latents (section 20), if the generator makes latents
+    latents: Any = None  # of `train`, as Latents (section 21), if the generator makes latents
     decode: Callable = unchanged  # what a generator makes -> images in [-1, 1]
 
     @property
@@ -3572,18 +3667,34 @@ def generate_many(
     return torch.cat(images), torch.cat(steps)
 
 
-def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, float]:
-    """Seconds per image of every arm {name: (model, Sampling)}: the median of all rounds but the
-    first, the arms in turns, so that a busy moment of the machine hits all alike."""
-    times = {name: [] for name in arms}
+def seconds_in_turns(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
+    """Seconds of every call {name: function}, sorted, of all rounds but the first; the calls in
+    turns, so that a busy moment of the machine hits all alike."""
+    seconds = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, (model, sampling) in arms.items():
-            start = time.perf_counter()
-            generate(model, labels, sampling)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / len(labels))
-    return {name: sorted(seconds[1:])[(rounds - 1) // 2] for name, seconds in times.items()}
+        for name, call in calls.items():
+            start = clock(device)
+            call()
+            seconds[name].append(clock(device) - start)
+    return {name: sorted(times[1:]) for name, times in seconds.items()}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_in_turns(arms: dict, labels: Tensor, rounds: int = 4) -> dict[str, float]:
+    """Seconds per image of every arm {name: (model, Sampling)}, a median of all in turns."""
+    calls = {name: partial(generate, model, labels, how) for name, (model, how) in arms.items()}
+    times = seconds_in_turns(calls, rounds, labels.device)
+    return {name: lower_median(seconds) / len(labels) for name, seconds in times.items()}
+
+
+def lower_median(ordered: list[float]) -> float:
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
@@ -4309,6 +4420,7 @@ def divided(function: Callable) -> Callable:
 
     @wraps(function)
     def call(self, *inputs):
+        inputs = [x for x in inputs if torch.is_tensor(x)]  # training has no attention cache
         rows = math.ceil(len(inputs[0]) / dist.get_world_size())
         if rows == 0:
             return function(self, *inputs)
@@ -4383,7 +4495,189 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-# 20 MAR's released weights ------------------------------------------------------------------------
+# 20 Bench -----------------------------------------------------------------------------------------
+# Which idea makes an image how much faster: the one step, the cache, the schedule, each alone and
+# all together, timed in turns in one run.
+
+BENCH_REFRESH = 8  # of the arms with a cache
+PARTS = ("transformer", "head", "decoding")
+
+
+def bench_arms(models: dict[str, MAR], steps: int | None) -> dict:
+    """{name: (model, Sampling)} of what `models`, {kind: model}, allow: each idea alone, and all.
+
+    steps: K of a fixed schedule (None: the checkpoint's). The schedule is the learned one of a
+    policy or, without a policy, a quarter of the student's iterations."""
+    teacher, student, policy = (models.get(kind) for kind in ("teacher", "student", "policy"))
+    arms = {}
+    if teacher:
+        arms["teacher, 100 steps"] = teacher, Sampling(steps, denoise_steps=100)
+        arms["teacher, 25 steps"] = teacher, Sampling(steps, denoise_steps=25)
+        arms["annealed teacher"] = teacher, Sampling(steps, denoise_steps=(50, 5))
+    if student:
+        arms["student"] = student, Sampling(steps)
+        arms["student + cache"] = student, Sampling(steps, refresh=BENCH_REFRESH)
+    if policy:
+        arms["student + schedule"] = policy, Sampling()
+        arms["all together"] = policy, Sampling(refresh=BENCH_REFRESH)
+    elif student:
+        fewer = max(1, (steps or student.settings.steps) // 4)
+        arms["student + schedule"] = student, Sampling(fewer)
+        arms["all together"] = student, Sampling(fewer, refresh=BENCH_REFRESH)
+    return arms
+
+
+def bench(
+    models: dict[str, MAR],
+    decode: Callable = unchanged,
+    judge: Judge | None = None,
+    steps: int | None = None,
+    batches: tuple[int, ...] = (1, 8, 32),
+    rounds: int = 5,
+) -> dict:
+    """Every arm's seconds per image in every batch size, where they go, and with a judge its
+    Fréchet distance; and what each idea contributes. {"rows": {arm: figures}, "factors": ...}.
+
+    seconds: {batch: [lowest, median, highest]} of rounds - 1 rounds, all arms in turns."""
+    arms = bench_arms(models, steps)
+    rows = {name: {"seconds": {}} for name in arms}
+    for batch in batches:
+        calls = {name: partial(make_images, *arm, batch, decode) for name, arm in arms.items()}
+        device = next(iter(models.values())).device
+        for name, times in seconds_in_turns(calls, rounds, device).items():
+            per_image = [times[0] / batch, lower_median(times) / batch, times[-1] / batch]
+            rows[name]["seconds"][batch] = per_image
+    for name, (model, sampling) in arms.items():
+        rows[name]["shares"], rows[name]["steps"] = shares(model, sampling, batches[0], decode)
+        if judge:
+            images, steps_taken = generate_many(
+                model, judge.labels, sampling, model.settings.seed, name, decode
+            )
+            rows[name]["frechet"] = judge(images)["frechet"]
+            rows[name]["steps"] = float(steps_taken.float().mean())
+    return {"rows": rows, "factors": factors(rows, batches[0])}
+
+
+def factors(rows: dict, batch: int) -> dict[str, float]:
+    """How many times as fast each idea alone makes an image; their product, and all together."""
+    seconds = {name: row["seconds"][batch][1] for name, row in rows.items()}
+    if not {"teacher, 100 steps", "student"} <= seconds.keys():
+        return {}
+    one_step = seconds["teacher, 100 steps"] / seconds["student"]
+    cache = seconds["student"] / seconds["student + cache"]
+    schedule = seconds["student"] / seconds["student + schedule"]
+    return {
+        "one step": one_step,
+        "cache": cache,
+        "schedule": schedule,
+        "product": one_step * cache * schedule,
+        "all together": seconds["teacher, 100 steps"] / seconds["all together"],
+    }
+
+
+@torch.no_grad()
+def make_images(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> Trace:
+    """Draw and decode `batch` images of the classes in turn."""
+    labels = torch.arange(batch, device=model.device) % model.num_classes
+    tokens, trace = generate(model, labels, sampling, trace=True)
+    decode(to_images(tokens, model.settings))
+    return trace
+
+
+def shares(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> tuple[dict, float]:
+    """Share of each of PARTS in the seconds of a generation, and its unmasking iterations.
+
+    The rest is the loop's own: choosing places, noise, guidance and the steps of the chain."""
+    spent, started, device = Counter(), {}, model.device
+
+    def begins(part, *_):
+        started[part] = clock(device)
+
+    def ends(part, *_):
+        spent[part] += clock(device) - started[part]
+
+    def timed_decode(images):
+        begins("decoding")
+        decode(images)
+        ends("decoding")
+
+    hooks = [
+        model.z_proj.register_forward_pre_hook(partial(begins, "transformer")),
+        model.decoder_norm.register_forward_hook(partial(ends, "transformer")),
+        model.head.register_forward_pre_hook(partial(begins, "head")),
+        model.head.register_forward_hook(partial(ends, "head")),
+    ]
+    try:
+        start = clock(device)
+        trace = make_images(model, sampling, batch, timed_decode)
+        total = clock(device) - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {part: spent[part] / total for part in PARTS}, float(trace.steps.float().mean())
+
+
+def bench_models(name, device, vae: "KL16 | None", num_heads=None) -> tuple[dict, Callable]:
+    """{kind: model} of a checkpoint and of teacher.pt, student.pt and policy.pt beside it, as far
+    as they make the same images; or, of a preset's name, random weights. And what decodes."""
+    if name in PRESETS:
+        return random_models(name, device, vae)
+    models = [load_model(name, None, device, num_heads)]
+    for kind in ("teacher", "student", "policy"):
+        path = Path(name).parent / f"{kind}.pt"
+        if path.exists() and kind != models[0].kind:
+            models.append(load_checkpoint(path, kind, device))
+    first = models[0]
+    alike = [m for m in models if (m.classes, m.length) == (first.classes, first.length)]
+    return {model.kind: model for model in alike}, vae.decode if vae else unchanged
+
+
+def bench_judge(models: dict[str, MAR], name: str, vae: "KL16 | None", device) -> Judge | None:
+    """A judge of the data called `name`; None, with a word, if the models make other classes."""
+    model = next(iter(models.values()))
+    data = load_data(model.settings, name, stride=vae.stride if vae else 1)
+    if data.classes != model.classes:
+        print("no Fréchet distance: these are not the classes of --data")
+        return None
+    return Judge(data, model.settings, device)
+
+
+def random_models(name: str, device, vae: "KL16 | None") -> tuple[dict, Callable]:
+    """Teacher and student of a preset's size, of the same random weights, and what decodes."""
+    image_channels = 16 if name in RELEASED else 3
+    settings = replace(preset(name), scale=1.0)
+    teacher = MAR(settings, numbered(1000), "teacher", image_channels).to(device).eval()
+    student = copy(teacher)
+    student.kind = "student"
+    if name in RELEASED:
+        vae = vae or KL16().to(device).eval()
+    return {"teacher": teacher, "student": student}, vae.decode if vae else unchanged
+
+
+def bench_table(result: dict) -> str:
+    """bench.json as text."""
+    first = next(iter(next(iter(result["rows"].values()))["seconds"]))
+    header = f"{'seconds per image':20}{f'batch {first}':>10}{'(spread)':>18}{'best batch':>12}"
+    header += f"{'(of)':>7}{'iterations':>12}" + "".join(f"{part:>13}" for part in PARTS)
+    lines = [header + f"{'Fréchet':>10}"]
+    for name, row in result["rows"].items():
+        low, middle, high = row["seconds"][first]
+        best = min(row["seconds"], key=lambda batch: row["seconds"][batch][1])
+        line = f"{name:20}{middle:10.4g}{f'({low:.4g}-{high:.4g})':>18}"
+        line += f"{row['seconds'][best][1]:12.4g}{f'({best})':>7}{row['steps']:12.1f}"
+        line += "".join(f"{row['shares'][part]:13.0%}" for part in PARTS)
+        line += f"{row['frechet']:10.2f}" if "frechet" in row else f"{'-':>10}"
+        lines.append(line)
+    if result["factors"]:
+        lines.append(
+            "times as fast, in the first batch size: one step {one step:.1f} x cache {cache:.2f} x "
+            "schedule {schedule:.2f} = {product:.0f}; measured all together "
+            "{all together:.0f}".format(**result["factors"])
+        )
+    return "\n".join(lines)
+
+
+# 21 MAR's released weights ------------------------------------------------------------------------
 # MAR's authors publish three models of ImageNet at 256 x 256. They make latents: an autoencoder,
 # KL-16, turns an image into 16 x 16 vectors of 16 channels, which are the tokens, and back. A file
 # in MAR's format is {"model": weights, "model_ema": weights}; its settings are read off the shapes.
@@ -4686,7 +4980,7 @@ def with_latents(data: Data, vae: "KL16", flip: bool) -> Data:
     return replace(data, latents=latents, decode=vae.decode)
 
 
-# 21 KL-16 autoencoder -----------------------------------------------------------------------------
+# 22 KL-16 autoencoder -----------------------------------------------------------------------------
 # Convolutions with the official names and arithmetic; a first reader may skip them.
 
 

@@ -6,6 +6,8 @@
     python sample.py runs/demo/student.pt --film film.gif              # watch the unmasking
     python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png --classes "red circle"
                                                                        # complete: white is drawn
+    python sample.py runs/demo/policy.pt --bench           # teacher, student and policy: seconds
+    python sample.py mar_b --bench --steps 64              # random weights of that size
     python sample.py mar_b.pth --vae kl16.ckpt --classes 207 360 --steps 64  # MAR's released models
 
 A checkpoint carries its own settings. A student or policy draws each token in one denoising step; a
@@ -13,6 +15,7 @@ policy also chooses its own number of unmasking iterations, unless --steps says 
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -92,9 +95,54 @@ def parse(argv=None):
         metavar="IMAGE",
         help="of --inpaint, and of its shape: a token is drawn if any pixel of it is white",
     )
+    add(
+        "--refresh",
+        type=int,
+        default=1,
+        metavar="N",
+        help="all contexts are computed in every Nth iteration and the first few only; 1, the "
+        "default, is exact",
+    )
     add("--seed", type=int, default=0)
+    add_bench(parser)
     maskrl.add_device(parser)
     return parser.parse_args(argv)
+
+
+def add_bench(parser):
+    """The options of the bench."""
+    add = parser.add_argument_group("bench").add_argument
+    add(
+        "--bench",
+        nargs="?",
+        const="bench.json",
+        metavar="PATH",
+        help="time the checkpoint, and teacher.pt, student.pt and policy.pt beside it, in every "
+        "way to sample; or random weights of a preset. Writes PATH (default: bench.json)",
+    )
+    add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    add("--rounds", type=int, default=5, metavar="N", help="the first warms up (default: 5)")
+    add("--data", default="shapes", metavar="FOLDER", help="what the judge compares with")
+
+
+def run_bench(args, device):
+    """--bench: print the table and write the JSON."""
+    if args.rounds < 2 or min(args.batches) < 1:
+        raise InputError("--rounds must be at least 2, and --batches at least 1")
+    random = args.checkpoint in maskrl.PRESETS
+    vae = maskrl.load_kl16(args.vae, device) if args.vae else None
+    models, decode = maskrl.bench_models(args.checkpoint, device, vae, args.heads)
+    judge = None
+    if not random:
+        judge = maskrl.bench_judge(models, args.data, vae, device)
+    result = {
+        "weights": "random: for speed only" if random else args.checkpoint,
+        "hardware": maskrl.hardware(device),
+        **maskrl.bench(models, decode, judge, args.steps, args.batches, args.rounds),
+    }
+    Path(args.bench).write_text(json.dumps(result, indent=1))
+    print(f"{args.bench}; weights: {result['weights']}; {result['hardware']}")
+    print(maskrl.bench_table(result))
 
 
 def check_paths(args):
@@ -163,6 +211,9 @@ def write_files(folder, images, labels, classes, first=0):
 def main(argv=None):
     args = parse(argv)
     device = maskrl.find_device(args.device, args.threads)
+    if args.bench:
+        run_bench(args, device)
+        return
     if not 1 <= args.n <= 10**7:
         raise InputError(f"--n {args.n} must be at least 1 and at most {10**7}")
     if args.n > SHOWN and not args.files:
@@ -186,7 +237,12 @@ def main(argv=None):
         given, mask = to_complete(args.inpaint, args.mask, settings, vae)
         known = given.to(device), mask.to(device)
     sampling = maskrl.Sampling(
-        args.steps, args.guidance, args.denoise_steps, args.temperature, progress=True
+        args.steps,
+        args.guidance,
+        args.denoise_steps,
+        args.temperature,
+        progress=True,
+        refresh=args.refresh,
     ).resolve(model)
 
     shown_names = maskrl.display_names(model.classes, names)

@@ -15,6 +15,7 @@ import fcntl
 import json
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -51,9 +52,9 @@ class Lab:
 
     The folder out/seed<n> is laid out as the --out of train_rl.py."""
 
-    def __init__(self, out, seed: int, device):
+    def __init__(self, out, seed: int, device, **overrides):
         self.out, self.seed, self.device = Path(out) / f"seed{seed}", seed, device
-        settings = maskrl.preset("tiny", seed=seed)
+        settings = replace(maskrl.preset("tiny", seed=seed), **overrides)
         self.data = maskrl.load_data(settings)
         self.settings = self.data.measure(settings)
         self.check_settings()
@@ -1119,11 +1120,209 @@ class Letters(Folder):
     picture = ("letters_samples.png", "the eight letters, seed 0")
 
 
+class Speed(Study):
+    title = "Attention caching"
+    question = (
+        "What does it save to compute only the tokens just revealed and those about to be, between "
+        "refreshes in every Nth iteration and the first few, and what does it cost? *Quality*: a "
+        "small model of 64 tokens, trained on the shapes with `--patch 2`; the teacher walks 25 "
+        "steps. *Speed*: random weights of the size of `small` and of MAR-B, 256 tokens, 64 "
+        "iterations of the student, one image at a time, all in turns; lowest and highest beside "
+        "the median. A refresh of 1 is without a cache."
+    )
+    settings = {
+        **{"patch": 2, "batch": 24, "teacher_iters": 1200, "gsim_iters": 250},
+        "judge_n": 900,
+    }
+    columns = ("frechet", "precision", "recall", "image_ms", "lowest_ms", "highest_ms")
+    refreshes = (1, 4, 8, 16)
+    trained = {  # kind: how to sample, and at which refreshes
+        "student": ({"steps": 16}, (1, 4, 8, 16)),
+        "teacher": ({"steps": 16, "denoise_steps": 25}, (1, 8)),
+    }
+    sizes = {"small": 4, "mar_b": 2}  # and rounds, of which the first warms up
+    random_steps = 64
+    verdict = (
+        "At 8 the student's distance is {0[student, refresh 8][frechet]} against "
+        "{0[student, refresh 1][frechet]} without a cache, its precision "
+        "{0[student, refresh 8][precision]} against {0[student, refresh 1][precision]}.",
+        "The teacher's distance is {0[teacher, refresh 8][frechet]} against "
+        "{0[teacher, refresh 1][frechet]}.",
+        "An image by the size `small` comes {0[small, refresh 1 / small, refresh 8][image_ms]} "
+        "times as fast at 8, and {0[small, refresh 1 / small, refresh 16][image_ms]} times at 16.",
+        "By the size of MAR-B: {0[mar_b, refresh 1 / mar_b, refresh 8][image_ms]} and "
+        "{0[mar_b, refresh 1 / mar_b, refresh 16][image_ms]} times.",
+    )
+
+    def measure(self, lab, only=()):
+        small_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
+        rows = {}
+        for kind, (how, refreshes) in self.trained.items():
+            for n in refreshes:
+                row = f"{kind}, refresh {n}"
+                if not only or row.startswith(only):
+                    work = partial(self.judge, small_tokens, kind, Sampling(**how, refresh=n))
+                    rows[row] = small_tokens.result(row, work)
+        for size, rounds in self.sizes.items():
+            if not only or size.startswith(only):
+                times = lab.result(f"speed, {size}", partial(self.times, size, rounds, lab.device))
+                shared = {name: times[name] for name in ("hardware", "commit", "date", "threads")}
+                shared["minutes"] = times["minutes"] / len(self.refreshes)
+                for n in self.refreshes:
+                    rows[f"{size}, refresh {n}"] = shared | times[str(n)]
+        return rows
+
+    def judge(self, lab, kind, sampling):
+        model, seed = getattr(lab, kind), lab.settings.seed
+        images, steps = maskrl.generate_many(model, lab.judge.labels, sampling, seed, kind)
+        return {**lab.judge(images), "steps": float(steps.float().mean())}
+
+    def times(self, size, rounds, device):
+        """{refresh: milliseconds per image} of random weights."""
+        models, decode = maskrl.random_models(size, device, vae=None)
+        calls = {}
+        for n in self.refreshes:
+            sampling = Sampling(self.random_steps, refresh=n)
+            calls[str(n)] = partial(maskrl.generate, models["student"], [0], sampling)
+        seconds = maskrl.seconds_in_turns(calls, rounds, device)
+        return {
+            n: {
+                "image_ms": 1000 * maskrl.lower_median(times),
+                "lowest_ms": 1000 * times[0],
+                "highest_ms": 1000 * times[-1],
+            }
+            for n, times in seconds.items()
+        }
+
+
+class Scaling(Study):
+    title = "Time and memory against tokens, iterations and batch"
+    question = (
+        "How do the time of a generation and its peak memory grow? A student of the size of "
+        "`small` with random weights, without a cache: one image of 16 iterations with 16 to 1024 "
+        "tokens; of 256 tokens with 4 to 64 iterations; and 1 to 8 images. Milliseconds per "
+        "generation are medians, all in turns; memory is what a fresh process adds to its models. "
+        "Exponents are slopes of log against log, from the row above, and fitted to all."
+    )
+    columns = ("generation_ms", "peak_mb", "time_exponent", "memory_exponent")
+    axes = {
+        "tokens": (16, 64, 256, 1024),
+        "iterations": (4, 16, 64),
+        "images": (1, 2, 4, 8),
+    }
+    rounds = 3  # of which the first warms up
+    verdict = (
+        "From the fewest tokens to the most, time grows as their number to the power "
+        "{0[tokens, fitted][time_exponent]} and memory to the power "
+        "{0[tokens, fitted][memory_exponent]}.",
+        "From 256 to 1024 tokens the exponents are {0[1024 tokens][time_exponent]} and "
+        "{0[1024 tokens][memory_exponent]}.",
+        "Time grows as the iterations to the power {0[iterations, fitted][time_exponent]}, and as "
+        "the images to the power {0[images, fitted][time_exponent]}; memory as the images to the "
+        "power {0[images, fitted][memory_exponent]}.",
+    )
+    picture = ("scaling.png", "time and peak memory of a generation, both axes logarithmic")
+
+    def measure(self, lab, only=()):
+        points = {
+            f"{size} {axis}": self.point(axis, size)
+            for axis, sizes in self.axes.items()
+            for size in sizes
+        }
+        figures = lab.result("scaling", partial(self.figures, points, lab.device))
+        shared = {name: figures[name] for name in ("hardware", "commit", "date", "threads")}
+        shared["minutes"] = figures["minutes"] / len(points)
+        rows = {}
+        for axis, sizes in self.axes.items():
+            seen = []
+            for size in sizes:
+                row = figures[f"{size} {axis}"]
+                seen.append((size, row))
+                rows[f"{size} {axis}"] = shared | row | exponents(seen[-2:])
+            rows[f"{axis}, fitted"] = shared | {"minutes": 0.0} | exponents(seen)
+        return rows
+
+    def point(self, axis, size):
+        """Settings and number of the images that are generated."""
+        what = {"tokens": 256, "iterations": 16, "images": 1} | {axis: size}
+        shape = {"image_size": 4 * int(what["tokens"] ** 0.5), "patch": 4, "scale": 1.0}
+        small = replace(maskrl.preset("small"), steps=what["iterations"], **shape)
+        return small, what["images"]
+
+    def figures(self, points, device):
+        calls = {name: generation_of(*point, device) for name, point in points.items()}
+        seconds = maskrl.seconds_in_turns(calls, self.rounds, device)
+        return {
+            name: {
+                "generation_ms": 1000 * maskrl.lower_median(seconds[name]),
+                "peak_mb": peak_megabytes(*point, device),
+            }
+            for name, point in points.items()
+        }
+
+    def draw(self, rows, path):
+        drawn = subplots(
+            path, [f"{what} against {axis}" for what in ("ms", "MB") for axis in self.axes], 2
+        )
+        if not drawn:
+            return
+        axes, save = drawn
+        keys = ("generation_ms", "peak_mb")
+        for panel, (key, axis) in zip(axes, [(key, axis) for key in keys for axis in self.axes]):
+            sizes = self.axes[axis]
+            values = [median(rows[f"{size} {axis}"], key) for size in sizes]
+            panel.loglog(sizes, values, "o-", label="measured")
+            line = [values[-1] * size / sizes[-1] for size in sizes]
+            panel.loglog(sizes, line, ":", color="grey", label="proportional")
+            panel.set_xlabel(axis)
+        save()
+
+
+def exponents(points: list) -> dict[str, float]:
+    """Slopes of log time and of log memory against log size, of [(size, figures), ...]."""
+    if len(points) < 2:
+        return {}
+    sizes = numpy.log([size for size, _ in points])
+
+    def slope(key):
+        return float(numpy.polyfit(sizes, numpy.log([row[key] for _, row in points]), 1)[0])
+
+    return {"time_exponent": slope("generation_ms"), "memory_exponent": slope("peak_mb")}
+
+
+def generation_of(settings, images: int, device):
+    """A function that generates with random weights."""
+    model = maskrl.MAR(settings, ["a"], "student").to(device).eval()
+    return partial(maskrl.generate, model, [0] * images)
+
+
+def peak_megabytes(settings, images: int, device) -> float:
+    """What a generation adds to the memory of a process of its own."""
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(added_megabytes, (settings, images, device))
+
+
+def added_megabytes(settings, images, device) -> float:
+    torch.set_num_threads(1)
+    generate = generation_of(settings, images, device)
+    before = memory_megabytes(device)
+    generate()
+    return memory_megabytes(device) - before
+
+
+def memory_megabytes(device) -> float:
+    """The most that this process has held so far: on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 STUDIES = {
     study.name: study
     for study in (
         *(Story(), Gsim(), Longer(), Rivals(), Steps()),
         *(Drift(), Alpha(), Backprop(), Cost(), Threads(), Emoji(), Letters(), TrainSpeed()),
+        *(Speed(), Scaling()),
     )
 }
 
@@ -1143,6 +1342,12 @@ FIGURES = {  # key -> title of the column, decimals
     "held_out": ("held-out reward", 3),
     "steps": ("iterations", 1),
     "image_ms": ("ms per image", 2),
+    "lowest_ms": ("lowest", 2),
+    "highest_ms": ("highest", 2),
+    "generation_ms": ("ms", 1),
+    "peak_mb": ("peak memory, MB", 0),
+    "time_exponent": ("exponent of time", 2),
+    "memory_exponent": ("exponent of memory", 2),
     "ms": ("ms", 1),
     "train_minutes": ("minutes of training", 1),
     "kl": ("KL", 3),

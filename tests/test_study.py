@@ -39,6 +39,13 @@ def cut_short(patch, folder):
         patch.setattr(each, "options", SHORT)
         digits.make(folder / "folders" / each().name, per_class=20)
     patch.setattr(study.TrainSpeed, "rounds", dict.fromkeys(study.TrainSpeed.sizes, 2))
+    patch.setattr(study.Speed, "settings", {"teacher_iters": 3, "gsim_iters": 2})
+    patch.setattr(study.Speed, "trained", {"student": ({"steps": 8}, (1, 8))})
+    patch.setattr(study.Speed, "sizes", {"small": 2})
+    patch.setattr(study.Speed, "refreshes", (1, 8))
+    patch.setattr(study.Speed, "random_steps", 8)
+    patch.setattr(study.Scaling, "axes", {"tokens": (16, 64)})
+    patch.setattr(study.Scaling, "rounds", 2)
 
     def run(*args):
         study.main([*args, "--out", str(folder / "out"), "--device", "cpu", "--threads", "1"])
