@@ -99,7 +99,7 @@ def test_presets_are_sound_and_single_fields_can_be_replaced():
     assert maskrl.preset("tiny") == maskrl.Settings()
     assert maskrl.preset("small").length == 256
     assert maskrl.preset("small", guidance=2, steps=8).steps == 8  # a whole number is a float, too
-    with pytest.raises(InputError, match="no preset 'huge'; there are tiny, small"):
+    with pytest.raises(InputError, match="no preset 'huge'; there are tiny, folder, small"):
         maskrl.preset("huge")
 
 
