@@ -2517,6 +2517,7 @@ def train(
     step and the tensors; the checkpoint stays the last good one, from which --resume repeats all
     that led there, since every step draws its noise from (seed, stage, step)."""
     path, model, ema = Path(path), training.model, training.ema
+    path.parent.mkdir(parents=True, exist_ok=True)
     # seconds of all updates so far; the lowest progress, and the EMA weights that it is of
     record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
     start = saved = restore(training, path, record, iters) if resume and path.exists() else 0
