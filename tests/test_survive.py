@@ -681,11 +681,12 @@ def test_memory_does_not_grow_with_the_number_of_images(student, tmp_path):
 def test_no_picture_is_written_over_a_given_one(student, tmp_path, capsys):
     """Whatever it is called."""
     maskrl.save_checkpoint(tmp_path / "student.pt", student)
-    photo = tmp_path / "photo.png"
-    Image.new("RGB", (8, 8), "white").save(photo)
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    for path in (photo, mask):
+        Image.new("RGB", (8, 8), "white").save(path)
     (tmp_path / "link.png").symlink_to(photo)
     for out in (photo, tmp_path / "link.png", tmp_path / "x" / ".." / "photo.png"):
-        argv = [tmp_path / "student.pt", "--inpaint", photo, "--mask", photo, "--out", out]
+        argv = [tmp_path / "student.pt", "--inpaint", photo, "--mask", mask, "--out", out]
         assert "would overwrite" in error_of(sample.main, argv, capsys)
     assert Image.open(photo).size == (8, 8)
 
