@@ -16,8 +16,8 @@ PROVENANCE = {
 }
 
 
-def tiny_preset(name, seed=0):
-    return tiny(seed=seed, scale=0.0)
+def tiny_preset(name, seed=0, **given):
+    return tiny(**{"seed": seed, "scale": 0.0, **given})
 
 
 def cut_short(patch, folder):
