@@ -2514,8 +2514,9 @@ def train(
     every `every` steps; log.jsonl lies beside it. measure: function ema -> {name: float}, logged
     ten times; where it gives `progress`, the EMA weights with the lowest are kept at the end.
     Ctrl-C and SIGTERM let a step finish, save, and raise Stopped. NonFinite names the stage, the
-    step and the tensors; the checkpoint stays the last good one, from which --resume repeats all
-    that led there, since every step draws its noise from (seed, stage, step)."""
+    step and the tensors, and leaves a checkpoint of before the step, or, where half of the step is
+    done, the last one; from it --resume repeats what led there, since every step draws its noise
+    from (seed, stage, step)."""
     path, model, ema = Path(path), training.model, training.ema
     path.parent.mkdir(parents=True, exist_ok=True)
     # seconds of all updates so far; the lowest progress, and the EMA weights that it is of
@@ -2523,6 +2524,10 @@ def train(
     start = saved = restore(training, path, record, iters) if resume and path.exists() else 0
     trim_log(path.parent, model.kind, start)
     average_gradients(training)
+    stepped = []  # whether the weights have changed since the last update was complete
+    for value in training.state.values():
+        if isinstance(value, torch.optim.Optimizer):
+            value.register_step_post_hook(lambda *_: stepped.append(True))
 
     def log(step, metrics):
         values = {k: round(v, 6) for k, v in ({"seconds": record["seconds"]} | metrics).items()}
@@ -2537,6 +2542,7 @@ def train(
     with held_signals() as signals:
         for step in bar:
             began = time.perf_counter()
+            stepped.clear()
             try:
                 metrics = update(step)
                 record["seconds"] += time.perf_counter() - began
@@ -2551,6 +2557,9 @@ def train(
                         weights = deepcopy(ema.state_dict())
                         record |= {"lowest": values["progress"], "weights": weights}
             except NonFinite as error:
+                if not stepped and step > saved:
+                    save(step)
+                    saved = step
                 good = f"{path} holds the good weights after {saved} steps, and --resume"
                 raise NonFinite(
                     f"{model.kind}, step {step}: {error}{non_finite_tensors(training)}. "
