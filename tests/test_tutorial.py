@@ -45,7 +45,7 @@ def test_it_and_its_checkpoints_are_small():
     assert NOTEBOOK.stat().st_size <= 1_500_000
     for kind in maskrl.KINDS:
         path = ROOT / "assets" / "tutorial" / f"{kind}.pt"
-        assert path.stat().st_size <= 1_500_000
+        assert path.stat().st_size <= 1_600_000
         assert maskrl.load_checkpoint(path, kind).kind == kind
 
 

@@ -870,8 +870,7 @@ def test_a_reward_that_breaks_later_stops_the_training(module, tmp_path, capsys)
     new = ["--reward", f"{module}:nan_later", "--out", tmp_path / "run"]
     error = error_of(train_rl.main, [*SHORT, "--rl-iters", 4, *new], capsys, code=1)
     assert f"policy, step 2: --reward {module}:nan_later gave values from nan" in error
-    assert "Nothing was saved; the same command repeats what led here" in error
-    assert not (tmp_path / "run" / "policy.pt").exists()
+    assert maskrl.read_checkpoint(tmp_path / "run" / "policy.pt")["step"] == 2
 
 
 # 17 Report and pictures ---------------------------------------------------------------------------
