@@ -91,7 +91,7 @@ def test_a_small_copy_of_a_checkpoint_generates_nearly_the_same(tmp_path, model)
     maskrl.save_checkpoint(full, model)
     small.parent.mkdir()
     size = make_tutorial_checkpoints.shrink(full, small)
-    assert size == small.stat().st_size < 0.5 * full.stat().st_size
+    assert size == small.stat().st_size < 0.6 * full.stat().st_size
     copy = maskrl.load_checkpoint(small, "student")
     labels, sampling = torch.arange(3), maskrl.Sampling(steps=4)
     a, b = (maskrl.generate(m, labels, sampling) for m in (model, copy))
