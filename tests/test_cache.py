@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import error_of, random_model
 
 import maskrl
+import sample
 from maskrl import Cache, InputError, Sampling
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -205,3 +206,9 @@ def test_finished_images_are_left_out_from_the_next_refresh_on(policy, monkeypat
 def test_a_refresh_below_one_is_refused(student, refresh):
     with pytest.raises(InputError, match=f"--refresh {refresh} must be at least 1"):
         maskrl.generate(student, [0], Sampling(refresh=refresh))
+
+
+def test_sample_py_hands_its_refresh_on(tmp_path, capsys):
+    maskrl.save_checkpoint(tmp_path / "student.pt", random_model("student"))
+    argv = [tmp_path / "student.pt", "--refresh", "0", "--device", "cpu", "--threads", "1"]
+    assert "--refresh 0 must be at least 1" in error_of(sample.main, argv, capsys)
