@@ -1067,9 +1067,11 @@ class Folder(Study):
         folder, out = FOLDERS / self.name, lab.out / self.name
         if not folder.is_dir():
             raise maskrl.InputError(f"there is no {folder}: tests/folders.py says how it is made")
-        where = ("--data", folder, "--out", out, "--resume", "--seed", lab.seed)
-        machine = ("--device", lab.device, "--threads", torch.get_num_threads())
-        metrics = train_rl.main([str(word) for word in (*where, *machine, *self.options)])
+        if not (out / "metrics.json").exists():  # which a run writes last
+            where = ("--data", folder, "--out", out, "--resume", "--seed", lab.seed)
+            machine = ("--device", lab.device, "--threads", torch.get_num_threads())
+            train_rl.main([str(word) for word in (*where, *machine, *self.options)])
+        metrics = json.loads((out / "metrics.json").read_text())
         if lab.seed == 0:
             for picture in ("samples", "neighbours"):
                 shutil.copy(out / f"{picture}.png", ASSETS / f"{self.name}_{picture}.png")
