@@ -35,6 +35,7 @@ def cut_short(patch, folder):
     patch.setattr(study.Threads, "rounds", 1)
     patch.setattr(study.Threads, "updates", 1)
     patch.setattr(study, "FOLDERS", folder / "folders")
+    patch.setattr(study.Eyes, "features", "own")
     for each in (study.Emoji, study.Letters):
         patch.setattr(each, "options", SHORT)
         digits.make(folder / "folders" / each().name, per_class=20)
