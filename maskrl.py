@@ -4699,7 +4699,7 @@ KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
 MAR_SETTINGS = PRESETS["small"] | {
     "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256, "batch": 16,
     "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
-    "precision": "fp32", "micro_batch": 0,
+    "precision": "fp32", "micro_batch": 0, "prompts": 4,
 }  # trained as `small`, which nobody has tried at this size
 RELEASED = {
     "mar_b": MAR_SETTINGS | {

@@ -1,18 +1,18 @@
 """Parameters, memory, FLOPs and hours of training: computed, not measured.
 
-    python tests/budget.py                  # MAR's released sizes by GSIM, at a batch of 64
-    python tests/budget.py --batch 8
-    python tests/budget.py --preset small   # all three stages of a preset, on one GPU
+    python tests/budget.py                  # MAR's released sizes: GSIM, RL, reports
+    python tests/budget.py --batch 8        # instead of the presets'
+    python tests/budget.py --preset small   # all three stages of a generator of pixels
 
 Weights, their gradients and the states of the optimisers are float32. Activations are what autograd
 keeps for the backward pass, added up while one transformer block and the head run on the CPU in the
 settings' precision, and scaled to the model. For memory, contexts are taken at their longest
 (`buffer` + all tokens), which the images with the most visible tokens have. FLOPs are those of
-matrix products and attention; hours follow from a share of the GPU's peak.
+matrix products, attention and convolutions; hours follow from a share of an A100's peak.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,8 +23,9 @@ import maskrl
 
 GB = 1e9
 HEAD_ROWS = 64  # tokens for which the head is run
-PEAK = {"bf16": 312e12, "fp32": 19.5e12}  # FLOPs per second of an A100
-UTILISATION = 0.2  # of these peaks: small products, and much that is no product
+PEAK = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}  # FLOPs per second of an A100
+UTILISATION = 0.2  # of these peaks: an assumption; small products, and much that is no product
+UTILISATION_OF_RELEASED = 0.3  # whose products are larger: an assumption
 
 
 @dataclass
@@ -43,7 +44,7 @@ def kept_bytes(module: nn.Module, precision: str, *inputs: torch.Tensor) -> int:
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that none is reused
+        kept[storage._cdata] = (storage.nbytes(), tensor)  # held, so that none is reused
         return tensor
 
     def unpack(tensor):
@@ -60,6 +61,10 @@ def flops(function, *inputs: torch.Tensor) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function(*inputs)
     return counter.get_total_flops()
+
+
+def hours(flops: float, precision: str, utilisation: float) -> float:
+    return flops / (PEAK[precision] * utilisation) / 3600
 
 
 def cost(module: nn.Module, precision: str, *inputs: torch.Tensor) -> Cost:
@@ -100,6 +105,16 @@ def decoder_depth(settings: maskrl.Settings) -> int:
     return settings.decoder_depth or settings.depth
 
 
+def blocks(settings: maskrl.Settings) -> int:
+    """Transformer blocks of encoder and decoder."""
+    return settings.depth + decoder_depth(settings)
+
+
+def at_a_time(settings: maskrl.Settings, rows: int) -> int:
+    """How many of so many rows (images, or pairs of image and step) are on the graph at a time."""
+    return min(settings.micro_batch or rows, rows)
+
+
 def parameters(settings: maskrl.Settings, classes: int = 1000, channels: int = 16) -> int:
     """Parameters of a MAR; no memory is used for them."""
     with torch.device("meta"):
@@ -107,17 +122,25 @@ def parameters(settings: maskrl.Settings, classes: int = 1000, channels: int = 1
     return sum(p.numel() for p in model.parameters())
 
 
-def fixed_bytes(count: int) -> dict[str, int]:
-    """Bytes of weights, gradients, the two states of Adam and EMA in GSIM, of `count` parameters
-    in each network."""
-    copies = {"teacher": 1, "student": 1 + 1 + 2 + 1, "auxiliary": 1 + 1 + 2}
-    return {network: 4 * count * n for network, n in copies.items()}
+def network_bytes(count: int, copies: int, precision: str) -> int:
+    """Bytes of so many float32 copies of `count` parameters, and in bf16 a low copy of weights."""
+    return count * (4 * copies + 2 * (precision == "bf16"))
+
+
+def fixed_bytes(count: int, precision: str = "fp32") -> dict[str, int]:
+    """Bytes of weights, gradients, the two states of Adam, EMA, and the EMA of the lowest progress,
+    in GSIM, of `count` parameters in each network."""
+    copies = {"teacher": 1, "student": 1 + 1 + 2 + 1 + 1, "auxiliary": 1 + 1 + 2}
+    return {network: network_bytes(count, n, precision) for network, n in copies.items()}
+
+
+RL_COPIES = (1 + 1 + 2) + 3  # policy, gradients, Adam; reference, student and teacher
 
 
 def context_bytes(settings: maskrl.Settings, images: int, checkpointing: bool) -> int:
     """Kept of the contexts of so many images at a time; checkpointing: the inputs of the blocks,
     and what one block at a time computes again."""
-    depth, block = settings.depth + decoder_depth(settings), block_cost(settings)
+    depth, block = blocks(settings), block_cost(settings)
     return images * (depth * block.inputs + block.kept if checkpointing else depth * block.kept)
 
 
@@ -153,9 +176,11 @@ def context_flops(settings: maskrl.Settings, batch: int) -> float:
 
 def context_passes(settings: maskrl.Settings, batch: int) -> int:
     """How often a GSIM update computes the batch's contexts, in forward passes: a backward pass
-    costs two. The student's and the auxiliary network's, forward and backward; the auxiliary
-    network's once more and the teacher's two, forward alone; in parts the student's once more."""
-    return 3 + 3 + 1 + 2 + (0 < settings.micro_batch < batch)
+    costs two, and with checkpointing three. The student's and the auxiliary network's, forward and
+    backward; the auxiliary network's once more and the teacher's two, forward alone; in parts the
+    student's once more."""
+    in_parts = at_a_time(settings, batch) < batch
+    return 2 * (3 + settings.checkpointing) + 1 + 2 + in_parts
 
 
 # And the heads: the student's forward twice and backward once, the auxiliary network's forward
@@ -165,28 +190,42 @@ HEAD_PASSES = (2 + 2) + (2 + 2 + 1) + (2 + 2)
 
 
 def update_flops(settings: maskrl.Settings, batch: int) -> int:
-    """FLOPs of a GSIM update without checkpointing."""
+    """FLOPs of a GSIM update."""
     contexts = context_passes(settings, batch) * context_flops(settings, batch)
     heads = HEAD_PASSES * head_batches(settings, batch) * head_cost(settings, False).flops
     return round(contexts + heads)
 
 
-def table(sizes: dict[str, maskrl.Settings], batch: int) -> str:
-    """The budget of every size {name: Settings} as a Markdown table."""
-    lines = [
-        "| | parameters | weights: teacher | student, with gradients, Adam, EMA | auxiliary, with "
-        "gradients, Adam | fixed in all | activations | with --checkpointing | FLOPs |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, settings in sizes.items():
-        count = parameters(settings)
-        fixed = fixed_bytes(count)
-        cells = [n / GB for n in (*fixed.values(), sum(fixed.values()))]
-        cells += [activation_bytes(settings, batch, on) / GB for on in (False, True)]
-        flops = update_flops(settings, batch) / 1e12
-        cells = " | ".join(f"{value:.1f} GB" for value in cells)
-        lines.append(f"| {name} | {count / 1e6:.1f}M | {cells} | {flops:.0f}T |")
-    return "\n".join(lines)
+def rollouts(settings: maskrl.Settings) -> int:
+    return settings.prompts * settings.group
+
+
+def learned_steps(settings: maskrl.Settings, how: str) -> int:
+    """Of a rollout; --rl-steps all: --steps iterations, as many as the schedule may learn."""
+    return {"critical": settings.critical_steps, "all": settings.steps}[how]
+
+
+def rl_passes(settings: maskrl.Settings, how: str) -> tuple[int, float]:
+    """Contexts, and tokens through the head, of an RL update by --rl-steps `how`, in forward
+    passes: of the sampler, with the predictions that the information gain needs, and of the
+    learner, which is the policy forward and backward, and the reference forward."""
+    K, L, images = settings.steps, settings.length, rollouts(settings)
+    pairs = images * learned_steps(settings, how)
+    predicted = images * L * (1 + K / 2 * (how == "critical"))
+    contexts = images * K + (3 + 1 + settings.checkpointing) * pairs
+    return contexts, predicted + (3 + 1) * pairs * L / K
+
+
+def rl_activation_bytes(
+    settings: maskrl.Settings, how: str, tokens: float, channels: int = 16
+) -> int:
+    """Bytes that autograd keeps of so many tokens denoised in each pair of rollout and learned
+    step, and of each pair: its tokens, z and two means."""
+    pairs = rollouts(settings) * learned_steps(settings, how)
+    images, head = at_a_time(settings, pairs), head_cost(settings, False, channels)
+    context = context_bytes(settings, images, settings.checkpointing)
+    values = 4 * 4 * pairs * settings.length * channels
+    return round(context + head.kept * images * tokens / HEAD_ROWS + values)
 
 
 # The three stages of a preset for pixels ----------------------------------------------------------
@@ -204,8 +243,7 @@ class Stage:
 
     @property
     def hours(self) -> float:
-        seconds = sum(n / PEAK[precision] for precision, n in self.flops.items()) / UTILISATION
-        return self.updates * seconds / 3600
+        return self.updates * sum(hours(n, p, UTILISATION) for p, n in self.flops.items())
 
 
 def muon_flops(settings: maskrl.Settings) -> int:
@@ -218,55 +256,42 @@ def stages(settings: maskrl.Settings) -> dict[str, Stage]:
     """Teacher, GSIM and RL by --rl-steps of a generator of pixels.
 
     Activations are bounds: parts of images whose tokens are all visible to the encoder and all
-    denoised. RL takes --steps iterations, as many as it may learn."""
+    denoised."""
     channels, checkpointing = 3 * settings.patch**2, settings.checkpointing
+    batch, precision = settings.batch, settings.precision
+    images, heads = at_a_time(settings, batch), head_batches(settings, batch)
     head, count = head_cost(settings, False, channels), parameters(settings, 10, channels)
-    context = context_flops(settings, settings.batch) / settings.batch
-    low_copy = 2 * count * (settings.precision == "bf16")  # of the weights on the graph
-    one_network = 4 * count * (1 + 1 + 2 + 1) + low_copy  # gradients, Adam, EMA (RL: reference)
+    context = context_flops(settings, batch) / batch
 
     def flops_of(contexts, head_batches, muon=0):  # forward passes
         outer = head_batches * HEAD_ROWS * 2 * 3 * channels * settings.head_width  # in fp32
         products = contexts * context + head_batches * head.flops - outer
         result = {"bf16": muon, "fp32": outer}
-        result[settings.precision] += products
+        result[precision] += products
         return result
 
-    images = settings.micro_batch or settings.batch
-    heads = head_batches(settings, settings.batch)
-    teacher_activations = head.kept * head_batches(settings, images, hidden=1)
+    teacher_heads = head.kept * head_batches(settings, images, hidden=1)
     result = {
         "teacher": Stage(
             settings.teacher_iters,
-            one_network,
-            context_bytes(settings, images, checkpointing) + round(teacher_activations),
-            flops_of(3 * settings.batch, 3 * heads, muon_flops(settings)),
+            network_bytes(count, 1 + 1 + 2 + 1, precision),  # gradients, Adam, EMA
+            context_bytes(settings, images, checkpointing) + round(teacher_heads),
+            flops_of((3 + checkpointing) * batch, 3 * heads, muon_flops(settings)),
         ),
         "GSIM": Stage(
             settings.gsim_iters,
-            sum(fixed_bytes(count).values()) + 3 * low_copy,
+            sum(fixed_bytes(count, precision).values()),
             activation_bytes(settings, images, checkpointing, channels, hidden=1),
-            flops_of(
-                context_passes(settings, settings.batch) * settings.batch, HEAD_PASSES * heads
-            ),
+            flops_of(context_passes(settings, batch) * batch, HEAD_PASSES * heads),
         ),
     }
-    rollouts, K, L = settings.prompts * settings.group, settings.steps, settings.length
-    for how, steps in (("critical", settings.critical_steps), ("all", K)):
-        pairs = rollouts * steps
-        images = min(settings.micro_batch or pairs, pairs)
-        learner = 3 + 1  # policy, forward and backward; reference, forward
-        predicted = rollouts * K * L / 2 * (how == "critical") + rollouts * L  # by the sampler
+    for how in ("critical", "all"):
+        contexts, tokens = rl_passes(settings, how)
         result[f"RL, {how}"] = Stage(
             settings.rl_iters,
-            one_network,
-            context_bytes(settings, images, checkpointing)
-            + head.kept * images * L // HEAD_ROWS
-            + 4 * 4 * pairs * L * channels,  # tokens, z and two means of each pair
-            flops_of(
-                rollouts * K + learner * pairs,
-                (predicted + learner * pairs * L / K) / HEAD_ROWS,
-            ),
+            network_bytes(count, RL_COPIES, precision),
+            rl_activation_bytes(settings, how, settings.length, channels),
+            flops_of(contexts, tokens / HEAD_ROWS),
         )
     return result
 
@@ -289,27 +314,121 @@ def stage_table(settings: maskrl.Settings) -> str:
     return "\n".join(lines)
 
 
+# MAR's released sizes -----------------------------------------------------------------------------
+
+IMAGENET = 1_281_167  # training images
+JUDGED = 2000  # images in each row of the judge's table, of 1000 classes
+WATCHED = 10 * 1024  # student's images for `progress`
+
+
+def kl16() -> tuple[maskrl.KL16, torch.Tensor]:
+    """The released autoencoder and the latents of an image of 256 x 256, without memory."""
+    with torch.device("meta"):
+        return maskrl.KL16().requires_grad_(False), torch.empty(1, 16, 16, 16, requires_grad=True)
+
+
+def rl_bytes(settings: maskrl.Settings) -> dict[str, int]:
+    """Bytes of GRPO on critical steps: of the weights; of what autograd keeps in learning; and of
+    what it keeps in decoding, four images of 256 x 256 at a time, which only --method backprop
+    needs and which is the most that decoding can take without a gradient."""
+    vae, latents = kl16()
+    tokens = settings.length / settings.steps
+    return {
+        "weights": network_bytes(parameters(settings), RL_COPIES, settings.precision),
+        "learning": rl_activation_bytes(settings, "critical", tokens),
+        "decoding": 4 * cost(vae.decoder, "fp32", latents).kept,
+    }
+
+
+def hours_of_released(settings: maskrl.Settings, K: int = 64) -> dict[str, float]:
+    """Hours of an A100 for each stage of a released size, with K unmasking iterations.
+
+    float32 is taken to be TF32, which PyTorch uses for convolutions, but for other products only
+    after torch.set_float32_matmul_precision("high"): without, they take eight times as long.
+    Contexts of a sampler and in RL at their longest. Reading images, networks other than MAR and
+    KL-16, and all that is not a product cost nothing here."""
+    settings = replace(settings, steps=K)
+    precision = {"fp32": "tf32"}.get(settings.precision, settings.precision)
+
+    def time_of(n, precision=precision):
+        return hours(n, precision, UTILISATION_OF_RELEASED)
+
+    vae, latents = kl16()
+    image = torch.empty(1, 3, 256, 256, device="meta")
+    context = time_of(blocks(settings) * block_cost(settings).flops)
+    denoise = time_of(head_cost(settings, False).flops / HEAD_ROWS)
+    encode, decode = (
+        time_of(flops(module, x), "tf32")
+        for module, x in ((vae.encoder, image), (vae.decoder, latents))
+    )
+    teacher = 2 * (K * context + settings.denoise_steps * settings.length * denoise) + decode
+    student = K * context + settings.length * denoise + decode
+    gsim = time_of(update_flops(settings, settings.batch))
+    contexts, tokens = rl_passes(settings, "critical")
+    rl = contexts * context + tokens * denoise + rollouts(settings) * decode
+    fixed = [max(1, K >> i) for i in range(5)]  # schedules that a learned one must beat
+    return {
+        "1000 images of the teacher": 1000 * teacher,
+        "1000 images of the student": 1000 * student,
+        "latents of 60 % of ImageNet, both flips": 2 * 0.6 * IMAGENET * encode,
+        "GSIM, --gsim-iters": settings.gsim_iters * gsim,
+        "GSIM, 30 epochs as in the paper": 30 * IMAGENET / settings.batch * gsim,
+        "progress and report of distilling": WATCHED * student + JUDGED * (teacher + 3 * student),
+        "RL, --rl-iters": settings.rl_iters * rl,
+        "report of RL": 2 * JUDGED * sum(fixed) / K * student,
+    }
+
+
+def table(sizes: dict[str, maskrl.Settings]) -> str:
+    """The budget of a GSIM update of every size {name: Settings} as a Markdown table."""
+    lines = [
+        "| | batch | parameters | weights: teacher | student, with gradients, Adam, EMA, best EMA "
+        "| auxiliary, with gradients, Adam | fixed in all | activations | with --checkpointing "
+        "| FLOPs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, settings in sizes.items():
+        count, batch = parameters(settings), settings.batch
+        fixed = fixed_bytes(count, settings.precision)
+        images = at_a_time(settings, batch)
+        cells = [n / GB for n in (*fixed.values(), sum(fixed.values()))]
+        cells += [activation_bytes(settings, images, on) / GB for on in (False, True)]
+        teraflops = update_flops(settings, batch) / 1e12
+        cells = " | ".join(f"{value:.1f} GB" for value in cells)
+        lines.append(f"| {name} | {batch} | {count / 1e6:.1f}M | {cells} | {teraflops:.0f}T |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--batch", type=int, default=64, help="images per update (default: 64)")
     add("--preset", choices=("tiny", "small"), help="all stages of a generator of pixels")
+    add("--batch", type=int, help="images per update, instead of the preset's")
     add("--micro-batch", type=int, help="instead of the preset's")
     add("--precision", choices=maskrl.PRECISIONS, help="instead of the preset's")
     args = parser.parse_args(argv)
-    if args.preset is None:
-        print(f"One GSIM update at a batch of {args.batch}, float32:\n")
-        sizes = {name: maskrl.preset(name) for name in maskrl.RELEASED}
-        print(table(sizes, args.batch))
-        return
-    names = ("micro_batch", "precision")
+    names = ("batch", "micro_batch", "precision")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = maskrl.preset(args.preset, **given)
+    if args.preset:
+        settings = maskrl.preset(args.preset, **given)
+        print(
+            f"Preset {args.preset}, {settings.precision}, --micro-batch {settings.micro_batch}; "
+            f"hours at {UTILISATION:.0%} of an A100's peak:\n"
+        )
+        print(stage_table(settings))
+        return
+    sizes = {name: maskrl.preset(name, **given) for name in maskrl.RELEASED}
+    print(f"One GSIM update:\n\n{table(sizes)}\n")
     print(
-        f"Preset {args.preset}, {settings.precision}, --micro-batch {settings.micro_batch}; hours "
-        f"at {UTILISATION:.0%} of an A100's peak:\n"
+        f"GB of RL; hours at {UTILISATION_OF_RELEASED:.0%} of an A100's peak, float32 as TF32, "
+        "which has to be switched on:"
     )
-    print(stage_table(settings))
+    for name, settings in sizes.items():
+        print(f"\n{name}, {settings.precision}")
+        for part, n in rl_bytes(settings).items():
+            print(f"{n / GB:8.1f} GB {part}")
+        for stage, n in hours_of_released(settings).items():
+            print(f"{n:8.2f} h  {stage}")
 
 
 if __name__ == "__main__":
