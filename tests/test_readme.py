@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import fields
 
+import budget
 import pytest
 import study
 
@@ -25,6 +26,39 @@ CONSTANTS = {
     "0.04",  # ShapeFit: exp(-e / 0.04)
     "0.3",  # a healthy schedule_clipped is below it
 }  # decimals in the prose that are neither results nor defaults of Settings
+PAPERS = set(
+    "2.31 1.78 1.55 3.06 2.51 2.00 0.61 0.97 1.67 2.60 2.06 20.10 30.98 29.33 29.78".split()
+)
+
+
+def computed() -> dict[str, list[str]]:
+    """The cells of the README's computed tables, as tests/budget.py computes them."""
+    rows = {}
+    stages = budget.stages(maskrl.preset("small"))
+    names = {"teacher": "teacher", "GSIM": "GSIM", "RL, critical steps": "RL, critical steps"}
+    for row, stage in names.items():
+        stage = stages[stage]
+        size = (stage.weights + stage.activations) / budget.GB
+        rows[row] = [f"{stage.updates:,}", f"{stage.hours:.1f}", f"{size:.1f}"]
+    for row, name in {"MAR-B": "mar_b", "MAR-L": "mar_l", "MAR-H": "mar_h"}.items():
+        settings = maskrl.preset(name, precision="bf16")
+        fixed = budget.fixed_bytes(budget.parameters(settings), "bf16")
+        kept = budget.activation_bytes(settings, settings.batch, True)
+        hours = budget.hours_of_released(settings)
+        sizes = [sum(fixed.values()) + kept, sum(budget.rl_bytes(settings).values())]
+        times = [
+            hours["latents of 60 % of ImageNet, both flips"],
+            hours["GSIM, --gsim-iters"],
+            hours["progress and report of distilling"],
+            hours["RL, --rl-iters"] + hours["report of RL"],
+        ]
+        rows[row] = [f"{n / budget.GB:.1f}" for n in sizes] + [f"{n:.1f}" for n in times]
+    return rows
+
+
+def test_what_is_computed_is_what_the_readme_says():
+    for row, cells in computed().items():
+        assert f"| {row} | {' | '.join(cells)} |" in README
 
 
 def test_every_link_points_to_what_it_names():
@@ -82,7 +116,8 @@ def prose(text: str) -> str:
 def test_every_decimal_of_the_prose_is_a_result():
     results = decimals((study.ASSETS / "results.md").read_text())
     defaults = {str(field.default) for field in fields(maskrl.Settings)}
-    typed = decimals(prose(README)) - results - defaults - CONSTANTS
+    tables = decimals(" ".join(cell for cells in computed().values() for cell in cells))
+    typed = decimals(prose(README)) - results - defaults - CONSTANTS - PAPERS - tables
     assert not typed, f"{sorted(typed)} are neither in assets/results.md nor constants"
 
 
