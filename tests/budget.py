@@ -13,6 +13,7 @@ matrix products, attention and convolutions; hours follow from a share of an A10
 
 import argparse
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -76,23 +77,32 @@ def cost(module: nn.Module, precision: str, *inputs: torch.Tensor) -> Cost:
     return Cost(kept[1] - kept[0], 4 * inputs[0].numel(), flops(module, *inputs))
 
 
+@cache
+def cost_of_block(width: int, heads: int, rows: int, precision: str) -> Cost:
+    x = torch.randn(1, rows, width, requires_grad=True)
+    return cost(maskrl.Block(width, heads), precision, x)
+
+
 def block_cost(settings: maskrl.Settings, tokens: int | None = None) -> Cost:
     """A transformer block's, of one image of so many tokens (None: all)."""
-    block = maskrl.Block(settings.width, settings.heads)
     rows = settings.buffer + (settings.length if tokens is None else tokens)
-    x = torch.randn(1, rows, settings.width, requires_grad=True)
-    return cost(block, settings.precision, x)
+    return cost_of_block(settings.width, settings.heads, rows, settings.precision)
+
+
+@cache
+def cost_of_head(precision: str, frozen: bool, channels: int, width: int, *shape) -> Cost:
+    head = maskrl.Head(channels, width, *shape)
+    head.precision = precision
+    head.requires_grad_(not frozen)
+    x = torch.randn(HEAD_ROWS, channels, requires_grad=True)
+    c = torch.randn(HEAD_ROWS, width, requires_grad=not frozen)
+    return cost(head, "fp32", x, torch.zeros(HEAD_ROWS).long(), c)
 
 
 def head_cost(settings: maskrl.Settings, frozen: bool, channels: int = 16) -> Cost:
     """The head's, of HEAD_ROWS tokens; frozen: with gradient to x_t alone."""
-    width, depth = settings.head_width, settings.head_depth
-    head = maskrl.Head(channels, settings.width, width, depth, settings.predicts)
-    head.precision = settings.precision
-    head.requires_grad_(not frozen)
-    x = torch.randn(HEAD_ROWS, channels, requires_grad=True)
-    c = torch.randn(HEAD_ROWS, settings.width, requires_grad=not frozen)
-    return cost(head, "fp32", x, torch.zeros(HEAD_ROWS).long(), c)
+    shape = settings.width, settings.head_width, settings.head_depth, settings.predicts
+    return cost_of_head(settings.precision, frozen, channels, *shape)
 
 
 def head_batches(settings: maskrl.Settings, batch: int, hidden=0.5) -> float:
