@@ -35,7 +35,7 @@ def computed() -> dict[str, list[str]]:
     """The cells of the README's computed tables, as tests/budget.py computes them."""
     rows = {}
     stages = budget.stages(maskrl.preset("small"))
-    names = {"teacher": "teacher", "GSIM": "GSIM", "RL, critical steps": "RL, critical steps"}
+    names = {"teacher": "teacher", "GSIM": "GSIM", "RL, critical steps": "RL, critical"}
     for row, stage in names.items():
         stage = stages[stage]
         size = (stage.weights + stage.activations) / budget.GB
