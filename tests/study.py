@@ -1436,8 +1436,8 @@ within classes and *nearest*, the distance to the nearest training image: 1 is a
 images. *Quality*: by the reward network, which RL climbs; *held-out reward*: the exact fit to a
 shape of the class, on which nothing trains. *ms per image*: in batches of 32.
 
-Up to commit 9cbb84a the judge learned the classes alone, and the reward network fewer kinds of damage
-and one class more. What was measured with these (GSIM, rivals, steps, back-propagation, caching)
+Up to commit 9cbb84a the judge learned the classes alone, and the reward network fewer kinds of
+damage. What was measured with these (GSIM, rivals, steps, back-propagation, caching)
 compares within its own table only; GSIM's conclusions were not tried again under the new judge.
 """
 
