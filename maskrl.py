@@ -4653,9 +4653,12 @@ def bench_judge(models: dict[str, MAR], name: str, vae: "KL16 | None", device) -
 
 
 def random_models(name: str, device, vae: "KL16 | None") -> tuple[dict, Callable]:
-    """Teacher and student of a preset's size, of the same random weights, and what decodes."""
+    """Teacher and student of a preset's size, of the same random weights, and what decodes; in
+    float32 on a CPU, most of which only emulate bfloat16."""
     image_channels = 16 if name in RELEASED else 3
     settings = replace(preset(name), scale=1.0)
+    if device.type == "cpu":
+        settings = replace(settings, precision="fp32")
     teacher = MAR(settings, numbered(1000), "teacher", image_channels).to(device).eval()
     student = copy(teacher)
     student.kind = "student"

@@ -1300,6 +1300,7 @@ class Scaling(Study):
         """Settings and number of the images that are generated."""
         what = {"tokens": 256, "iterations": 16, "images": 1} | {axis: size}
         shape = {"image_size": 4 * int(what["tokens"] ** 0.5), "patch": 4, "scale": 1.0}
+        shape["precision"] = "fp32"  # bfloat16 would be emulated
         small = replace(maskrl.preset("small"), steps=what["iterations"], **shape)
         return small, what["images"]
 
