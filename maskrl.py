@@ -4376,7 +4376,7 @@ def run(main: Callable) -> None:
             fail(f"process {rank()} lost another one: {error}", 1)
         if not is_out_of_memory(error):
             raise
-        fail("out of memory: try a smaller --batch, --draws, --prompts, --group or model", 1)
+        fail("out of memory: try --checkpointing or a smaller --micro-batch, --batch or model", 1)
     except KeyboardInterrupt as stopped:
         number, where = stopped.args or (signal.SIGINT, "what a training had saved is there")
         print(f"stopped: {where}; the same command with --resume continues", file=sys.stderr)

@@ -1130,7 +1130,7 @@ class Eyes(Study):
     verdict = (
         "Real images have {0[real][frechet]}, the teacher's {0[teacher][frechet]}, the student's "
         "{0[student][frechet]}, the policy's {0[policy][frechet]} and the blurred averages of the "
-        "one-step start {0[one-step start][frechet]}: the order in which a person would put them. "
+        "one-step start {0[one-step start][frechet]}; to our eye, too, these are the worst. "
         "Our own judge, which minds seams and noise more than blur, puts the one-step start first. "
         "With 100 images a row these features do not order weak blur, "
         "{0[damage: blurred][weak]}, above undamaged images.",
@@ -1178,10 +1178,10 @@ class Speed(Study):
     question = (
         "What does it save to compute only the tokens just revealed and those about to be, between "
         "refreshes in every Nth iteration and the first few, and what does it cost? *Quality*: a "
-        "small model of 64 tokens, trained on the shapes with `--patch 2`; the teacher walks 25 "
-        "steps. *Speed*: random weights of the size of `small` and of MAR-B, 256 tokens, 64 "
-        "iterations of the student, one image at a time, all in turns; lowest and highest beside "
-        "the median. A refresh of 1 is without a cache."
+        "small model of 64 tokens, trained on the shapes with `--patch 2`. *Speed*: random weights "
+        "of the size of `small` (and, where measured, of MAR-B), 256 tokens, 64 iterations of the "
+        "student, one image at a time, all in turns; lowest and highest beside the median. A "
+        "refresh of 1 is without a cache."
     )
     settings = {
         **{"patch": 2, "batch": 24, "teacher_iters": 1200, "gsim_iters": 250},
@@ -1437,9 +1437,9 @@ within classes and *nearest*, the distance to the nearest training image: 1 is a
 images. *Quality*: by the reward network, which RL climbs; *held-out reward*: the exact fit to a
 shape of the class, on which nothing trains. *ms per image*: in batches of 32.
 
-Up to commit 9cbb84a the judge learned the classes alone, and the reward network fewer kinds of
-damage. What was measured with these (GSIM, rivals, steps, back-propagation, caching)
-compares within its own table only; GSIM's conclusions were not tried again under the new judge.
+The tables on GSIM, its rivals, RL's steps, back-propagation and caching were measured with an
+earlier judge, which learned the classes alone, and a reward network that knew fewer kinds of
+damage: compare within each table only. They were not repeated under the judge of the others.
 """
 
 

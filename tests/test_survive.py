@@ -316,7 +316,10 @@ def test_a_reward_that_raises_names_itself(monkeypatch):
     "options, said",
     [
         ("--width 16384 --depth 200", "to train this model takes at least 2"),
-        ("--image-size 4096 --per-class 1000000", "out of memory: try a smaller --batch"),
+        (
+            "--image-size 4096 --per-class 1000000",
+            "out of memory: try --checkpointing or a smaller",
+        ),
         ("--depth 201", "--depth 201 must be at most 200"),
         ("--out setup.py/out", "--out setup.py/out cannot be written: Not a directory"),
         ("--clip-weights nope.pt", "only --reward clip and --features clip ask CLIP"),
