@@ -2655,6 +2655,8 @@ def load_state(value, saved) -> None:
     form = value.state_dict()
     if isinstance(value, torch.optim.Optimizer):  # which adds averages of gradients as it steps
         parameters = [p for group in value.param_groups for p in group["params"]]
+        if len({frozenset(entries) for entries in saved["state"].values()}) > 1:
+            raise ValueError("an optimiser that keeps less of some parameters than of others")
         form["state"] = {
             i: {key: parameters[i] if x.ndim else torch.zeros(()) for key, x in entries.items()}
             for i, entries in saved["state"].items()
