@@ -2658,10 +2658,13 @@ def load_state(value, saved) -> None:
         if len({frozenset(entries) for entries in saved["state"].values()}) > 1:
             raise ValueError("an optimiser that keeps less of some parameters than of others")
         form["state"] = {
-            i: {key: parameters[i] if x.ndim else torch.zeros(()) for key, x in entries.items()}
+            i: {key: torch.zeros(()) if key == "step" else parameters[i] for key in entries}
             for i, entries in saved["state"].items()
         }
     check_alike(form, saved)
+    for own, group in zip(form.get("param_groups", []), saved.get("param_groups", [])):
+        if own["params"] != group["params"]:
+            raise ValueError("an optimiser of other parameters")
     value.load_state_dict(saved)
 
 
