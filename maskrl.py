@@ -2873,12 +2873,12 @@ def shuffled(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) 
     keys = torch.rand(tokens.shape[:2], generator=generator).to(x.device)
     moves = torch.rand(tokens.shape[:2], generator=generator).to(x.device)
     moves = moves < 0.1 + 0.4 * amount.flatten(1)
-    # the places that move, in their own order and in that of their keys; others stay
+    # the places that move, in their own order and in that of their keys; the others come last, in
+    # their own order in both, and stay
     places = torch.arange(L, device=x.device).expand(len(x), L)
     from_here = torch.where(moves, places, L).argsort(dim=1, stable=True)
     to_there = torch.where(moves, keys, 2.0).argsort(dim=1, stable=True)
     source = places.scatter(1, from_here, to_there)
-    source = torch.where(moves, source, places)
     return unpatchify(tokens.gather(1, source[..., None].expand_as(tokens)), patch)
 
 

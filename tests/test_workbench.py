@@ -285,6 +285,17 @@ def test_quality_lies_between_zero_and_one_and_its_gradient_reaches_the_pixels()
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
+@torch.no_grad()
+def test_quality_asks_for_the_class_and_for_an_undamaged_image():
+    critic, x = maskrl.Critic("reward", 8, 2), torch.rand(5, 3, 8, 8)
+    labels = torch.zeros(5, dtype=torch.long)
+    critic.classify.bias[0] = critic.detect.bias[0] = 20.0
+    assert critic.quality(x, labels).min() > 0.99
+    assert critic.quality(x, 1 - labels).max() < 0.01
+    critic.detect.bias[1] = 40.0
+    assert critic.quality(x, labels).max() < 0.01
+
+
 def test_colours_that_no_image_has_do_not_pay():
     """The policy was once paid for colours beyond [-1, 1]: clipped, its 0.62 were 0.57."""
     critic, labels = maskrl.Critic("reward", 8, 3), torch.zeros(5, dtype=torch.long)
@@ -374,6 +385,17 @@ def test_the_judge_sees_damage_that_it_did_not_learn(shapes_judge, real_row):
         assert real_row["frechet"] < weak < strong, name
 
 
+def test_blind_is_what_is_not_ordered(data):
+    """Real images must come below weak damage, and that below strong."""
+
+    class Examined(maskrl.Judge):
+        def examine(self, settings):
+            return {"seen": (1e6, 2e6), "turned round": (2e6, 1e6), "weak unseen": (-1.0, 1e6)}
+
+    judge = Examined(data, tiny(), torch.device("cpu"))
+    assert judge.blind == ["turned round", "weak unseen"]
+
+
 def test_a_judge_says_what_it_is_blind_to(data, capsys):
     """Mean colours do not change when patches change places; they do when noise is clipped."""
     settings = tiny()
@@ -423,6 +445,14 @@ def test_noise_and_seams_count_wherever_they_are(data, critic):
     norms = filters.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, norms[:1].expand(6))
     assert settings.length == 64
+
+
+def test_a_pattern_that_averages_to_nothing_is_seen():
+    stripes = torch.ones(1, 3, 32, 32)
+    stripes[..., ::2] = -1
+    view = torch.nn.functional.conv2d(stripes, maskrl.view_filters(32), stride=4)
+    assert view[:, :3].abs().max() < 1e-6
+    assert view[:, 3:].abs().min() > 1e-3
 
 
 # Pretrained features
