@@ -127,25 +127,13 @@ class Settings:
     seed: int = option(0, "of shapes, weights and noise", at_least=0, below=2**63)
     # model
     patch: int = option(4, "side of a token in pixels; L = (image_size / patch)^2", at_least=1)
-    mean: float = option(
-        0.0, "tokens = (pixels in [-1, 1] - mean) x scale", at_least=-1000, at_most=1000
-    )
-    scale: float = option(
-        0.0, "0: mean and scale are measured on the training images", at_least=0, at_most=1000
-    )
-    width: int = option(
-        96, "W of the transformer, a multiple of 4 and of --heads", at_least=4, at_most=2**14
-    )
-    depth: int = option(
-        2, "transformer blocks in the encoder, and in the decoder", at_least=1, at_most=200
-    )
-    decoder_depth: int = option(
-        0, "blocks in the decoder, if not --depth (0)", at_least=0, at_most=200
-    )
+    mean: float = option(0.0, "tokens = (pixels - mean) x scale", at_least=-1000, at_most=1000)
+    scale: float = option(0.0, "0: scale and mean are measured", at_least=0, at_most=1000)
+    width: int = option(96, "W, a multiple of 4 and of --heads", at_least=4, at_most=2**14)
+    depth: int = option(2, "blocks of the encoder, and of the decoder", at_least=1, at_most=200)
+    decoder_depth: int = option(0, "of the decoder, if not --depth (0)", at_least=0, at_most=200)
     heads: int = option(4, "attention heads", at_least=1)
-    buffer: int = option(
-        4, "rows at the start of the sequence that carry the class", at_least=1, at_most=4096
-    )
+    buffer: int = option(4, "rows of the class before the tokens", at_least=1, at_most=4096)
     head_width: int = option(128, "width of the diffusion head, an MLP", at_least=1, at_most=2**14)
     head_depth: int = option(2, "residual blocks of the diffusion head", at_least=1, at_most=200)
     predicts: str = option("x_0", "what the head's network predicts", choices=PREDICTS)
@@ -161,9 +149,7 @@ class Settings:
     micro_batch: int = option(0, "images at a time of a batch, to save memory; 0: all", at_least=0)
     teacher_iters: int = option(2600, "teacher updates", at_least=1)
     teacher_lr: float = option(2e-3, "learning rate of the teacher's AdamW", above=0, at_most=1000)
-    muon_lr: float = option(
-        4e-3, "of its matrices; 0: AdamW trains them, too", at_least=0, at_most=1000
-    )
+    muon_lr: float = option(4e-3, "of its matrices; 0: AdamW for all", at_least=0, at_most=1000)
     draws: int = option(4, "noise draws per hidden token and update", at_least=1, at_most=1000)
     label_dropout: float = option(0.1, "share trained without a class", at_least=0, below=1)
     ema: float = option(0.995, "limit of the teacher's EMA decay", at_least=0, below=1)
@@ -192,9 +178,7 @@ class Settings:
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
     # reward network and judge
     judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
-    judge_n: int = option(
-        2250, "images in each row of the judge's table", at_least=2, at_most=10**6
-    )
+    judge_n: int = option(2250, "images in a row of the judge's table", at_least=2, at_most=10**6)
 
     def __post_init__(self):
         for f in fields(self):
@@ -322,31 +306,6 @@ def in_precision(method: Callable) -> Callable:
     return call
 
 
-class Cache:
-    """What the layers gave at each of the N = buffer + L places of the sequence when last computed.
-
-    Between two refreshes of a generation (section 6) only the places `rows` [B, n] are computed;
-    they attend to the keys and values that are kept of all others."""
-
-    def __init__(self):
-        self.rows, self.kept = None, {}
-
-    def choose(self, wanted: Tensor) -> Tensor:
-        """rows := the places where wanted [B, N]; an image with fewer of them repeats its last."""
-        count = wanted.sum(1, keepdim=True)
-        order = (~wanted).to(torch.uint8).argsort(dim=1, stable=True)
-        most = torch.arange(int(count.max()), device=wanted.device)
-        self.places = wanted.shape[1]
-        self.rows = order.gather(1, torch.minimum(most, (count - 1).clamp(min=0)))
-        return self.rows
-
-    def renew(self, name, x: Tensor) -> Tensor:
-        """Keep x [B, n, W] at the places `rows`; returns what there is of `name` [B, N, W]."""
-        if name not in self.kept:
-            self.kept[name] = x.new_zeros(len(x), self.places, x.shape[-1])
-        return self.kept[name].scatter_(1, self.rows[..., None].expand_as(x), x)
-
-
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -354,7 +313,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
         """x [B, n, W] attends to itself or, with a cache, to all places that this holds.
 
         keys: true for what may be attended to, [B, n] or [B, N] of a cache (None: everything)."""
@@ -389,7 +350,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Tensor | None = None, cache: "Cache | None" = None
+    ) -> Tensor:
         x = x + self.attn(self.norm1(x), keys, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -581,65 +544,104 @@ class MAR(nn.Module):
         return torch.full_like(labels, self.num_classes)
 
     @in_precision
-    def context(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        labels: Tensor,
-        cache: Cache | None = None,
-        wanted: Tensor | None = None,
-    ) -> Tensor:
+    def context(self, tokens: Tensor, mask: Tensor, labels: Tensor, *cached) -> Tensor:
         """c [B, L, W] of tokens [B, L, D] under mask [B, L], for labels [B] (num_classes: null).
 
         Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of
         tokens: shorter sequences are padded, and nothing attends to the padding, so that each image
-        comes out as if it were alone.
+        comes out as if it were alone. cached: see `cached_context`."""
+        if cached:
+            return self.cached_context(tokens, mask, labels, *cached)
+        visible = self.visible(mask)
+        count = visible.sum(1)
+        most = int(count.max())
+        rows = first(visible)[:, :most]  # of the visible places, then of padding
+        ragged = int(count.min()) < most
+        keys = torch.arange(most, device=mask.device) < count[:, None] if ragged else None
 
-        cache: what this call computes is kept there, for the next to build on. wanted [B, L]: the
-        only tokens to compute, at least those revealed since the last call; everything else,
-        the other tokens' c too, is then as the cache has it."""
-        buffer = self.settings.buffer
-        classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
-        visible = F.pad(~mask, (buffer, 0), value=True)  # [B, buffer + L]
-        computed = torch.ones_like(visible) if wanted is None else F.pad(wanted, (buffer, 0))
-
-        # encoder: `buffer` copies of the class, then the visible tokens in raster order
-        x = torch.cat([repeat(classes, "b w -> b n w", n=buffer), self.z_proj(tokens)], 1)
-        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)  # [B, buffer + L, W]
-        if cache is None:
-            count = visible.sum(1)
-            most = int(count.max())
-            rows = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # visible first
-            ragged = int(count.min()) < most
-            keys = torch.arange(most, device=x.device) < count[:, None] if ragged else None
-        else:
-            rows, keys = cache.choose(visible & computed), visible
-        x = take(x, rows)  # [B, most, W]
+        x = take(self.encoder_input(tokens, labels), rows)  # [B, most, W]
         for block in self.encoder_blocks:
-            x = self.apply_block(block, x, keys, cache)
-
-        # decoder: what was kept goes back among mask tokens, which overwrite the padding
+            x = self.apply_block(block, x, keys)
         x = self.decoder_embed(self.encoder_norm(x))
-        if cache is None:
-            full = torch.zeros(*visible.shape, x.shape[-1], device=x.device, dtype=x.dtype)
-            full = full.scatter(1, rows[..., None].expand_as(x), x)
-        else:
-            full = cache.renew("encoder", x)
-        x = torch.where(visible[..., None], full, self.mask_token.to(x.dtype))
-        x = x + self.decoder_pos_embed_learned
-        if cache is not None:
-            x = take(x, cache.choose(computed))
+        full = torch.zeros(*visible.shape, x.shape[-1], device=x.device, dtype=x.dtype)
+        x = self.decoder_input(full.scatter(1, rows[..., None].expand_as(x), x), visible)
         for block in self.decoder_blocks:
-            x = self.apply_block(block, x, None, cache)
-        x = self.decoder_norm(x)
-        if cache is not None:
-            x = cache.renew("decoder", x)
-        return x[:, buffer:] + self.diffusion_pos_embed_learned
+            x = self.apply_block(block, x)
+        return self.places_of_tokens(self.decoder_norm(x))
+
+    def visible(self, mask: Tensor) -> Tensor:
+        """Places of the sequence [B, buffer + L] that the encoder sees: the class, visible tokens.
+
+        mask [B, L]."""
+        return F.pad(~mask, (self.settings.buffer, 0), value=True)
+
+    def encoder_input(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """`buffer` copies of the class, then all tokens in raster order [B, buffer + L, W]."""
+        classes = torch.cat([self.class_emb.weight, self.fake_latent])[labels]  # [B, W]
+        classes = repeat(classes, "b w -> b n w", n=self.settings.buffer)
+        x = torch.cat([classes, self.z_proj(tokens)], 1)
+        return self.z_proj_ln(x + self.encoder_pos_embed_learned)
+
+    def decoder_input(self, encoded: Tensor, visible: Tensor) -> Tensor:
+        """What was encoded [B, buffer + L, W] where it is visible, and mask tokens elsewhere."""
+        x = torch.where(visible[..., None], encoded, self.mask_token.to(encoded.dtype))
+        return x + self.decoder_pos_embed_learned
+
+    def places_of_tokens(self, x: Tensor) -> Tensor:
+        """c [B, L, W] of what the decoder gives [B, buffer + L, W]."""
+        return x[:, self.settings.buffer :] + self.diffusion_pos_embed_learned
+
+    def cached_context(self, tokens, mask, labels, cache: "Cache", wanted=None) -> Tensor:
+        """`context`, where the cache has a part of it: only the tokens wanted [B, L] are computed,
+        at least those revealed since the last call (None: all of them, and the class). Everything
+        else, the other tokens' c too, is as the cache has it."""
+        visible = self.visible(mask)
+        computed = torch.ones_like(visible)
+        if wanted is not None:
+            computed = F.pad(wanted, (self.settings.buffer, 0))
+
+        x = take(self.encoder_input(tokens, labels), cache.choose(visible & computed))
+        for block in self.encoder_blocks:
+            x = block(x, visible, cache)
+        encoded = cache.renew("encoder", self.decoder_embed(self.encoder_norm(x)))
+        x = take(self.decoder_input(encoded, visible), cache.choose(computed))
+        for block in self.decoder_blocks:
+            x = block(x, None, cache)
+        return self.places_of_tokens(cache.renew("decoder", self.decoder_norm(x)))
+
+
+def first(wanted: Tensor) -> Tensor:
+    """The places of each row [B, N], those that are wanted [B, N] before the others."""
+    return (~wanted).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """The rows [B, n] of x [B, N, W]."""
     return x.gather(1, repeat(rows, "b n -> b n w", w=x.shape[-1]))
+
+
+class Cache:
+    """What the layers gave at each of the N = buffer + L places of the sequence when last computed.
+
+    Between two refreshes of a generation (section 6) only the places `rows` [B, n] are computed;
+    they attend to the keys and values that are kept of all others."""
+
+    def __init__(self):
+        self.rows, self.kept = None, {}
+
+    def choose(self, wanted: Tensor) -> Tensor:
+        """rows := the places where wanted [B, N]; an image with fewer of them repeats its last."""
+        count = wanted.sum(1, keepdim=True)
+        most = torch.arange(int(count.max()), device=wanted.device)
+        self.places = wanted.shape[1]
+        self.rows = first(wanted).gather(1, torch.minimum(most, (count - 1).clamp(min=0)))
+        return self.rows
+
+    def renew(self, name, x: Tensor) -> Tensor:
+        """Keep x [B, n, W] at the places `rows`; returns what there is of `name` [B, N, W]."""
+        if name not in self.kept:
+            self.kept[name] = x.new_zeros(len(x), self.places, x.shape[-1])
+        return self.kept[name].scatter_(1, self.rows[..., None].expand_as(x), x)
 
 
 # 4 Diffusion --------------------------------------------------------------------------------------
@@ -1085,28 +1087,44 @@ class Trace:
         return mask, mask & (rank >= hidden - self.counts[..., None])
 
 
-def class_and_null_context(
-    model: MAR, tokens, mask, labels, cache: Cache | None = None, wanted: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def class_and_null_context(model: MAR, tokens, mask, labels, *cached) -> tuple[Tensor, Tensor]:
     """c for the labels and c for the null class, each [B, L, W], computed in one batch."""
     both = torch.cat([labels, model.null(labels)])
-    wanted = None if wanted is None else wanted.repeat(2, 1)
-    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both, cache, wanted).chunk(2)
+    cached = [x.repeat(2, 1) if torch.is_tensor(x) else x for x in cached]
+    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both, *cached).chunk(2)
 
 
-def contexts_of(
-    model: MAR, tokens, mask, labels, guidance, live, cache=None, wanted=None
-) -> tuple[Tensor, Tensor | None]:
-    """c and, under guidance, c_null [B, L, W] of the images live, a mask [B] or a slice; else
-    zeros."""
-    inputs = tokens[live], mask[live], labels[live], cache, None if wanted is None else wanted[live]
-    c = torch.zeros(*mask.shape, model.settings.width, device=mask.device)
-    if guidance == 1:
-        c[live] = model.context(*inputs)
-        return c, None
-    c_null = torch.zeros_like(c)
-    c[live], c_null[live] = class_and_null_context(model, *inputs)
-    return c, c_null
+class Contexts:
+    """The contexts of a generation: c and, under guidance, c_null, each [B, L, W].
+
+    alike: all images are finished at the same time; else those that were finished at the last
+    refresh are left out, and have zeros."""
+
+    def __init__(self, model: MAR, labels: Tensor, sampling: Sampling, alike: bool):
+        self.model, self.labels, self.alike = model, labels, alike
+        self.guided, self.caches = sampling.guidance != 1, sampling.refresh > 1
+
+    def refresh(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All contexts, computed anew."""
+        self.live = slice(None) if self.alike else mask.any(1)
+        self.cache = Cache() if self.caches else None
+        return self.compute(tokens, mask)
+
+    def renew(self, tokens: Tensor, mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The contexts of the tokens wanted [B, L] computed anew; the others as they were."""
+        return self.compute(tokens, mask, wanted)
+
+    def compute(self, tokens, mask, *wanted) -> tuple[Tensor, Tensor | None]:
+        inputs = [x[self.live] for x in (tokens, mask, self.labels)]
+        if self.cache is not None:
+            inputs += [self.cache, *(x[self.live] for x in wanted)]
+        c = torch.zeros(*mask.shape, self.model.settings.width, device=mask.device)
+        if not self.guided:
+            c[self.live] = self.model.context(*inputs)
+            return c, None
+        c_null = torch.zeros_like(c)
+        c[self.live], c_null[self.live] = class_and_null_context(self.model, *inputs)
+        return c, c_null
 
 
 @torch.no_grad()
@@ -1160,11 +1178,12 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         schedule, steps = model.schedule, min(to_draw, model.settings.steps)
     else:
         schedule, steps = None, sampling.steps
-    fixed, guidance = reveal_counts(to_draw, steps), sampling.guidance
+    fixed = reveal_counts(to_draw, steps)
+    contexts = Contexts(model, labels, sampling, alike=schedule is None)
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
 
-    rank, reveal, live = order.argsort(1), None, slice(None)
+    rank, reveal = order.argsort(1), None
     means = torch.zeros_like(tokens)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
@@ -1175,9 +1194,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             break
         everything = sampling.computes_everything(k)
         if everything:
-            live = live if schedule is None else mask.any(1)
-            cache = Cache() if sampling.refresh > 1 else None
-            c, c_null = contexts_of(model, tokens, mask, labels, guidance, live, cache)
+            c, c_null = contexts.refresh(tokens, mask)
         if schedule is None:
             count = torch.full_like(hidden, fixed[k])
         else:
@@ -1188,15 +1205,14 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             record["actions"].append(action)
         just_revealed, reveal = reveal, mask & (rank >= (hidden - count)[:, None])
         if not everything:
-            few = just_revealed | reveal
-            c, c_null = contexts_of(model, tokens, mask, labels, guidance, live, cache, few)
+            c, c_null = contexts.renew(tokens, mask, just_revealed | reveal)
 
         # the whole image, or only what is revealed
         fill = (mask if predictions else reveal).nonzero(as_tuple=True)
         if chains is None:
             drawn = one_step(model.head, noise.z[fill], c[fill], model.settings.noise_ratio)
         else:
-            scale = guidance_scale(guidance, hidden - count, model.length)
+            scale = guidance_scale(sampling.guidance, hidden - count, model.length)
             head = chain_head(model.head, c, c_null, scale, fill)
             drawn = chains[k].sample(head, noise.z[fill], generator, sampling.temperature, limits)
         image = tokens.clone()
