@@ -13,7 +13,7 @@ Part I, the methods, in the order of the papers. Every section opens with its id
 
     1  Settings     4  Diffusion             7  GSIM              10  Policy gradient
     2  Tokens       5  Training a teacher    8  Critical steps    11  Checkpoints
-    3  Model        6  Generation            9  Schedule policy
+    3  Model        6  Generation            9  Policies
 
 Part II, the workbench, serves the scripts; a reader of the papers may stop before it:
 
@@ -44,6 +44,7 @@ import errno
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -63,7 +64,6 @@ from copy import copy, deepcopy
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache, partial, partialmethod, wraps
-from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from operator import attrgetter
 from pathlib import Path
@@ -110,6 +110,8 @@ def option(default, help: str, **limits) -> Any:
 PREDICTS = ("x_0", "velocity", "eps")  # MAR's own network predicts eps
 PRECISIONS = ("fp32", "bf16")  # never fp16, whose range losses and gradients would leave
 METHODS = ("grpo", "backprop")  # policy gradient over groups, or through the generation
+ORDERS = ("random", "halton")
+ACTIONS = ("z", "x")  # what a policy draws for a token: the noise it starts from, or the token
 RL_STEPS = ("critical", "random", "first", "all")
 RL_TOKENS = ("revealed", "hidden", "fresh")  # revealed there, all hidden, all under a fresh mask
 
@@ -141,6 +143,7 @@ class Settings:
     precision: str = option("fp32", "of the hidden layers' matrix products", choices=PRECISIONS)
     # generation
     steps: int = option(16, "K, unmasking iterations per image", at_least=1)
+    order: str = option("halton", "in which tokens are revealed", choices=ORDERS)
     denoise_steps: int = option(100, "of the teacher's chain", at_least=2, at_most=1000)
     guidance: float = option(1.2, "s; eps = eps_null + s (eps_class - eps_null)", at_least=0)
     x_0_limit: float = option(1.3, "clips the chain's x_0 (white is 1); 0 is off", at_least=0)
@@ -162,9 +165,11 @@ class Settings:
     # RL
     method: str = option("grpo", "backprop: the reward's own gradient", choices=METHODS)
     rl_iters: int = option(150, "policy updates", at_least=1)
-    rl_lr: float = option(3e-5, "learning rate of the generator", above=0, at_most=1000)
+    noise_lr: float = option(2e-3, "learning rate of the noise policy", above=0, at_most=1000)
+    rl_lr: float = option(1e-4, "of the generator with --action x", above=0, at_most=1000)
     prompts: int = option(16, "P, groups of rollouts per update", at_least=1, at_most=10**5)
     group: int = option(8, "G, rollouts per group", at_least=2, at_most=10**5)
+    action: str = option("z", "z ~ N(mu(c), 1), or x ~ N(g(z, c), sigma^2)", choices=ACTIONS)
     rl_steps: str = option("critical", "which steps are optimised", choices=RL_STEPS)
     critical_steps: int = option(4, "K_c, how many of them per rollout", at_least=1)
     rl_tokens: str = option("revealed", "which tokens of such a step count", choices=RL_TOKENS)
@@ -172,7 +177,7 @@ class Settings:
     explore: float = option(0.1, "sigma of the Gaussian policy around the student", above=0)
     route: float = option(0.0, "more exploration for prompts of low entropy", at_least=0)
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio", above=0)
-    beta: float = option(0.2, "weight of KL(policy || student)", at_least=0)
+    beta: float = option(0.05, "weight of KL(policy || student)", at_least=0)
     learn_steps: bool = option(True, "learn a schedule of at most --steps iterations")
     schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0, at_most=1000)
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
@@ -467,7 +472,8 @@ class MAR(nn.Module):
 
     classes: their names; one more, the null class, is added. kind: "teacher" (samples by a
     denoising chain), "student" (in one step) or "policy" (a student after RL). image_channels: 3
-    for pixels. `schedule` is the schedule policy (section 9), which only a policy may have."""
+    for pixels. Only a policy may have a `noise_policy` and a `schedule`
+    (section 9)."""
 
     def __init__(self, settings: Settings, classes: list[str], kind="teacher", image_channels=3):
         super().__init__()
@@ -491,7 +497,8 @@ class MAR(nn.Module):
         self.head = Head(
             self.channels, width, settings.head_width, settings.head_depth, settings.predicts
         )
-        self.schedule, self.settings = None, settings
+        self.noise_policy = self.schedule = None
+        self.settings = settings
         self.init_weights()
 
     @property
@@ -991,8 +998,8 @@ class Sampling:
     it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
     DiSA (2505.20297). temperature: factor on the chain's noise. refresh: all contexts are computed
-    only in the first few iterations and every so many (see `unmask`); 1 is exact. progress: show a
-    bar."""
+    only in the first few iterations and every so many (see `unmask`); 1 is exact. order: in which
+    tokens are revealed (None: settings.order), see `draw_noise`. progress: show a bar."""
 
     steps: int | None = None
     guidance: float | None = None
@@ -1000,6 +1007,7 @@ class Sampling:
     temperature: float = 1.0
     progress: bool = False
     refresh: int = 1
+    order: str | None = None
 
     def resolve(self, model: MAR) -> "Sampling":
         """The same with nothing left open; InputError where it does not suit the model's kind."""
@@ -1023,7 +1031,10 @@ class Sampling:
             raise InputError("--temperature and --guidance must be numbers from 0 up")
         if self.refresh < 1:
             raise InputError(f"--refresh {self.refresh} must be at least 1, which is no cache")
-        return replace(self, denoise_steps=denoise_steps, guidance=guidance)
+        order = settings.order if self.order is None else self.order
+        if order not in ORDERS:
+            raise InputError(f"--order {order} must be one of {', '.join(ORDERS)}")
+        return replace(self, denoise_steps=denoise_steps, guidance=guidance, order=order)
 
     def computes_everything(self, k: int) -> bool:
         """Whether iteration k = 0, 1, ... is a refresh."""
@@ -1049,12 +1060,51 @@ class Noise:
     sigma: Tensor | float = 0.0  # [B] or a number: exploration noise added to a revealed token
 
 
-def draw_noise(model: MAR, n: int, generator) -> Noise:
-    """A random order and z for n images."""
+def draw_noise(model: MAR, n: int, generator, order="random") -> Noise:
+    """An order, random or Halton's, and z for n images."""
     shape, device = (n, model.length), generator.device
-    order = torch.rand(shape, generator=generator, device=device).argsort(1)
+    if order == "random":
+        order = torch.rand(shape, generator=generator, device=device).argsort(1)
+    else:
+        order = halton_order(math.isqrt(model.length), n, generator)
     z = torch.randn(*shape, model.channels, generator=generator, device=device)
     return Noise(order, z)
+
+
+def halton_order(side: int, n: int, generator) -> Tensor:
+    """Orders [n, L] that spread the tokens of every iteration over the image (2503.17076).
+
+    Neighbours that are drawn in the same iteration do not know of each other, so they fit together
+    the less. The cells of the grid are visited as points of Halton's sequence in bases 2 and 3 fall
+    into them. Ours: each image shifts the grid around its edges, and half of them transpose it."""
+    first_visit = halton_cells(side).to(generator.device)
+    y, x = first_visit // side, first_visit % side
+    shift = {"size": (2, n, 1), "generator": generator, "device": generator.device}
+    dy, dx = torch.randint(side, **shift)
+    y, x = (y + dy) % side, (x + dx) % side
+    swap = torch.rand(n, 1, generator=generator, device=generator.device) < 0.5
+    return torch.where(swap, x * side + y, y * side + x).flip(1)  # the end is revealed first
+
+
+@cache
+def halton_cells(side: int) -> Tensor:
+    """The cells [L] of a grid in the order in which Halton's sequence first visits them."""
+    cells = {}
+    for i in itertools.count(1):
+        y, x = (int(radical_inverse(i, base) * side) for base in (2, 3))
+        cells.setdefault(y * side + x)
+        if len(cells) == side**2:
+            return torch.tensor(list(cells))
+
+
+def radical_inverse(i: int, base: int) -> float:
+    """The digits of i mirrored at the point: 6 = 110 in base 2 gives 0.011 = 3/8."""
+    value, digit = 0.0, 1.0
+    while i:
+        digit /= base
+        value += digit * (i % base)
+        i //= base
+    return value
 
 
 @dataclass
@@ -1065,7 +1115,8 @@ class Trace:
 
     order: Tensor  # [B, L]
     z: Tensor  # [B, L, D]
-    means: Tensor  # [B, L, D]: each token as predicted when revealed, before exploration noise
+    contexts: Tensor  # [B, L, W]: each token's c when it was revealed
+    means: Tensor  # [B, L, D]: each token as predicted then, before exploration noise
     counts: Tensor  # [B, T]: tokens revealed
     predictions: Tensor | None  # [B, T, L, D]: the whole image as predicted before each step
     states: Tensor | None  # [B, T, W + 1]: what the schedule policy saw
@@ -1157,7 +1208,8 @@ def generate(
             f"null class), not {labels.tolist()}"
         )
     generator = rng(seed, "generate", device=model.device)
-    drawn = draw_noise(model, len(labels), generator)  # in any case: what follows is then the same
+    # in any case, so that what follows is the same
+    drawn = draw_noise(model, len(labels), generator, sampling.order)
     predictions = trace == "predictions"
     result = unmask(model, labels, sampling, noise or drawn, known, generator, predictions)
     return result if trace else result[0]
@@ -1185,6 +1237,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
 
     rank, reveal = order.argsort(1), None
     means = torch.zeros_like(tokens)
+    revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states", "actions")}
     bar = tqdm(total=len(fixed), desc="iterations", disable=not sampling.progress, leave=False)
@@ -1210,7 +1263,8 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         # the whole image, or only what is revealed
         fill = (mask if predictions else reveal).nonzero(as_tuple=True)
         if chains is None:
-            drawn = one_step(model.head, noise.z[fill], c[fill], model.settings.noise_ratio)
+            z = starting_noise(model, noise.z[fill], c[fill])
+            drawn = one_step(model.head, z, c[fill], model.settings.noise_ratio)
         else:
             scale = guidance_scale(sampling.guidance, hidden - count, model.length)
             head = chain_head(model.head, c, c_null, scale, fill)
@@ -1218,6 +1272,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         image = tokens.clone()
         image[fill] = drawn
         means = torch.where(reveal[..., None], image, means)
+        revealed_c = torch.where(reveal[..., None], c, revealed_c)
         tokens = torch.where(reveal[..., None], add_noise(image, noise.sigma, generator), tokens)
         hidden = hidden - count
         bar.update()
@@ -1226,7 +1281,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             record["predictions"].append(image)
     bar.close()
     stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
-    return tokens, Trace(order, noise.z, means, **stacked)
+    return tokens, Trace(order, noise.z, revealed_c, means, **stacked)
 
 
 def starting_point(noise: Noise, known) -> tuple[Tensor, Tensor, int]:
@@ -1460,10 +1515,33 @@ def critical_steps(score: Tensor, k: int) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True) & score.isfinite()
 
 
-# 9 Schedule policy --------------------------------------------------------------------------------
-# Speed-RL rewards images that need fewer steps, and a reward can only change what is an action. So,
-# as in learned unmasking policies (2512.09106), at every step a small network, ours, looks at the
-# contexts of the hidden tokens and chooses how many to reveal.
+# 9 Policies ---------------------------------------------------------------------------------------
+# What RL changes must be an action with a probability, and must vary within a group. The quality of
+# an image is decided by the noise z of its tokens, whose mean a small network chooses from their
+# contexts; the student stays as it is. Speed-RL rewards images that need fewer steps, so, as in
+# learned unmasking policies (2512.09106), another one chooses how many tokens a step reveals. Both
+# networks are ours.
+
+
+class NoisePolicy(nn.Module):
+    """The mean mu(c) [N, D] of the noise z ~ N(mu(c), 1) that tokens start from, for c [N, W].
+
+    Zero at first: the policy is then the student."""
+
+    def __init__(self, width: int, channels: int, inner: int = 128):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.net = silu_mlp(width, inner, channels)
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, c: Tensor) -> Tensor:
+        return self.net(self.norm(c))
+
+
+def starting_noise(model: MAR, z: Tensor, c: Tensor) -> Tensor:
+    """z [N, D] of mean 0, moved by mu(c) where the model has a noise policy."""
+    return z if model.noise_policy is None else z + model.noise_policy(c)
 
 
 def schedule_state(c: Tensor, mask: Tensor) -> Tensor:
@@ -1526,11 +1604,13 @@ def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
 
 
 # 10 Policy gradient -------------------------------------------------------------------------------
-# GRPO, group relative policy optimisation, and then MARVAL's back-propagation of a reward. A
-# rollout draws every token from N(g(z, c), sigma^2) around the one-step student, with z given, so
-# that log pi is a Gaussian's in closed form. The rollouts of a group share class, order and z: they
-# differ in their actions alone. quality(images [B, 3, H, W] in [-1, 1], labels [B]) -> [B] in [0,
-# 1] is the reward for an image.
+# GRPO, group relative policy optimisation, and then MARVAL's back-propagation of a reward. An
+# action (--action) is one of two Gaussians, whose log pi is known in closed form:
+#     z   the noise of a token, drawn from N(mu(c), 1); only mu learns
+#     x   a token, drawn from N(g(z, c), sigma^2) with z given; the whole generator learns
+# The rollouts of a group share the class and the order and, if z is no action, z: they differ in
+# their actions alone. quality(images [B, 3, H, W] in [-1, 1], labels [B]) -> [B] in [0, 1] is the
+# reward for an image.
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
@@ -1552,7 +1632,7 @@ def token_log_prob(x: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
     return log_density.mean(-1)
 
 
-def token_kl(mean: Tensor, mean_ref: Tensor, sigma: Tensor | float) -> Tensor:
+def token_kl(mean: Tensor, mean_ref: Tensor | float, sigma: Tensor | float) -> Tensor:
     """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) [N] in closed form, over D as log pi is."""
     sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
     return ((mean - mean_ref) / sigma).square().mean(-1) / 2
@@ -1593,19 +1673,19 @@ class Rollouts:
     trace: Trace
     labels: Tensor  # [B]
     quality: Tensor  # [B]
-    sigma: Tensor  # [B]: the exploration noise of each
+    sigma: Tensor  # [B]: the standard deviation of each one's actions
 
 
 @torch.no_grad()
 def routing(model: MAR, labels: Tensor, generator, draws: int = 8) -> Tensor:
-    """The factor on each prompt's exploration sigma [P], 1 or more (MaskFocus, dynamic routing).
+    """The factor on the sigma of each prompt's actions [P], 1 or more (MaskFocus, dynamic routing).
 
     The half of the prompts with the lower entropy H explores 1 + route exp(-H) times as much. H =
     max(0, mean over tokens and channels of log(std / sigma)), the std being that of one-step
     predictions of a wholly hidden image over `draws` of z.
     Differs from the paper, which routes the samples of a group step by step and gives each token
-    the temperature T exp(-H / alpha) + T_min: our samples share class, order and z, so that they
-    are alike at first, and prompts are routed instead."""
+    the temperature T exp(-H / alpha) + T_min: our samples share class and order, so that they are
+    alike at first, and prompts are routed instead."""
     settings, P, L, D = model.settings, len(labels), model.length, model.channels
     mask = torch.ones(P, L, dtype=torch.bool, device=labels.device)
     c = model.context(torch.zeros(P, L, D, device=labels.device), mask, labels)
@@ -1617,32 +1697,34 @@ def routing(model: MAR, labels: Tensor, generator, draws: int = 8) -> Tensor:
     return torch.where(certain, 1 + settings.route * torch.exp(-H), 1.0)
 
 
-def rollout(model: MAR, quality: Callable, labels: Tensor, seed, predictions=True) -> Rollouts:
-    """G rollouts of each class of `labels` [P]; predictions: whether their Trace has them.
+def rollout(
+    model: MAR, quality: Callable, labels: Tensor, seed, predictions=True, explore=True
+) -> Rollouts:
+    """G rollouts of each class of `labels` [P].
 
-    Sharing class, order and z within a group leaves the gradient unbiased and quiets it. Where
+    predictions: whether their Trace has them. explore: whether the generator's actions vary, too,
+    not only the schedule's. What a group shares leaves the gradient unbiased and quiets it. Where
     routing heats a prompt, its rows explore with a larger sigma, and each shuffles the order a
     little, because exploration in MaskFocus also changes which positions are revealed."""
-    settings, P = model.settings, len(labels)
-    generator = rng(seed, "shared", device=labels.device)
-    key = torch.rand(P, 1, model.length, generator=generator, device=labels.device)
-    z = torch.randn(P, model.length, model.channels, generator=generator, device=labels.device)
-    key = key.expand(-1, settings.group, -1)
-    sigma = torch.full((P,), settings.explore, device=labels.device)
-    if settings.route:
+    settings, generator = model.settings, rng(seed, "shared", device=labels.device)
+    shared = draw_noise(model, len(labels), generator, settings.order)
+    heat = torch.ones(len(labels), device=labels.device)
+    if settings.route and explore:
         heat = routing(model, labels, generator)
-        sigma = sigma * heat
-        jitter = torch.randn(key.shape, generator=generator, device=labels.device)
-        key = key + 0.2 * (heat[:, None, None] - 1) * jitter  # 0.2: our choice
-    order = key.flatten(0, 1).argsort(1)  # [B, L]
-    z, labels, sigma = (v.repeat_interleave(settings.group, 0) for v in (z, labels, sigma))
-    tokens, trace = generate(
-        model,
-        labels,
-        noise=Noise(order, z, sigma),
-        seed=seed,
-        trace="predictions" if predictions else True,
-    )
+    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(settings.group)
+    labels, order, z, sigma = labels[rows], shared.order[rows], shared.z[rows], heat[rows]
+    if settings.route and explore:
+        place = order.argsort(1) / model.length  # in [0, 1)
+        jitter = torch.randn(place.shape, generator=generator, device=labels.device)
+        order = (place + 0.2 * (sigma[:, None] - 1) * jitter).argsort(1)  # 0.2: our choice
+    noise = Noise(order, z)
+    if explore and settings.action == "z":
+        own_z = torch.randn(z.shape, generator=generator, device=labels.device)
+        noise.z = sigma[:, None, None] * own_z
+    elif explore:
+        noise.sigma = sigma = settings.explore * sigma
+    trace = "predictions" if predictions else True
+    tokens, trace = generate(model, labels, noise=noise, seed=seed, trace=trace)
     return Rollouts(tokens, trace, labels, quality(to_images(tokens, settings), labels), sigma)
 
 
@@ -1665,12 +1747,18 @@ def optimised_steps(
 
 
 def policy_of(student: MAR, settings: Settings) -> MAR:
-    """A trainable copy of the student, with a schedule policy if the number of steps is learned."""
-    policy = deepcopy(student).requires_grad_(True)
+    """A trainable copy of the student, with the policies that the settings ask for."""
+    policy = deepcopy(student).requires_grad_(settings.action == "x")
     policy.kind, policy.settings = "policy", settings
+    if settings.action == "z":
+        add_noise_policy(policy)
     if settings.learn_steps and settings.method == "grpo":
         add_schedule(policy)
     return policy
+
+
+def add_noise_policy(model: MAR) -> None:
+    model.noise_policy = NoisePolicy(model.settings.width, model.channels).to(model.device)
 
 
 def add_schedule(model: MAR) -> None:
@@ -1682,25 +1770,32 @@ def add_schedule(model: MAR) -> None:
 class PolicyGradient:
     """RL on the critical steps and on the schedule; `model` is the policy, `reference` the student.
 
-    The generator learns from the tokens of the optimised steps. That is the exact policy gradient,
-    up to 1 / D, (G - 1) / G and each group's 1 / std, with --rl-tokens revealed, --rl-steps all,
-    --no-learn-steps and one update per rollout. Fewer steps are MaskFocus' choice, made on the
-    finished image, and biased; `hidden` and `fresh` (its re-masking) are surrogates, which count
-    tokens that were not drawn from this context. The schedule learns from all its choices, with an
-    optimiser of its own, so that the two losses need no weights."""
+    What --action names learns from the tokens of the optimised steps: the noise policy, or the
+    generator. That is the exact policy gradient, up to 1 / D, (G - 1) / G and each group's 1 / std,
+    with --rl-steps all, --rl-tokens revealed and one update per rollout; with --action x also
+    --no-learn-steps, since new contexts change the schedule. Fewer steps are MaskFocus' choice,
+    made on the finished image, and biased; `hidden` and `fresh` (its re-masking), which --action x
+    has, are surrogates, which count tokens that were not drawn from this context. The schedule
+    learns from all its choices. Each has an optimiser of its own, so that no loss needs a weight.
 
-    schedule_epochs = 4  # updates per batch of rollouts; they cost next to nothing
+    The noise policy and the schedule see contexts that the rollouts kept, so that their updates
+    cost next to nothing, and are several per batch of rollouts."""
+
+    policy_epochs = 4
 
     def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
         self.quality, self.mean_image = quality, mean_image
         self.model = policy_of(student, settings)
         self.ema = self.model  # no average: the updates are few and small
         self.reference = deepcopy(self.model).requires_grad_(False)
-        schedule = self.model.schedule
-        parameters = [
-            p for name, p in self.model.named_parameters() if not name.startswith("schedule.")
-        ]
-        self.optimizers = {"generator": self.adamw(parameters, settings.rl_lr)}
+        schedule, noise_policy = self.model.schedule, self.model.noise_policy
+        self.optimizers = {}
+        if noise_policy is not None:
+            self.optimizers["noise"] = self.adamw(noise_policy.parameters(), settings.noise_lr)
+        else:
+            named = self.model.named_parameters()
+            generator = [p for name, p in named if not name.startswith("schedule.")]
+            self.optimizers["generator"] = self.adamw(generator, settings.rl_lr)
         if schedule is not None:
             self.optimizers["schedule"] = self.adamw(schedule.parameters(), settings.schedule_lr)
         self.state = self.optimizers
@@ -1716,9 +1811,7 @@ class PolicyGradient:
         settings, generator = self.model.settings, rng(seed, "update")
         predictions = settings.rl_steps == "critical" or settings.rl_tokens == "hidden"
         rollouts = rollout(self.model, self.quality, labels, seed, predictions)
-        trace = rollouts.trace
-        R = total_reward(rollouts.quality, trace.steps, settings)
-        A = group_advantages(R, settings.group)
+        trace, (R, A) = rollouts.trace, self.rewards_of(rollouts)
         steps = optimised_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
         not_first = steps.float().cumprod(1).sum(1) < steps.sum(1)
         metrics = {
@@ -1729,11 +1822,47 @@ class PolicyGradient:
             "no_spread": (A == 0).float().mean().item(),
             "not_first": not_first.float().mean().item(),
         }
-        if A.any():
+        if A.any() and settings.action == "z":
+            metrics |= self.noise_update(rollouts, A, steps)
+        elif A.any():
             metrics |= self.generator_update(rollouts, A, steps, generator)
-            if self.model.schedule is not None:
-                metrics["schedule_clipped"] = self.schedule_update(trace, A)
+        if self.model.schedule is not None:
+            if settings.action == "x":  # whose noise the reward takes for damage
+                seed = (seed, "schedule")
+                rollouts = rollout(self.model, self.quality, labels, seed, False, explore=False)
+                _, A = self.rewards_of(rollouts)
+            if A.any():
+                metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
         return metrics
+
+    def rewards_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """R and A [B]."""
+        settings = self.model.settings
+        R = total_reward(rollouts.quality, rollouts.trace.steps, settings)
+        return R, group_advantages(R, settings.group)
+
+    def noise_update(self, rollouts: Rollouts, A: Tensor, steps: Tensor) -> dict[str, float]:
+        """Updates of the noise policy on the tokens of the steps [B, T], with advantages A [B]."""
+        model, settings, trace = self.model, self.model.settings, rollouts.trace
+        optimised = steps & (A != 0)[:, None]
+        counted = (optimised[..., None] & trace.masks()[1]).any(1)  # [B, L]
+        row = counted.nonzero()[:, 0]  # [N]: the rollout of each counted token
+        c, sigma = trace.contexts[counted], rollouts.sigma[row]
+        mu_old = model.noise_policy(c).detach()
+        z = trace.z[counted] + mu_old  # as it was drawn
+        log_old = token_log_prob(z, mu_old, sigma)
+        for _ in range(self.policy_epochs):
+            mu = model.noise_policy(c)
+            loss, metrics = policy_loss(
+                token_log_prob(z, mu, sigma),
+                log_old,
+                A[row],
+                token_kl(mu, 0.0, sigma),
+                settings.clip_ratio,
+                settings.beta,
+            )
+            loss, norm = descend([loss], self.optimizers["noise"])
+        return metrics | {"loss": loss, "grad_norm": norm}
 
     def generator_update(self, rollouts, A, steps, generator) -> dict[str, float]:
         """`rl_epochs` updates on the tokens of the steps [B, T], with advantages A [B]."""
@@ -1802,7 +1931,7 @@ class PolicyGradient:
             return schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
 
         log_old = log_prob().detach()
-        for _ in range(self.schedule_epochs):
+        for _ in range(self.policy_epochs):
             loss, metrics = policy_loss(log_prob(), log_old, A[row], clip_ratio=settings.clip_ratio)
             descend([loss], self.optimizers["schedule"])
         return metrics["clip_fraction"]
@@ -1850,16 +1979,17 @@ def replay(
     model: MAR, reference: MAR, labels: Tensor, trace: Trace, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The generation of `trace` once more: tokens [B, L, D] with gradient through the steps keep
-    [B, T], and the mean KL of N(g, sigma^2) to the reference's at those steps.
+    [B, T], and the mean KL of the actions to the reference's at those steps.
 
     At the other steps nothing is recorded: their tokens are constants to later contexts."""
     settings, tokens, kls = model.settings, torch.zeros_like(trace.z), []
     masks, reveals = trace.masks()
 
-    def revealed(network, rows, k):  # g(z, c) of the tokens that step k reveals in these rows
+    def revealed(network, rows, k):  # c and g of the tokens that step k reveals in these rows
         c = network.context(tokens[rows], masks[rows, k], labels[rows])
         shown = reveals[rows, k]
-        return one_step(network.head, trace.z[rows][shown], c[shown], settings.noise_ratio)
+        z = starting_noise(network, trace.z[rows][shown], c[shown])
+        return c[shown], one_step(network.head, z, c[shown], settings.noise_ratio)
 
     for k in range(keep.shape[1]):
         unfinished = reveals[:, k].any(1)
@@ -1868,10 +1998,12 @@ def replay(
             if not rows.any():
                 continue
             with torch.set_grad_enabled(kept):
-                g = revealed(model, rows, k)
-            if kept and settings.beta:
+                c, g = revealed(model, rows, k)
+            if kept and settings.beta and model.noise_policy is not None:
+                kls.append(token_kl(model.noise_policy(c), 0.0, 1.0))
+            elif kept and settings.beta:
                 with torch.no_grad():
-                    g_ref = revealed(reference, rows, k)
+                    _, g_ref = revealed(reference, rows, k)
                 kls.append(token_kl(g, g_ref, settings.explore))
             tokens = tokens.masked_scatter((rows[:, None] & reveals[:, k])[..., None], g)
     kl = torch.cat(kls).mean() if kls else torch.zeros((), device=tokens.device)
@@ -2025,6 +2157,8 @@ def load_checkpoint(path, kind: str | None = None, device="cpu") -> MAR:
 
     def build():
         model = MAR(settings, content["classes"], content["kind"], image_channels)
+        if model.kind == "policy" and "noise_policy.norm.weight" in weights:
+            add_noise_policy(model)
         if model.kind == "policy" and "schedule.counts" in weights:
             add_schedule(model)
         return model
@@ -3284,6 +3418,7 @@ class Progress:
         return view.flatten(1), self.critic(images)[0]
 
     def __call__(self, model: MAR, sampling: Sampling | None = None) -> dict[str, float]:
+        sampling = replace(sampling or Sampling(), order="random")  # the masks of training
         parts = [
             generate(model, y, sampling, seed=(self.settings.seed, "progress", i))
             for i, y in enumerate(self.labels.split(256))
@@ -4723,7 +4858,7 @@ KL16_SCALE = 0.2325  # makes the variance of KL-16's latents 1 over ImageNet
 MAR_SETTINGS = PRESETS["small"] | {
     "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256, "batch": 16,
     "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
-    "precision": "fp32", "micro_batch": 0, "prompts": 4,
+    "precision": "fp32", "micro_batch": 0, "prompts": 4, "order": "random",
 }  # trained as `small`, which nobody has tried at this size
 RELEASED = {
     "mar_b": MAR_SETTINGS | {
@@ -5066,7 +5201,7 @@ class Level(nn.Module):
     def __init__(self, inputs, width, blocks: int, attention=False, downsample=None, upsample=None):
         super().__init__()
         widths = [inputs] + blocks * [width]
-        self.block = nn.ModuleList(ConvBlock(a, b) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ConvBlock(a, b) for a, b in itertools.pairwise(widths))
         attend = ConvAttention if attention else nn.Identity
         self.attn = nn.ModuleList(attend(width) for _ in range(blocks))
         self.downsample = downsample or nn.Identity()
@@ -5095,7 +5230,7 @@ def middle(width: int) -> nn.Module:
 def encoder(width: int, widths: list[int], outputs: int) -> nn.Module:
     """Images [B, 3, S, S] -> [B, outputs, S / stride, S / stride]; widths: of the levels."""
     inputs = [width, *widths]
-    levels = [Level(a, b, 2, downsample=downsample(b)) for a, b in pairwise(inputs[:-1])]
+    levels = [Level(a, b, 2, downsample=downsample(b)) for a, b in itertools.pairwise(inputs[:-1])]
     return named(
         conv_in=conv(3, width),
         down=nn.Sequential(*levels, Level(inputs[-2], inputs[-1], 2, attention=True)),

@@ -103,6 +103,12 @@ def parse(argv=None):
         help="all contexts are computed in every Nth iteration and the first few only; 1, the "
         "default, is exact",
     )
+    add(
+        "--order",
+        choices=maskrl.ORDERS,
+        help="in which tokens are revealed: at random, as MAR does, or spread over the image by "
+        "Halton's sequence (default: as the model was made)",
+    )
     add("--seed", type=int, default=0)
     add_bench(parser)
     maskrl.add_device(parser)
@@ -243,6 +249,7 @@ def main(argv=None):
         args.temperature,
         progress=True,
         refresh=args.refresh,
+        order=args.order,
     ).resolve(model)
 
     shown_names = maskrl.display_names(model.classes, names)
