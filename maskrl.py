@@ -993,7 +993,8 @@ WARM_UP = 3  # iterations that compute everything, whatever the refresh
 class Sampling:
     """How to sample; what is None is decided by the model.
 
-    steps: K of the cosine schedule (None: a policy's learned schedule, else settings.steps).
+    steps: K of the cosine schedule, or the counts themselves, such as (1, 2, 3, 4, 6) for 16 tokens
+    (None: a policy's learned schedule, else settings.steps).
     guidance: s of a teacher, linear in the share revealed (None: settings.guidance; a student has
     it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
@@ -1001,7 +1002,7 @@ class Sampling:
     only in the first few iterations and every so many (see `unmask`); 1 is exact. order: in which
     tokens are revealed (None: settings.order), see `draw_noise`. progress: show a bar."""
 
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
     denoise_steps: int | tuple[int, int] | None = None
     temperature: float = 1.0
@@ -1035,6 +1036,15 @@ class Sampling:
         if order not in ORDERS:
             raise InputError(f"--order {order} must be one of {', '.join(ORDERS)}")
         return replace(self, denoise_steps=denoise_steps, guidance=guidance, order=order)
+
+    def counts(self, length: int, settings: Settings) -> list[int]:
+        """How many of the `length` tokens to be drawn each iteration reveals."""
+        if isinstance(self.steps, tuple):
+            if min(self.steps) < 1 or sum(self.steps) != length:
+                raise InputError(f"--steps {self.steps} must be counts that sum to {length}")
+            return list(self.steps)
+        steps = min(length, settings.steps) if self.steps is None else self.steps
+        return reveal_counts(length, steps)
 
     def computes_everything(self, k: int) -> bool:
         """Whether iteration k = 0, 1, ... is a refresh."""
@@ -1226,11 +1236,8 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     token cache of LazyMAR (2503.12450), which computes the `buffer` rows, too, and takes
     c_null - c from the last refresh."""
     tokens, order, to_draw = starting_point(noise, known)
-    if sampling.steps is None:
-        schedule, steps = model.schedule, min(to_draw, model.settings.steps)
-    else:
-        schedule, steps = None, sampling.steps
-    fixed = reveal_counts(to_draw, steps)
+    schedule = model.schedule if sampling.steps is None else None
+    fixed = sampling.counts(to_draw, model.settings)
     contexts = Contexts(model, labels, sampling, alike=schedule is None)
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
@@ -1716,7 +1723,7 @@ def rollout(
     if settings.route and explore:
         place = order.argsort(1) / model.length  # in [0, 1)
         jitter = torch.randn(place.shape, generator=generator, device=labels.device)
-        order = (place + 0.2 * (sigma[:, None] - 1) * jitter).argsort(1)  # 0.2: our choice
+        order = (place + (sigma[:, None] - 1) * jitter).argsort(1)  # our choice of how little
     noise = Noise(order, z)
     if explore and settings.action == "z":
         own_z = torch.randn(z.shape, generator=generator, device=labels.device)
@@ -1851,7 +1858,7 @@ class PolicyGradient:
         mu_old = model.noise_policy(c).detach()
         z = trace.z[counted] + mu_old  # as it was drawn
         log_old = token_log_prob(z, mu_old, sigma)
-        for _ in range(self.policy_epochs):
+        for epoch in range(self.policy_epochs):
             mu = model.noise_policy(c)
             loss, metrics = policy_loss(
                 token_log_prob(z, mu, sigma),
@@ -1861,8 +1868,10 @@ class PolicyGradient:
                 settings.clip_ratio,
                 settings.beta,
             )
+            if epoch == 0:
+                log_ratio = metrics["log_ratio"]
             loss, norm = descend([loss], self.optimizers["noise"])
-        return metrics | {"loss": loss, "grad_norm": norm}
+        return metrics | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
 
     def generator_update(self, rollouts, A, steps, generator) -> dict[str, float]:
         """`rl_epochs` updates on the tokens of the steps [B, T], with advantages A [B]."""
@@ -1965,7 +1974,8 @@ class RewardBackpropagation(PolicyGradient):
             return settings.beta * shares[1] - shares[0]
 
         parts = micro_batches(keep, settings.micro_batch)
-        _, norm = descend(map(loss_of, parts), self.optimizers["generator"])
+        learner = self.optimizers["generator" if settings.action == "x" else "noise"]
+        _, norm = descend(map(loss_of, parts), learner)
         quality, kl = sum(seen).tolist()
         return {
             "quality": quality,

@@ -66,8 +66,10 @@ def parse(argv=None):
     add("--n", type=int, default=64, help="number of images (default: 64)")
     add(
         "--steps",
-        type=int,
-        help="K, unmasking iterations (default: the checkpoint's; a policy chooses)",
+        type=steps_or_counts,
+        metavar="K",
+        help="unmasking iterations (default: the checkpoint's; a policy chooses), or the counts "
+        "of tokens that they reveal, such as 1,2,3,4,6",
     )
     add("--denoise-steps", type=int, help="of a teacher's chain (default: the checkpoint's)")
     add(
@@ -113,6 +115,12 @@ def parse(argv=None):
     add_bench(parser)
     maskrl.add_device(parser)
     return parser.parse_args(argv)
+
+
+def steps_or_counts(text):
+    """The value of --steps: a number, or a tuple of counts."""
+    counts = tuple(map(int, text.split(",")))
+    return counts[0] if len(counts) == 1 else counts
 
 
 def add_bench(parser):

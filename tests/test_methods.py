@@ -456,6 +456,70 @@ SAMPLINGS = {
 }
 
 
+@pytest.mark.parametrize("side", [1, 3, 4, 8])
+def test_a_halton_order_reveals_every_token_once_and_differs_from_image_to_image(side):
+    order = maskrl.halton_order(side, 50, maskrl.rng("order"))
+    assert torch.equal(order.sort(1).values, torch.arange(side**2).expand(50, -1))
+    assert len(order.unique(dim=0)) > min(20, 2 * side**2 - 2)
+
+
+def test_halton_spreads_the_tokens_of_an_iteration():
+    """Of an 8x8 grid, 8 tokens in turn are farther apart than 8 random ones, in the mean."""
+
+    def nearest(order):
+        place = torch.stack([order // 8, order % 8], -1).float()
+        distance = torch.cdist(place, place) + 99 * torch.eye(8)
+        return distance.min(-1).values.mean()
+
+    halton = maskrl.halton_order(8, 200, maskrl.rng("order"))
+    random = torch.rand(200, 64, generator=maskrl.rng("order")).argsort(1)
+    halton_turns, random_turns = halton.view(200, 8, 8), random.view(200, 8, 8)
+    assert nearest(halton_turns) > 1.15 * nearest(random_turns)
+
+
+def test_radical_inverse_mirrors_the_digits():
+    assert [maskrl.radical_inverse(i, 2) for i in (1, 2, 3, 6)] == [1 / 2, 1 / 4, 3 / 4, 3 / 8]
+    assert maskrl.radical_inverse(5, 3) == pytest.approx(7 / 9)  # 12 in base 3 gives 0.21
+
+
+def test_steps_may_be_the_counts_themselves(student):
+    counts = (1, 2, 3, 4, 6)
+    _, trace = maskrl.generate(student, [0, 1], Sampling(counts), trace=True)
+    assert trace.counts.tolist() == [list(counts)] * 2
+    for wrong in ((8, 7), (17, -1), (16, 0)):
+        with pytest.raises(maskrl.InputError, match="must be counts that sum to 16"):
+            maskrl.generate(student, [0, 1], Sampling(wrong))
+
+
+def test_the_order_is_the_models_unless_another_is_asked_for(student, settings):
+    def revealed(**how):
+        return maskrl.generate(student, [0, 1], Sampling(**how), trace=True)[1].order
+
+    halton = revealed()
+    assert torch.equal(halton, revealed(order="halton"))
+    assert not torch.equal(halton, revealed(order="random"))
+    student.settings = settings(order="random")
+    assert torch.equal(revealed(), revealed(order="random"))
+    with pytest.raises(maskrl.InputError, match="--order up must be one of random, halton"):
+        revealed(order="up")
+
+
+@torch.no_grad()
+def test_a_noise_policy_starts_as_the_student_and_moves_the_noise(student):
+    """z = eps + mu(c), with the context of the moment when the token is revealed."""
+    before, labels = maskrl.generate(student, [0, 1]), torch.tensor([0, 1])
+    maskrl.add_noise_policy(student)
+    assert torch.equal(maskrl.generate(student, labels), before)
+    student.noise_policy.net[-1].bias.fill_(0.5)
+
+    def draw(c, c_null, z, hidden_after, generator):
+        return maskrl.one_step(student.head, z + 0.5, c, student.settings.noise_ratio)
+
+    counts = maskrl.reveal_counts(16, student.settings.steps)
+    expected = by_hand(student, labels, counts, draw)
+    torch.testing.assert_close(maskrl.generate(student, labels), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind, sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_same_seed_same_samples(kind, sampling):
     model, labels = random_model(kind), torch.tensor([0, 1, 2, 0])
@@ -471,7 +535,7 @@ def by_hand(model, labels, counts, draw):
     """Tokens that a generation with these counts must give; draw(c, c_null, z, hidden_after,
     generator) -> tokens [N, D] of the places that an iteration reveals."""
     generator = maskrl.rng(0, "generate")
-    noise = maskrl.draw_noise(model, len(labels), generator)
+    noise = maskrl.draw_noise(model, len(labels), generator, model.settings.order)
     rank, hidden = noise.order.argsort(1), model.length
     tokens = torch.zeros_like(noise.z)
     for count in counts:
@@ -1074,38 +1138,50 @@ def test_token_log_prob_is_the_channel_mean_of_the_normal_density():
 
 def policy_gradient(student, quality=brightness, training=maskrl.PolicyGradient, **overrides):
     """RL on a copy of the student; unless learning rates are given, nothing moves."""
-    s = tiny(**{"explore": 0.3, "rl_lr": STILL, "schedule_lr": STILL, **overrides})
+    still = {"noise_lr": STILL, "rl_lr": STILL, "schedule_lr": STILL}
+    s = tiny(**{"explore": 0.3, **still, **overrides})
     return training(student, s, quality, torch.zeros(1, 16, 12))
 
 
 FOUR_PROMPTS = torch.tensor([0, 1, 2, 0])
 
 
-def test_the_policy_starts_as_the_student_and_the_reference_stays_so(student):
-    training = policy_gradient(student, rl_lr=1e-2, schedule_lr=1e-2)
+ACTIONS = pytest.mark.parametrize("action", maskrl.ACTIONS)
+
+
+@ACTIONS
+def test_the_policy_starts_as_the_student_and_the_reference_stays_so(student, action):
+    """Of the action z only the noise policy learns, and the generator remains the student."""
+    how = {"rl_lr": 1e-2, "noise_lr": 1e-2, "schedule_lr": 1e-2}
+    training = policy_gradient(student, action=action, **how)
     training.update(FOUR_PROMPTS, 3)
-    assert distance_between(student, training.reference) == 0  # zip ends before the schedule
-    assert distance_between(student, training.model) > 0
+    # zip ends before the policies
+    assert distance_between(student, training.reference) == 0
+    assert (distance_between(student, training.model) > 0) == (action == "x")
     assert distance_between(training.reference.schedule, training.model.schedule) > 0
+    if action == "z":
+        before, after = training.reference.noise_policy, training.model.noise_policy
+        assert distance_between(before, after) > 0
     assert (student.kind, training.model.kind) == ("student", "policy")
     assert student.schedule is None
 
 
 def test_generator_and_schedule_have_an_optimiser_each_and_no_parameter_in_common(student):
-    """Each parameter of the policy is in exactly one of them, so the losses need no weights."""
-    training = policy_gradient(student)
+    """Each parameter that learns is in exactly one of them, so the losses need no weights."""
+    for action, name in (("x", "generator"), ("z", "noise")):
+        training = policy_gradient(student, action=action)
+        groups = {key: o.param_groups for key, o in training.optimizers.items()}
+        held = {key: {id(p) for g in of for p in g["params"]} for key, of in groups.items()}
+        assert set(held) == {name, "schedule"}
+        assert not held[name] & held["schedule"]
+        assert held["schedule"] == {id(p) for p in training.model.schedule.parameters()}
+        learn = {id(p) for p in training.model.parameters() if p.requires_grad}
+        assert held[name] | held["schedule"] == learn
 
-    def held(name):
-        groups = training.optimizers[name].param_groups
-        return {id(p) for group in groups for p in group["params"]}
 
-    assert not held("generator") & held("schedule")
-    assert held("schedule") == {id(p) for p in training.model.schedule.parameters()}
-    assert held("generator") | held("schedule") == {id(p) for p in training.model.parameters()}
-
-
-def test_ratio_is_one_and_kl_zero_on_the_first_pass(student):
-    metrics = policy_gradient(student).update(torch.tensor([0, 1]), 3)
+@ACTIONS
+def test_ratio_is_one_and_kl_zero_on_the_first_pass(student, action):
+    metrics = policy_gradient(student, action=action).update(torch.tensor([0, 1]), 3)
     assert abs(metrics["ratio"] - 1) < 1e-4
     assert metrics["log_ratio"] < 1e-3
     assert metrics["kl"] < 1e-6
@@ -1115,8 +1191,12 @@ def test_ratio_is_one_and_kl_zero_on_the_first_pass(student):
 @pytest.mark.parametrize(
     "how",
     [
-        {"rl_tokens": "hidden"},
-        {"rl_tokens": "fresh"},
+        {"action": "x"},
+        {"action": "x", "rl_tokens": "hidden"},
+        {"action": "x", "rl_tokens": "fresh"},
+        {"action": "x", "rl_steps": "all"},
+        {"action": "x", "route": 2.0},
+        {"action": "x", "learn_steps": False},
         {"rl_steps": "all"},
         {"rl_steps": "random"},
         {"route": 2.0},
@@ -1150,20 +1230,25 @@ def scored(student, monkeypatch, **how):
 
 def test_which_tokens_count(student, monkeypatch):
     revealed, hidden, fresh = (
-        scored(student, monkeypatch, rl_tokens=how)[0] for how in ("revealed", "hidden", "fresh")
+        scored(student, monkeypatch, action="x", rl_tokens=how)[0]
+        for how in ("revealed", "hidden", "fresh")
     )
     assert len(revealed) < len(hidden)
     assert len(hidden) == len(fresh)  # as many are hidden under a fresh mask
     assert not torch.equal(hidden, fresh)  # but others
 
 
-def test_routed_rows_are_scored_under_the_sigma_that_drew_them(student, monkeypatch):
+@pytest.mark.parametrize("action, sigma", [("x", 0.3), ("z", 1.0)])
+def test_routed_rows_are_scored_under_the_sigma_that_drew_them(student, monkeypatch, action, sigma):
     """The plain one, and one for each of the two hotter prompts."""
-    _, plain = scored(student, monkeypatch)
-    assert plain.unique().tolist() == pytest.approx([0.3])
-    _, routed = scored(student, monkeypatch, route=2.0)
+    _, plain = scored(student, monkeypatch, action=action)
+    assert plain.unique().tolist() == pytest.approx([sigma])
+    drawn, routed = scored(student, monkeypatch, action=action, route=2.0)
     assert len(routed.unique()) == 3
-    assert routed.max() > 0.31
+    assert routed.max() > 1.03 * sigma
+    if action == "z":  # of mean 0 here, so that what was drawn shows under which sigma
+        hottest = drawn[routed == routed.max()]
+        assert hottest.std().item() == pytest.approx(routed.max().item(), rel=0.1)
 
 
 def log_density_of_the_images(model, tokens, trace, labels, A):
@@ -1182,7 +1267,7 @@ def log_density_of_the_images(model, tokens, trace, labels, A):
 
 def test_the_gradient_of_all_revealed_tokens_is_that_of_the_log_probability_of_the_image(student):
     """With fixed steps: against the log-density written out over the trajectory by hand."""
-    how = {"rl_steps": "all", "learn_steps": False, "beta": 0.0, "steps": 4}
+    how = {"action": "x", "rl_steps": "all", "learn_steps": False, "beta": 0.0, "steps": 4}
     training, labels = policy_gradient(student, **how), torch.tensor([0, 1])
     training.update(labels, 3)
     model = training.model
@@ -1198,6 +1283,44 @@ def test_the_gradient_of_all_revealed_tokens_is_that_of_the_log_probability_of_t
     exact = flat(exact)
     exact = exact * min(1, 1 / exact.norm())  # as descend clips it
     torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-3)
+
+
+def test_the_gradient_of_the_noise_policy_is_that_of_the_log_probability_of_the_noise(student):
+    """Against log N(z; mu(c), 1) of every token in the context that it was drawn in, by hand."""
+    how = {"rl_steps": "all", "learn_steps": False, "beta": 0.0, "steps": 4}
+    training, labels = policy_gradient(student, **how), torch.tensor([0, 1])
+    model, policy = training.model, training.model.noise_policy
+    torch.nn.init.normal_(
+        policy.net[-1].weight, std=0.1
+    )  # for a mu that differs from place to place
+    rollouts = maskrl.rollout(model, brightness, labels, 3)
+    training.policy_epochs = 1
+    training.update(labels, 3)
+    ours = flat(p.grad for p in policy.parameters())
+
+    trace, tokens = rollouts.trace, rollouts.tokens
+    A = maskrl.group_advantages(rollouts.quality, 4)
+    total, (masks, reveals) = 0.0, trace.masks()
+    for k in range(4):
+        c = model.context(tokens * ~masks[:, k, :, None], masks[:, k], rollouts.labels)
+        c, eps = c[reveals[:, k]].detach(), trace.z[reveals[:, k]]
+        mu = policy(c)
+        z = (eps + mu).detach()
+        made = maskrl.one_step(model.head, z, c, model.settings.noise_ratio)
+        torch.testing.assert_close(made, tokens[reveals[:, k]], atol=1e-4, rtol=1e-4)
+        log_density = torch.distributions.Normal(mu, 1.0).log_prob(z).sum(1)
+        total = total + (A[:, None].expand(-1, 16)[reveals[:, k]] * log_density).sum()
+    exact = flat(torch.autograd.grad(-total / (8 * 16 * 12), list(policy.parameters())))
+    exact = exact * min(1, 1 / exact.norm())  # as descend clips it
+    assert exact.norm() > 1e-3
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-3)
+
+
+def test_only_the_tokens_of_the_optimised_steps_teach_the_noise_policy(student, monkeypatch):
+    drawn, _ = scored(student, monkeypatch, critical_steps=2, learn_steps=False, steps=16)
+    everything, _ = scored(student, monkeypatch, rl_steps="all", learn_steps=False, steps=16)
+    assert len(everything) == 16 * 16  # rollouts of tokens
+    assert len(drawn) == 16 * 2
 
 
 def test_only_the_chosen_number_of_steps_is_optimised(student, settings):
@@ -1231,7 +1354,7 @@ def test_only_steps_that_an_image_took_are_optimised(policy, settings, how):
 
 
 def test_routing_heats_the_less_uncertain_half_of_the_prompts(student, settings):
-    student.settings = settings(route=2.0, explore=0.01)
+    student.settings = settings(route=2.0, explore=0.01, action="x", order="random")
     labels = torch.tensor([0, 1, 2, 1])
     heat = maskrl.routing(student, labels, maskrl.rng(0))
     assert (heat > 1).sum() == 2
@@ -1266,7 +1389,7 @@ def test_routing_knows_which_prompts_are_uncertain(student, settings, monkeypatc
 
 
 def test_a_second_update_on_the_same_rollouts_moves_the_ratio(student):
-    training = policy_gradient(student, rl_epochs=3)
+    training = policy_gradient(student, action="x", rl_epochs=3)
     parameters = training.optimizers["generator"].param_groups[0]["params"]
     training.optimizers["generator"] = torch.optim.SGD(parameters, 0.3)
     metrics = training.update(torch.tensor([0, 1]), 3)
@@ -1281,7 +1404,7 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
     def moved(epochs, clip_ratio):
         torch.manual_seed(0)  # the same schedule policy to start from
         training = policy_gradient(student, always_one, clip_ratio=clip_ratio, alpha=1.0)
-        training.schedule_epochs = epochs
+        training.policy_epochs = epochs
         schedule = training.model.schedule
         training.optimizers["schedule"] = torch.optim.SGD(schedule.parameters(), 0.05)
         metrics = training.update(torch.tensor([0, 1]), 3)
@@ -1289,7 +1412,7 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
         log_ratio = schedule.log_probs(state, hidden) - before
         return log_ratio[log_ratio.isfinite()].abs().max().item(), metrics["schedule_clipped"]
 
-    once, four_times = moved(1, 0.2)[0], moved(maskrl.PolicyGradient.schedule_epochs, 0.2)[0]
+    once, four_times = moved(1, 0.2)[0], moved(maskrl.PolicyGradient.policy_epochs, 0.2)[0]
     clipped, unclipped = moved(300, 0.2), moved(300, 1e6)
     assert 0 < once < four_times < clipped[0] < 0.5 * unclipped[0]
     assert clipped[1] > 0.1
@@ -1304,29 +1427,44 @@ def test_a_constant_reward_moves_nothing(student):
     assert distance_between(training.model, training.reference) == 0
 
 
-def test_rollouts_of_a_group_share_class_order_and_noise_and_differ_in_their_actions(policy):
-    rollouts = maskrl.rollout(policy, always_one, torch.tensor([0, 1]), 3)
-    for shared in (rollouts.trace.order, rollouts.trace.z, rollouts.labels):
-        assert all(torch.equal(row, shared[4 * (i // 4)]) for i, row in enumerate(shared))
-        assert not torch.equal(shared[0], shared[4])
+@ACTIONS
+@pytest.mark.parametrize("explore", [True, False])
+def test_rollouts_of_a_group_share_what_is_no_action(policy, settings, action, explore):
+    """Class, order and, unless it is the action, z. Where only the schedule explores, the tokens
+    are those that the generator means."""
+    policy.settings = settings(action=action)
+    labels = torch.tensor([0, 1])
+    rollouts = maskrl.rollout(policy, always_one, labels, 3, explore=explore)
+    trace = rollouts.trace
+
+    def shared(values):
+        assert not torch.equal(values[0], values[4])
+        return all(torch.equal(row, values[4 * (i // 4)]) for i, row in enumerate(values))
+
+    assert shared(trace.order)
+    assert shared(rollouts.labels)
+    assert shared(trace.z) == (action == "x" or not explore)
     assert not torch.equal(rollouts.tokens[0], rollouts.tokens[1])
+    noisy = not torch.equal(rollouts.tokens, trace.means)
+    assert noisy == (action == "x" and explore)
 
 
 def last_minus_first(curve):
     return sum(curve[-5:]) / 5 - sum(curve[:5]) / 5
 
 
-def test_rl_raises_a_reward_that_is_easy_to_raise(student):
+@ACTIONS
+def test_rl_raises_a_reward_that_is_easy_to_raise(student, action):
     """Brightness: the policy gradient must find it, through the same update that training uses."""
-    how = {"beta": 0.0, "alpha": 0.0, "group": 8, "rl_lr": 1e-3, "schedule_lr": 1e-3}
-    training = policy_gradient(student, **how)
+    how = {"beta": 0.0, "alpha": 0.0, "group": 8, "rl_lr": 1e-3, "noise_lr": 1e-2}
+    training = policy_gradient(student, action=action, schedule_lr=1e-3, **how)
     curve = [training.update(FOUR_PROMPTS, i)["quality"] for i in range(30)]
     assert last_minus_first(curve) > 0.02
 
 
 def test_the_schedule_policy_learns_to_be_fast_when_only_speed_counts(student):
     training = policy_gradient(student, always_one, alpha=1.0, group=8, schedule_lr=0.02)
-    training.schedule_epochs = 1
+    training.policy_epochs = 1
     curve = [training.update(FOUR_PROMPTS, i)["steps"] for i in range(25)]
     assert last_minus_first(curve) < -2
 
@@ -1393,9 +1531,11 @@ def test_backpropagation_has_no_schedule_policy_and_forgets_no_setting(student, 
     assert maskrl.policy_of(student, replace(s, method="grpo")).schedule is not None
 
 
-def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(student):
+@ACTIONS
+def test_the_rewards_own_gradient_raises_it_and_the_anchor_holds(student, action):
     def climb(beta):
-        how = {"method": "backprop", "beta": beta, "steps": 4, "rl_lr": 1e-3}
+        how = {"method": "backprop", "beta": beta, "steps": 4, "rl_lr": 1e-3, "noise_lr": 1e-3}
+        how["action"] = action
         training = policy_gradient(student, brightness, maskrl.RewardBackpropagation, **how)
         curve = [training.update(FOUR_PROMPTS, 7)["quality"] for _ in range(12)]
         return curve[-1] - curve[0]

@@ -93,7 +93,7 @@ def update_of_policy(settings):
     return training.update(torch.arange(3), seed=0), training.model
 
 
-RL = {"group": 4, "explore": 0.3, "beta": 0.5, "steps": 6, "critical_steps": 3}
+RL = {"action": "x", "group": 4, "explore": 0.3, "beta": 0.5, "steps": 6, "critical_steps": 3}
 UPDATES = {
     "teacher": (update_of_teacher, {}),
     "GSIM": (update_of_student, {}),
@@ -244,7 +244,7 @@ def test_gsim_learns_in_bfloat16_as_it_does_in_float32():
 @pytest.mark.parametrize("rl_steps", ["critical", "all"])
 def test_sampler_and_learner_agree_on_log_pi_in_bfloat16(rl_steps):
     """Their batches differ, and so does the rounding: |log r| < 0.01, where 0.18 is clipped."""
-    settings = tiny(precision="bf16", steps=6, explore=0.1, rl_steps=rl_steps)
+    settings = tiny(precision="bf16", steps=6, explore=0.1, rl_steps=rl_steps, action="x")
     student = random_model("student")
     training = maskrl.PolicyGradient(student, settings, redness, torch.zeros(1, 16, 12))
     assert training.update(torch.arange(3), seed=0)["log_ratio"] < 0.01
