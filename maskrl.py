@@ -1067,7 +1067,8 @@ class Noise:
 
     order: Tensor  # [B, L]
     z: Tensor  # [B, L, D]
-    sigma: Tensor | float = 0.0  # [B] or a number: exploration noise added to a revealed token
+    # exploration noise added to a revealed token: a number, [B, 1, 1] or [B, L, 1]
+    sigma: Tensor | float = 0.0
 
 
 def draw_noise(model: MAR, n: int, generator, order="random") -> Noise:
@@ -1322,12 +1323,10 @@ def token_limits(settings: Settings) -> tuple[float, float] | None:
 
 
 def add_noise(image: Tensor, sigma: Tensor | float, generator) -> Tensor:
-    """image [B, L, D] + exploration noise of standard deviation sigma, a number or [B]."""
-    sigma = torch.as_tensor(sigma)
-    if not sigma.any():
+    """image [B, L, D] + exploration noise of standard deviation sigma (see Noise)."""
+    if not torch.is_tensor(sigma) and not sigma:
         return image
-    noise = torch.randn(image.shape, generator=generator, device=image.device)
-    return image + sigma.to(image.device).expand(len(image))[:, None, None] * noise
+    return image + sigma * torch.randn(image.shape, generator=generator, device=image.device)
 
 
 # 7 GSIM -------------------------------------------------------------------------------------------
@@ -1729,7 +1728,8 @@ def rollout(
         own_z = torch.randn(z.shape, generator=generator, device=labels.device)
         noise.z = sigma[:, None, None] * own_z
     elif explore:
-        noise.sigma = sigma = settings.explore * sigma
+        sigma = settings.explore * sigma
+        noise.sigma = sigma[:, None, None]
     trace = "predictions" if predictions else True
     tokens, trace = generate(model, labels, noise=noise, seed=seed, trace=trace)
     return Rollouts(tokens, trace, labels, quality(to_images(tokens, settings), labels), sigma)

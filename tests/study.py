@@ -281,6 +281,7 @@ class Study:
     columns: tuple = ()
     verdict: tuple = ()
     picture = None  # a file in assets/, with its caption
+    rows_key = "rows"  # what its JSON calls them
 
     @property
     def name(self) -> str:
@@ -580,199 +581,198 @@ class Rivals(Generators):
     )
 
 
-class Steps(Study):
-    title = "RL on which steps? (MaskFocus)"
+class Distil(Generators):
+    title = "Student against teacher, three seeds"
+    question = "The story's teacher and student, judged once more on their own."
+    seeds = "0,1,2"
+    rows_key = "arms"
+    columns = ("frechet", "precision", "recall", "quality", "held_out", "iterations")
+    arms = {
+        "teacher": ("teacher", {}),
+        "student": ("student", {}),
+        "student, random order": ("student", {"order": "random"}),
+    }
+    verdict = (
+        "The student's distance is {0[student][frechet]}, the teacher's {0[teacher][frechet]}: "
+        "lower on {0[student < teacher][frechet]}. In random orders, MAR's own, the student's is "
+        "{0[student, random order][frechet]}: at one token an iteration the order does not matter.",
+    )
+
+    def measure(self, lab, only=()):
+        return with_issue_names(super().measure(lab, only), lab)
+
+
+class Variance(Study):
+    title = "Where the reward's variance comes from"
     question = (
-        "With a fixed schedule and quality alone as the reward, is it worth choosing the steps "
-        "that are optimised? Each arm optimises two of eight steps, or all; tokens: how many of an "
-        "image's count in an update."
+        "The action of a policy can be the noise z that a token starts from, or Gaussian noise "
+        "around the token, x ~ N(g(z, c), 0.1^2). One step's actions are drawn anew, everything "
+        "else is kept: how much does the reward vary within the draws, step by step? Beside it the "
+        "information gain of MaskFocus, which is to tell the steps that matter: `correlation` is "
+        "Spearman's, within a trajectory, and the shares are those of the variance, summed over "
+        "the steps, which a quarter of them holds: the critical ones, the first, random ones, and "
+        "the best there are."
     )
     seeds = "0,1,2"
-    settings = {
-        "steps": 8,
-        "critical_steps": 2,
-        "learn_steps": False,
-        "alpha": 0.0,
-        "rl_iters": 40,
-        "rl_lr": 1e-4,
-        "beta": 0.03,
-    }
     columns = (
-        *("quality", "held_out", "frechet", "recall", "kl", "not_first", "tokens"),
-        "seconds_per_update",
+        *("total", "correlation", "critical", "first", "random", "best", "tokens"),
+        *("held_out_correlation", "held_out_critical", "held_out_first"),
     )
+    trajectories, draws = 96, 12
+    steps = (8, 16)
     verdict = (
-        "In as many updates the quality goes from {0[student][quality]} to "
-        "{0[critical][quality]} on the critical steps, {0[random][quality]} on random ones, "
-        "{0[first][quality]} on the first and {0[all][quality]} on all, and the held-out reward "
-        "from {0[student][held_out]} to {0[critical][held_out]}, {0[random][held_out]}, "
-        "{0[first][held_out]} and {0[all][held_out]}.",
-        "Critical steps have a higher quality than random ones on "
-        "{0[critical > random][quality]}, than the first on {0[critical > first][quality]}, than "
-        "all on {0[critical > all][quality]}. An update takes {0[critical][seconds_per_update]} s "
-        "instead of {0[all][seconds_per_update]} s on all, and counts {0[critical][tokens]} "
-        "instead of {0[all][tokens]} tokens of an image.",
+        "With z the correlation is {0[z, K = 16][correlation]}, and a quarter of the steps, the "
+        "critical ones, hold {0[z, K = 16][critical]} of the variance (the first "
+        "{0[z, K = 16][first]}, random ones {0[z, K = 16][random]}, the best "
+        "{0[z, K = 16][best]}); with x it is {0[x, K = 16][correlation]}, and they hold "
+        "{0[x, K = 16][critical]} (the first {0[x, K = 16][first]}). K = 16.",
+        "All actions of z together vary the quality by {0[z, K = 8][total]} (variance), at a mean "
+        "of {0[z, K = 8][mean]}; those of x by {0[x, K = 8][total]}, at a mean of "
+        "{0[x, K = 8][mean]}: the reward takes that noise for damage. K = 8.",
     )
-    picture = ("steps.png", "mean and range of the seeds, against updates and against seconds")
+    picture = ("variance.png", "the reward's variance due to each step, and information gain")
 
     def rows(self, lab):
-        rows = {"student": partial(lab.judged, "student", steps=self.settings["steps"])}
-        for how in maskrl.RL_STEPS:
-            rows[how] = partial(self.arm, lab, how)
-        return rows
-
-    def arm(self, lab, how):
-        settings = self.settings | {"rl_steps": how}
-        counted = lab.result(f"tokens, {how}", partial(self.tokens, lab, settings))
-        return lab.reinforcement(f"{how} steps", **settings) | {"tokens": counted["tokens"]}
-
-    @staticmethod
-    def tokens(lab, overrides):
-        """Tokens per image that the first update counts."""
-        settings = replace(lab.settings, **overrides)
-        labels = torch.arange(settings.prompts, device=lab.device) % len(lab.data.classes)
-        rollouts = maskrl.rollout(lab.student_with(settings), lab.quality, labels, "tokens")
-        mean = maskrl.mean_image(lab.data, settings).to(lab.device)
-        generator = maskrl.rng(settings.seed, "tokens")
-        trace = rollouts.trace
-        steps = maskrl.optimised_steps(trace, rollouts.tokens, settings, mean, generator)
-        return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
-
-    def draw(self, rows, path):
-        drawing = subplots(path, CURVE_TITLES * 2, rows=2)
-        if not drawing:
-            return
-        axes, save = drawing
-        arms = {name: list(runs.values()) for name, runs in rows.items() if name != "student"}
-        panels = [(x, y) for x in ("updates", "seconds") for y in WATCHED]
-        for axis, (x, y) in zip(axes, panels):
-            for name, runs in arms.items():
-                plot_curves(axis, runs, x, y, name)
-        save()
-
-
-class Drift(Study):
-    title = "How tightly to hold the policy (beta)"
-    question = (
-        "The demo's RL with other weights of KL(policy || student): when is the reward hacked, so "
-        "that it rises while the held-out reward and the judge's distance get worse?"
-    )
-    columns = ("quality", "reward", "held_out", "frechet", "recall", "kl", "steps")
-    betas = (0.0, 0.03, 0.2, 1.0)
-    verdict = (
-        "From beta = 1 to 0 the quality goes from {0[beta 1][quality]} to {0[beta 0][quality]}, "
-        "the held-out reward from {0[beta 1][held_out]} to {0[beta 0][held_out]}, the distance "
-        "from {0[beta 1][frechet]} to {0[beta 0][frechet]} (student: {0[student][held_out]} and "
-        "{0[student][frechet]}).",
-    )
-    picture = ("drift.png", "the course of RL")
-
-    def rows(self, lab):
-        rows = {"student": partial(lab.judged, "student")}
-        for beta in self.betas:
-            rows[f"beta {beta:g}"] = partial(lab.reinforcement, f"beta {beta:g}", beta=beta)
-        return rows
-
-    def draw(self, rows, path):
-        drawing = subplots(path, (*CURVE_TITLES, "KL per channel"))
-        if not drawing:
-            return
-        axes, save = drawing
-        for name, runs in rows.items():
-            if name == "student":
-                continue
-            for axis, key in zip(axes, (*WATCHED, "kl")):
-                x = "kl_updates" if key == "kl" else "updates"
-                plot_curves(axis, list(runs.values()), x, key, name)
-        save()
-
-
-class Alpha(Study):
-    title = "What speed may cost (alpha)"
-    question = (
-        "The demo's RL with other exponents of speed in the reward, beside fixed schedules of "
-        "student and policy: quality for how many iterations?"
-    )
-    columns = ("quality", "held_out", "frechet", "recall", "steps", "kl")
-    alphas = (0.1, 0.5, 1.0)
-    kinds = {"student, K": "student", "policy's generator, K": "policy"}
-    verdict = (
-        "With alpha = 0.1, 0.5 and 1 the policy takes {0[alpha 0.1][steps]}, "
-        "{0[alpha 0.5][steps]} and {0[alpha 1][steps]} iterations, at a quality of "
-        "{0[alpha 0.1][quality]}, {0[alpha 0.5][quality]} and {0[alpha 1][quality]} and a "
-        "distance of {0[alpha 0.1][frechet]}, {0[alpha 0.5][frechet]} and "
-        "{0[alpha 1][frechet]}.",
-    )
-    picture = ("alpha.png", "quality and distance against unmasking iterations")
-
-    def rows(self, lab):
-        rows = {}
-        for alpha in self.alphas:
-            name = f"alpha {alpha:g}"
-            rows[name] = partial(lab.reinforcement, name, alpha=alpha)
-        for title, kind in self.kinds.items():
-            for K in FIXED:
-                rows[f"{title} = {K}"] = partial(lab.judged, kind, steps=K)
-        return rows
-
-    def draw(self, rows, path):
-        drawing = subplots(path, ("quality", "Fréchet distance"))
-        if not drawing:
-            return
-        axes, save = drawing
-        lines = {"alpha": "learned schedules", **{title: title[:-3] for title in self.kinds}}
-        for start, label in lines.items():
-            runs = [figures for name, figures in rows.items() if name.startswith(start)]
-            for axis, key in zip(axes, ("quality", "frechet")):
-                if not runs:
-                    continue
-                points = sorted((median(run, "steps"), median(run, key)) for run in runs)
-                style = "o-" if start == "alpha" else ".--"
-                axis.plot(*zip(*points), style, linewidth=1, label=label)
-                axis.set_xlabel("mean unmasking iterations")
-        save()
-
-
-class Backprop(Study):
-    title = "The reward's own gradient (MARVAL-RL)"
-    question = (
-        "Back-propagation of the reward, through the critical steps or the whole generation, "
-        "beside the policy gradient on the critical steps; graph: what autograd keeps for an "
-        "update. K, rate and updates are those of the study of steps."
-    )
-    settings = Steps.settings
-    columns = ("quality", "held_out", "frechet", "recall", "kl", "graph_mb", "seconds_per_update")
-    arms = {
-        "policy gradient": ("critical steps", {"rl_steps": "critical"}),
-        **{
-            f"backprop, {how}, beta {beta:g}": (
-                f"backprop, {how}, beta {beta:g}",
-                {"method": "backprop", "rl_steps": how, "beta": beta},
+        return {
+            f"{action}, K = {K}": partial(
+                lab.result, f"variance, {action}, K = {K}", partial(self.arm, lab, action, K)
             )
-            for how in ("critical", "all")
-            for beta in (0.2, 0.03)
-        },
+            for action in maskrl.ACTIONS
+            for K in self.steps
+        }
+
+    @torch.no_grad()
+    def arm(self, lab, action, K):
+        model, settings, n = lab.student, lab.settings, self.trajectories
+        generator = maskrl.rng(lab.seed, "variance", device=lab.device)
+        labels = torch.arange(n, device=lab.device) % len(lab.data.classes)
+        noise = maskrl.draw_noise(model, n, generator, "random")
+        start, trace = maskrl.generate(
+            model, labels, Sampling(K), noise, trace="predictions", seed=lab.seed
+        )
+        mean = maskrl.mean_image(lab.data, settings).to(lab.device)
+        gain = maskrl.information_gain(trace.predictions, start, mean=mean)
+        reveals = trace.masks()[1]
+        every = reveals.any(1, keepdim=True)
+        variances, means = [], []
+        for anew in torch.cat([reveals, every], 1).unbind(1):  # each step's actions, and all
+            rewards = self.rewards(lab, model, labels, noise, anew, action, K, generator)
+            variances.append(rewards.var(2))
+            means.append(rewards.mean())
+        trained, held_out = torch.stack(variances, -1)[..., :-1]
+        total = variances[-1][0].mean()
+        figures = {"total": float(total), "mean": float(means[-1])}
+        figures |= shares(gain, trained)
+        figures |= {f"held_out_{name}": value for name, value in shares(gain, held_out).items()}
+        critical = maskrl.critical_steps(gain, K // 4)
+        figures["tokens"] = float((trace.counts * critical).sum(1).float().mean())
+        figures["per_step"] = trained.mean(0).tolist()
+        figures["gain"] = gain.mean(0).tolist()
+        return figures
+
+    def rewards(self, lab, model, labels, noise, anew, action, K, generator):
+        """Trained and held-out rewards [2, n, draws] of generations whose tokens `anew` [n, L] have
+        other actions in each draw."""
+        rows = torch.arange(len(labels), device=lab.device).repeat_interleave(self.draws)
+        order, z, anew = noise.order[rows], noise.z[rows], anew[rows, :, None]
+        fresh = torch.randn(z.shape, generator=generator, device=lab.device)
+        if action == "z":
+            varied = maskrl.Noise(order, torch.where(anew, fresh, z))
+        else:
+            varied = maskrl.Noise(order, z, lab.settings.explore * anew)
+        tokens = maskrl.generate(model, labels[rows], Sampling(K), varied, seed=lab.seed)
+        images = maskrl.to_images(tokens, lab.settings)
+        both = [reward(images, labels[rows]) for reward in (lab.quality, lab.held_out)]
+        return torch.stack(both).view(2, len(labels), self.draws).cpu()
+
+    def draw(self, rows, path):
+        drawing = subplots(path, tuple(rows))
+        if not drawing:
+            return
+        axes, save = drawing
+        for axis, runs in zip(axes, rows.values()):
+            for key, label in (("per_step", "variance"), ("gain", "information gain")):
+                curves = torch.tensor([run[key] for run in runs.values()])
+                curves = curves / curves.sum(1, keepdim=True)
+                at = range(1, curves.shape[1] + 1)
+                axis.plot(at, curves.mean(0), ".-", linewidth=1, label=label)
+                axis.fill_between(at, curves.amin(0), curves.amax(0), alpha=0.15)
+            axis.set_xlabel("step")
+            axis.set_ylabel("share of the sum")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        save()
+
+
+def shares(gain, variance) -> dict:
+    """How well the gain [n, K] of a step tells the reward's variance [n, K] due to it."""
+    k = gain.shape[1] // 4
+    ranks = [(x.argsort(1).argsort(1).float() - (x.shape[1] - 1) / 2) for x in (gain, variance)]
+    correlation = torch.nn.functional.cosine_similarity(*ranks, dim=1)
+    chosen = {
+        "critical": maskrl.critical_steps(gain, k),
+        "first": torch.arange(gain.shape[1]).expand_as(gain) < k,
+        "random": torch.full_like(gain, k / gain.shape[1]),
+        "best": maskrl.critical_steps(variance, k),
     }
-    verdict = (
-        "Back-propagated, the quality comes to {0[backprop, critical, beta 0.2][quality]} on the "
-        "critical steps and {0[backprop, all, beta 0.2][quality]} on all (beta 0.2), by the policy "
-        "gradient to {0[policy gradient][quality]}, from {0[student][quality]}; the held-out "
-        "reward to {0[backprop, critical, beta 0.2][held_out]}, "
-        "{0[backprop, all, beta 0.2][held_out]} and {0[policy gradient][held_out]}, from "
-        "{0[student][held_out]}.",
-        "The graph takes {0[backprop, critical, beta 0.2][graph_mb]} MB on the critical steps and "
-        "{0[backprop, all, beta 0.2][graph_mb]} MB on all.",
+    held = {name: float((variance * mask).sum() / variance.sum()) for name, mask in chosen.items()}
+    return {"correlation": float(correlation.mean()), **held}
+
+
+class Action(Study):
+    title = "Which action? (RL at a fixed number of steps)"
+    question = (
+        "Quality alone is the reward, K = 8, all steps are optimised, and every arm has as many "
+        "rollouts: the action z or x, by the policy gradient or by the reward's own gradient "
+        "(MARVAL-RL); graph: what autograd keeps for an update. *Re-noised* arms are not trained: "
+        "the student's token is noised to a sigma / alpha and cleaned by the same head, as an "
+        "action with a clean-up step would do it."
     )
+    seeds = "0,1,2"
+    rows_key = "arms"
+    settings = {"steps": 8, "rl_steps": "all", "learn_steps": False, "alpha": 0.0, "rl_iters": 40}
+    columns = (
+        *("quality", "held_out", "frechet", "precision", "recall", "kl", "graph_mb", "seconds"),
+    )
+    arms = {
+        "z": {},
+        "x": {"action": "x"},
+        "backprop, z": {"method": "backprop"},
+        "backprop, x": {"method": "backprop", "action": "x"},
+    }
+    ratios = (0.5, 1.0, 2.0, 5.0)
+    verdict = (
+        "The noise policy brings the quality from {0[start][quality]} to {0[z][quality]}, the "
+        "held-out reward from {0[start][held_out]} to {0[z][held_out]} and the distance from "
+        "{0[start][frechet]} to {0[z][frechet]}; noise around the token to {0[x][quality]}, "
+        "{0[x][held_out]} and {0[x][frechet]}, in {0[x / z][seconds]} times the time.",
+        "The held-out reward of z is above that of x on {0[z > x][held_out]}, its precision on "
+        "{0[z > x][precision]}, its quality on {0[z > x][quality]}.",
+        "By the reward's own gradient z comes to {0[backprop, z][quality]}, "
+        "{0[backprop, z][held_out]} and {0[backprop, z][frechet]}, x to "
+        "{0[backprop, x][quality]}, {0[backprop, x][held_out]} and {0[backprop, x][frechet]}; the "
+        "graph takes {0[backprop, x][graph_mb]} MB, that of the policy gradient on x "
+        "{0[x][graph_mb]}, on z {0[z][graph_mb]}.",
+        "The student as it is cannot clean up: re-noised to 1, its distance is "
+        "{0[re-noised, 1][frechet]}, to 5, where it starts, {0[re-noised, 5][frechet]}.",
+    )
+    picture = ("action.png", "the course of RL")
 
     def rows(self, lab):
-        rows = {"student": partial(lab.judged, "student", steps=self.settings["steps"])}
-        for row, (name, overrides) in self.arms.items():
-            rows[row] = partial(self.arm, lab, name, self.settings | overrides)
+        K = self.settings["steps"]
+        rows = {"start": partial(lab.judged, "student", steps=K)}
+        for name, overrides in self.arms.items():
+            rows[name] = partial(self.arm, lab, name, self.settings | overrides)
+        for ratio in self.ratios:
+            name = f"re-noised, {ratio:g}"
+            rows[name] = partial(lab.result, name, partial(self.renoised, lab, ratio, K))
         return rows
+
+    def measure(self, lab, only=()):
+        return with_issue_names(super().measure(lab, only), lab)
 
     def arm(self, lab, name, overrides):
         graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
-        return lab.reinforcement(name, **overrides) | {"graph_mb": graph["graph_mb"]}
+        return lab.reinforcement(f"action {name}", **overrides) | {"graph_mb": graph["graph_mb"]}
 
     @staticmethod
     def graph(lab, overrides):
@@ -791,6 +791,305 @@ class Backprop(Study):
         with torch.autograd.graph.saved_tensors_hooks(count, unchanged):
             training.update(labels, 0)
         return {"graph_mb": sum(sizes.values()) / 2**20}
+
+    @staticmethod
+    def renoised(lab, ratio, K):
+        base, one_step = maskrl.BASE, maskrl.one_step
+        t = int(torch.searchsorted(base.sigma / base.alpha, ratio))
+        generator = maskrl.rng(lab.seed, "re-noised", device=lab.device)
+
+        def two_steps(head, z, c, noise_ratio):
+            time = torch.full((len(z),), t, device=z.device)
+            eps = torch.randn(z.shape, generator=generator, device=z.device)
+            x_t = base.q_sample(one_step(head, z, c, noise_ratio), time, eps)
+            alpha, sigma = base.alpha_sigma(time)
+            return (x_t - sigma * head.eps(x_t, time, c)) / alpha
+
+        with mock.patch.object(maskrl, "one_step", two_steps):
+            return lab.judge_model(lab.student, Sampling(K))
+
+    def draw(self, rows, path):
+        drawing = subplots(path, CURVE_TITLES)
+        if not drawing:
+            return
+        axes, save = drawing
+        for axis, key in zip(axes, WATCHED):
+            for name, runs in rows.items():
+                if all("curve" in run for run in runs.values()):
+                    plot_curves(axis, list(runs.values()), "updates", key, name)
+        save()
+
+
+def with_issue_names(rows: dict, lab) -> dict:
+    """Rows with `iterations` beside `steps`, and the `seconds` that their updates took."""
+    for row in rows.values():
+        if "steps" in row:
+            row["iterations"] = row["steps"]
+        row["seconds"] = row["curve"]["seconds"][-1] if "curve" in row else 0.0
+    return rows
+
+
+class Critical(Study):
+    title = "RL on which steps? (MaskFocus)"
+    question = (
+        "64 tokens (`--patch 2`), a fixed schedule of 16 iterations, quality alone as the reward, "
+        "the action z. Each arm optimises four of the 16 steps, or all; tokens: how many of an "
+        "image's count in an update. *In equal numbers*: as many of the tokens of random or of "
+        "all steps count as the critical ones reveal."
+    )
+    seeds = "0,1,2"
+    rows_key = "arms"
+    lab_settings = {"patch": 2, "teacher_iters": 2000}
+    settings = {
+        "steps": 16,
+        "critical_steps": 4,
+        "learn_steps": False,
+        "alpha": 0.0,
+        "rl_iters": 40,
+    }
+    columns = (
+        *("quality", "held_out", "frechet", "precision", "recall", "kl", "tokens", "not_first"),
+        "seconds",
+    )
+    verdict = (
+        "In as many updates the quality goes from {0[start][quality]} to {0[critical][quality]} on "
+        "the critical steps, {0[first][quality]} on the first, {0[random][quality]} on random ones "
+        "and {0[all][quality]} on all, and the held-out reward from {0[start][held_out]} to "
+        "{0[critical][held_out]}, {0[first][held_out]}, {0[random][held_out]} and "
+        "{0[all][held_out]}.",
+        "Critical steps have a higher quality than the first on "
+        "{0[critical > first][quality]}, than random ones on {0[critical > random][quality]}, than "
+        "as many tokens of any step on {0[critical > any, in equal numbers][quality]}, than all on "
+        "{0[critical > all][quality]}; their distance is {0[critical / start][frechet]} times the "
+        "student's.",
+        "They count {0[critical][tokens]} tokens of an image instead of {0[all][tokens]}, but take "
+        "{0[critical / all][seconds]} times as long: the updates cost next to nothing, and the "
+        "predictions that information gain needs cost more than they save.",
+    )
+    picture = ("critical.png", "mean and range of the seeds")
+
+    def measure(self, lab, only=()):
+        settings = self.lab_settings
+        small_tokens = Lab(lab.out.parent / "patch2", lab.seed, lab.device, **settings)
+        return with_issue_names(super().measure(small_tokens, only), lab)
+
+    def rows(self, lab):
+        rows = {"start": partial(lab.judged, "student", steps=self.settings["steps"])}
+        for how in maskrl.RL_STEPS:
+            rows[how] = partial(self.arm, lab, how, {"rl_steps": how})
+        equal = "any, in equal numbers"
+        rows[equal] = partial(self.arm, lab, equal, {"rl_steps": "critical"}, EqualNumbers)
+        return rows
+
+    def arm(self, lab, name, overrides, method=maskrl.PolicyGradient):
+        overrides = self.settings | overrides
+        counted = lab.result(f"tokens, {name}", partial(self.tokens, lab, overrides))
+        with mock.patch.object(maskrl, "PolicyGradient", method):
+            return lab.reinforcement(name, **overrides) | {"tokens": counted["tokens"]}
+
+    @staticmethod
+    def tokens(lab, overrides):
+        """Tokens per image that the first update counts."""
+        settings = replace(lab.settings, **overrides)
+        training, labels = rl_training(lab, overrides)
+        rollouts = maskrl.rollout(training.model, lab.quality, labels, "tokens")
+        generator = maskrl.rng(settings.seed, "tokens")
+        trace = rollouts.trace
+        steps = maskrl.optimised_steps(
+            trace, rollouts.tokens, settings, training.mean_image, generator
+        )
+        return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
+
+    def draw(self, rows, path):
+        drawing = subplots(path, CURVE_TITLES)
+        if not drawing:
+            return
+        axes, save = drawing
+        for axis, key in zip(axes, WATCHED):
+            for name, runs in rows.items():
+                if name != "start":
+                    plot_curves(axis, list(runs.values()), "updates", key, name)
+        save()
+
+
+class EqualNumbers(maskrl.PolicyGradient):
+    """The control of critical steps: as many tokens of every rollout, but of any step."""
+
+    def noise_update(self, rollouts, A, steps):
+        counted = (steps[..., None] & rollouts.trace.masks()[1]).any(1)
+        rank = torch.rand(counted.shape, generator=maskrl.rng("equal", counted.sum())).argsort(1)
+        chosen = rank.to(counted.device) < counted.sum(1, keepdim=True)
+        # a Trace of one step that reveals the chosen tokens, which is all that the update reads
+        return super().noise_update(Chosen(rollouts, chosen), A, torch.ones_like(steps[:, :1]))
+
+
+class Chosen:
+    """Rollouts whose chosen tokens [B, L] count as revealed in one step."""
+
+    def __init__(self, rollouts, chosen):
+        self.sigma, self.trace = rollouts.sigma, self
+        self.contexts, self.z = rollouts.trace.contexts, rollouts.trace.z
+        self.chosen = chosen
+
+    def masks(self):
+        return None, self.chosen[:, None]
+
+
+class Schedule(Study):
+    title = "A learned schedule against the best fixed one (Speed-RL)"
+    question = (
+        "The demo's policy, whose schedule was learned from clean rollouts, and fixed schedules of "
+        "the same generator: the cosine ones, and the best of all count vectors of 3 to 8 "
+        "iterations that do not decrease, searched by reward on images of other noise. *Shuffled*: "
+        "each image gets the schedule that was chosen for another one of its class. `margin`: mean "
+        "difference of the reward from the best vector's on the same classes, orders and z, with "
+        "its standard error."
+    )
+    seeds = "0,1,2"
+    rows_key = "arms"
+    columns = (
+        *("reward", "margin", "margin_error", "quality", "held_out", "frechet", "precision"),
+        *("iterations", "vector"),
+    )
+    cosine = (8, 6, 5, 4)
+    searched = 225  # images of each candidate; the best ten are compared on six times as many
+    verdict = (
+        "The learned schedule's reward is {0[learned][reward]} at {0[learned][iterations]} "
+        "iterations, the best fixed vector's {0[vector][reward]} at {0[vector][iterations]}: a "
+        "margin of {0[learned][margin]}, with a standard error of {0[learned][margin_error]}; "
+        "shuffled within the classes it is {0[shuffled][margin]}.",
+        "The student takes {0[student / learned][iterations]} times as many iterations, and the "
+        "schedule at its start {0[untrained / learned][iterations]} times; the learned one's "
+        "distance is {0[learned / student][frechet]} times the student's, its quality is above "
+        "the student's on {0[learned > student][quality]}, its held-out reward on "
+        "{0[learned > student][held_out]}.",
+        "In random orders the same policy comes to a distance of "
+        "{0[learned, random order][frechet]} instead of {0[learned][frechet]}.",
+    )
+
+    def rows(self, lab):
+        rows = {
+            "student": partial(self.fixed, lab, lab.student, Sampling()),
+            "untrained": partial(self.untrained, lab),
+            "learned": partial(self.learned, lab, Sampling()),
+            "learned, random order": partial(self.learned, lab, Sampling(order="random")),
+            "shuffled": partial(self.shuffled, lab),
+            "vector": partial(self.vector, lab),
+        }
+        for K in self.cosine:
+            rows[f"cosine, K = {K}"] = partial(self.fixed, lab, lab.policy, Sampling(K))
+        return {name: partial(lab.result, f"schedule, {name}", f) for name, f in rows.items()}
+
+    def measure(self, lab, only=()):
+        return with_issue_names(super().measure(lab, only), lab)
+
+    def fixed(self, lab, model, sampling):
+        return self.figures(lab, *self.images(lab, model, sampling))
+
+    def learned(self, lab, sampling):
+        return self.fixed(lab, lab.policy, sampling)
+
+    def untrained(self, lab):
+        model = deepcopy(lab.policy)
+        maskrl.add_schedule(model)
+        return self.fixed(lab, model, Sampling())
+
+    def vector(self, lab):
+        counts = self.best_vector(lab)
+        return self.fixed(lab, lab.policy, Sampling(counts)) | {"vector": str(counts)}
+
+    def shuffled(self, lab):
+        """Each image with the counts that were chosen for another one of its class."""
+        labels, parts = lab.judge.labels, []
+        for i, (y, part) in enumerate(self.batches(lab, labels)):
+            _, trace = maskrl.generate(lab.policy, y, Sampling(), seed=part, trace=True)
+            donor = maskrl.partners(y, maskrl.rng(lab.seed, "shuffled", i))
+            noise = maskrl.Noise(trace.order, trace.z)
+            with counts_of(trace.counts[donor], lab.policy):
+                parts.append(maskrl.generate(lab.policy, y, Sampling(), noise, trace=True))
+        return self.figures(lab, *self.together(lab, parts))
+
+    def images(self, lab, model, sampling, labels=None, name="schedule"):
+        """Images and iterations of `labels`, on noise that is the same for every model."""
+        labels = lab.judge.labels if labels is None else labels
+        parts = [
+            maskrl.generate(model, y, sampling, seed=(name, *part), trace=True)
+            for y, part in self.batches(lab, labels)
+        ]
+        return self.together(lab, parts)
+
+    @staticmethod
+    def batches(lab, labels):
+        return [(y, (lab.seed, i)) for i, y in enumerate(labels.split(450))]
+
+    @staticmethod
+    def together(lab, parts):
+        tokens = torch.cat([tokens for tokens, _ in parts])
+        steps = torch.cat([trace.steps for _, trace in parts])
+        return maskrl.to_images(tokens, lab.settings).cpu(), steps.cpu()
+
+    def figures(self, lab, images, steps):
+        quality = lab.rewards(lab.quality, images)
+        reward = maskrl.total_reward(quality, steps, lab.settings)
+        margin = reward - self.reward_of_best(lab)
+        return {
+            **lab.judge(images),
+            "quality": float(quality.mean()),
+            "held_out": float(lab.rewards(lab.held_out, images).mean()),
+            "reward": float(reward.mean()),
+            "margin": float(margin.mean()),
+            "margin_error": float(margin.std() / len(margin) ** 0.5),
+            "steps": float(steps.float().mean()),
+            "steps_std": float(steps.float().std()),
+        }
+
+    def reward_of_best(self, lab):
+        """The reward of each image by the best vector [n]."""
+        if not hasattr(lab, "reward_of_best"):
+            images, steps = self.images(lab, lab.policy, Sampling(self.best_vector(lab)))
+            quality = lab.rewards(lab.quality, images)
+            lab.reward_of_best = maskrl.total_reward(quality, steps, lab.settings)
+        return lab.reward_of_best
+
+    def best_vector(self, lab) -> tuple[int, ...]:
+        return tuple(lab.result("schedule, search", partial(self.search, lab))["counts"])
+
+    def search(self, lab):
+        """The counts of highest reward on noise that no row is measured on."""
+        candidates = list(ascending(lab.settings.length, range(3, 9)))
+
+        def mean_reward(counts, n):
+            labels = lab.evenly(n)
+            images, steps = self.images(lab, lab.policy, Sampling(counts), labels, "search")
+            pairs = zip(images.split(500), labels.split(500))
+            quality = torch.cat([lab.quality(x.to(lab.device), y).cpu() for x, y in pairs])
+            return float(maskrl.total_reward(quality, steps, lab.settings).mean())
+
+        with torch.no_grad():
+            best = sorted(candidates, key=lambda counts: -mean_reward(counts, self.searched))[:10]
+            counts = max(best, key=lambda counts: mean_reward(counts, 6 * self.searched))
+        return {"counts": list(counts), "candidates": len(candidates)}
+
+
+@contextmanager
+def counts_of(counts, model):
+    """Meanwhile the model's schedule reveals counts [B, T], whatever it sees."""
+    step = iter(counts.T)
+
+    def replayed(actions, hidden):
+        return torch.minimum(next(step, hidden), hidden)
+
+    with mock.patch.object(model.schedule, "count", replayed):
+        yield
+
+
+def ascending(total: int, lengths, least: int = 1) -> list[tuple[int, ...]]:
+    """The ways to write total as a sum of numbers that do not decrease, as many as in lengths."""
+    found = [(total,)] if 1 in lengths and total >= least else []
+    shorter = [n - 1 for n in lengths if n > 1]
+    for first in range(least, total // 2 + 1) if shorter else ():
+        found += [(first, *rest) for rest in ascending(total - first, shorter, first)]
+    return found
 
 
 def rl_training(lab, overrides):
@@ -1380,8 +1679,8 @@ def status_megabytes(name: str) -> float:
 STUDIES = {
     study.name: study
     for study in (
-        *(Story(), Gsim(), Longer(), Rivals(), Steps()),
-        *(Drift(), Alpha(), Backprop(), Cost(), Threads()),
+        *(Story(), Distil(), Gsim(), Longer(), Rivals()),
+        *(Variance(), Action(), Critical(), Schedule(), Cost(), Threads()),
         *(Emoji(), Eyes(), Letters(), TrainSpeed(), Speed(), Scaling()),
     )
 }
@@ -1390,7 +1689,7 @@ STUDIES = {
 # Results ------------------------------------------------------------------------------------------
 # assets/results/NAME.json, and what is made of it: assets/results.md, a block of README.md.
 
-FIGURES = {  # key -> title of the column, decimals
+FIGURES = {  # key -> title of the column, decimals (None: text)
     "frechet": ("Fréchet distance", 2),
     "weak": ("weak", 1),
     "strong": ("strong", 1),
@@ -1417,6 +1716,21 @@ FIGURES = {  # key -> title of the column, decimals
     "tokens": ("tokens", 1),
     "seconds_per_update": ("s per update", 2),
     "graph_mb": ("graph, MB", 0),
+    "seconds": ("seconds of RL", 0),
+    "iterations": ("iterations", 1),
+    "vector": ("counts", None),
+    "margin": ("margin", 4),
+    "margin_error": ("its error", 4),
+    "total": ("variance, all steps", 4),
+    "mean": ("mean", 3),
+    "correlation": ("correlation", 2),
+    "critical": ("critical", 2),
+    "first": ("first", 2),
+    "random": ("random", 2),
+    "best": ("best", 2),
+    "held_out_correlation": ("held-out: correlation", 2),
+    "held_out_critical": ("critical", 2),
+    "held_out_first": ("first", 2),
     "updates": ("updates/s", 2),
     "speedup": ("times as fast as plain", 2),
     "loader": ("loader, %", 1),
@@ -1437,9 +1751,9 @@ within classes and *nearest*, the distance to the nearest training image: 1 is a
 images. *Quality*: by the reward network, which RL climbs; *held-out reward*: the exact fit to a
 shape of the class, on which nothing trains. *ms per image*: in batches of 32.
 
-The tables on GSIM, its rivals, RL's steps, back-propagation and caching were measured with an
-earlier judge, which learned the classes alone, and a reward network that knew fewer kinds of
-damage: compare within each table only. They were not repeated under the judge of the others.
+The tables on GSIM, its rivals and caching were measured with an earlier judge, which learned the
+classes alone, and a reward network that knew fewer kinds of damage: compare within each table only.
+They were not repeated under the judge of the others.
 """
 
 
@@ -1471,7 +1785,8 @@ class Figures:
     @staticmethod
     def each(function, *rows) -> dict[str, str]:
         """{figure: text}, of the figures that all of these rows have."""
-        common = set(FIGURES).intersection(*(run for runs in rows for run in runs.values()))
+        numbers = {key for key, (_, decimals) in FIGURES.items() if decimals is not None}
+        common = numbers.intersection(*(run for runs in rows for run in runs.values()))
         return {key: function(key, *rows) for key in common}
 
     @staticmethod
@@ -1512,6 +1827,8 @@ def cell(runs: dict, key: str) -> str:
     if not values:
         return ""
     _, decimals = FIGURES[key]
+    if decimals is None:
+        return "; ".join(values)
     text = f"{statistics.median(values):.{decimals}f}"
     if len(values) > 1:
         text += f" ({min(values):.{decimals}f}–{max(values):.{decimals}f})"
@@ -1526,7 +1843,7 @@ def save_result(study: Study, seed: int, measured: dict) -> dict:
     """Merge {row name: figures} of a seed into the study's JSON, and return all of its rows."""
     path = result_file(study.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows = json.loads(path.read_text())[study.rows_key] if path.exists() else {}
     for name, figures in measured.items():
         rows.setdefault(name, {})[str(seed)] = rounded(figures)
     runs = [figures for seeds in rows.values() for figures in seeds.values()]
@@ -1543,7 +1860,7 @@ def save_result(study: Study, seed: int, measured: dict) -> dict:
         },
         "minutes": round(sum(run["minutes"] + run.get("train_minutes", 0) for run in runs), 1),
         "settings": study.settings,
-        "rows": rows,
+        study.rows_key: rows,
     }
     path.write_text(as_lines(content) + "\n")
     return rows
@@ -1597,7 +1914,7 @@ def as_option(name: str, value) -> str:
 
 def section(study: Study, content: dict) -> str:
     """A study in results.md."""
-    rows, settings = content["rows"], content["settings"]
+    rows, settings = content[study.rows_key], content["settings"]
     threads = {run.get("threads", 1) for runs in rows.values() for run in runs.values()}
     made = [
         f"`{content['command']}`",
