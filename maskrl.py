@@ -4449,47 +4449,37 @@ def join_processes(device: torch.device) -> torch.device:
 def divided(function: Callable) -> Callable:
     """A method whose inputs and output have a row for each of B things, computed by all."""
 
+    def times_processes(gradient):  # whose mean over them is then the whole gradient of a weight
+        return gradient * dist.get_world_size()
+
     @wraps(function)
     def call(self, *inputs):
-        inputs = [x for x in inputs if torch.is_tensor(x)]  # training has no attention cache
-        rows = math.ceil(len(inputs[0]) / dist.get_world_size())
-        if rows == 0:
+        B, N = len(inputs[0]), dist.get_world_size()
+        if B == 0:
             return function(self, *inputs)
-        mine = (torch.arange(rows) + rows * rank()) % len(inputs[0])  # some rows twice at the end
-        own = [Own.apply(x, mine.to(x.device)) for x in inputs]
-        return Gathered.apply(function(self, *own))[: len(inputs[0])]
+        rows = math.ceil(B / N)
+        mine = (torch.arange(rows, device=inputs[0].device) + rows * rank()) % B  # some twice
+        own = function(self, *(hooked(x, mean_over_processes)[mine] for x in inputs))
+        parts = [torch.empty_like(own) for _ in range(N)]
+        dist.all_gather(parts, own.detach())
+        parts[rank()] = hooked(own, times_processes)
+        return torch.cat(parts)[:B]
 
     return call
 
 
-class Own(torch.autograd.Function):
-    """Some rows of x [B, ...]; backward, the gradients of all processes' rows."""
-
-    @staticmethod
-    def forward(context, x, rows):
-        context.rows, context.shape = rows, x.shape
-        return x[rows]
-
-    @staticmethod
-    def backward(context, gradient):
-        whole = gradient.new_zeros(context.shape).index_add_(0, context.rows, gradient)
-        dist.all_reduce(whole)
-        return whole / dist.get_world_size(), None
+def hooked(x: Tensor, hook: Callable) -> Tensor:
+    """x, whose gradient passes through `hook` on its way back."""
+    x = x.view_as(x)  # so that other uses of x do not
+    if x.requires_grad:
+        x.register_hook(hook)
+    return x
 
 
-class Gathered(torch.autograd.Function):
-    """The rows of all processes. Backward, those of this one times N, since gradients of weights
-    are averaged, and each process has 1 / N of their terms."""
-
-    @staticmethod
-    def forward(context, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient.chunk(dist.get_world_size())[rank()] * dist.get_world_size()
+def mean_over_processes(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def average_gradients(training) -> None:
@@ -4498,8 +4488,7 @@ def average_gradients(training) -> None:
         return
 
     def average(p):
-        dist.all_reduce(p.grad)
-        p.grad /= dist.get_world_size()
+        p.grad = mean_over_processes(p.grad)
 
     for network in (training.model, *training.state.values()):
         for p in network.parameters() if isinstance(network, nn.Module) else ():
