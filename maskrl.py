@@ -1921,9 +1921,11 @@ def writing(path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's
+    except BaseException as error:
         with suppress(OSError):
             unfinished.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # the latter is torch.save's
+            raise
         raise InputError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
@@ -2591,14 +2593,16 @@ def train(
                 saved = step + 1
             if stop:
                 agreed(stop, model.device)  # no process ends before the file is written
-                raise Stopped(stop, f"{model.kind} is saved in {path} after {saved} steps")
+                where = f"{model.kind} is saved in {path} after {saved} steps"
+                raise Stopped(stop, f"{where}; the same command with --resume continues")
         if signals:  # while the last file was written
-            raise Stopped(signals[0], f"{model.kind} is complete in {path}")
+            where = f"{model.kind} is complete in {path}"
+            raise Stopped(signals[0], f"{where}; the same command with --resume continues")
     return ema
 
 
 class Stopped(KeyboardInterrupt):
-    """args: the signal that stopped a training, and where it was saved."""
+    """args: the signal that stopped a script, and what becomes of its work."""
 
 
 @contextmanager
@@ -2609,7 +2613,7 @@ def held_signals() -> Iterator[list[int]]:
 
     def note(number, _):
         if number in noted:
-            raise Stopped(number, "the second signal did not wait for the training to be saved")
+            raise Stopped(number, "at once, by the second signal; --resume repeats a few steps")
         noted.append(number)
 
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
@@ -4378,9 +4382,10 @@ def teacher_and_student(
 def run(main: Callable) -> None:
     """Call main() as a script. Wrong input ends in one line and exit code 2; a non-finite loss, or
     too little memory, in one line and code 1; Ctrl-C in one line and code 130, SIGTERM in 143."""
+    untold = "the files that are there are whole; --resume continues a training"
 
     def stop(number, _):
-        raise Stopped(number, "what a training had saved is there")
+        raise Stopped(number, untold)
 
     signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):  # folders may have names that are no UTF-8
@@ -4399,8 +4404,8 @@ def run(main: Callable) -> None:
             raise
         fail("out of memory: try --checkpointing or a smaller --micro-batch, --batch or model", 1)
     except KeyboardInterrupt as stopped:
-        number, where = stopped.args or (signal.SIGINT, "what a training had saved is there")
-        print(f"stopped: {where}; the same command with --resume continues", file=sys.stderr)
+        number, work = stopped.args or (signal.SIGINT, untold)
+        print(f"stopped: {work}", file=sys.stderr)
         sys.exit(128 + number)
 
 

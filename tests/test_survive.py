@@ -661,6 +661,78 @@ def test_any_number_of_images_is_drawn_batch_by_batch(student, tmp_path, monkeyp
     assert "--n 1025: a picture shows at most 1024; more of them need --files" in error
 
 
+def written(folder):
+    """{path: bytes} of all whole files in a folder, and the paths of those not yet whole."""
+    paths = {path for path in folder.rglob("*") if path.is_file()}
+    unfinished = {path for path in paths if path.suffix == ".tmp"}
+    return {path: path.read_bytes() for path in paths - unfinished}, unfinished
+
+
+SAMPLE = {
+    "a.png": "student.pt --n 1 --out {}/a.png",
+    "film.gif": "student.pt --n 1 --film {}/film.gif --out {}/a.png",
+    "00000 a.png": "student.pt --n 1 --files {} --out {}/a.png",
+    "bench.json": "tiny --bench {}/bench.json --steps 1 --rounds 2 --batches 1",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_who_is_killed_while_a_file_is_written_leaves_the_old_one(tmp_path, name):
+    """sample.py, killed by the system at the 1001st byte of a file."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("old")
+    maskrl.save_checkpoint(tmp_path / "student.pt", random_model("student", image_size=32, patch=8))
+    argv = [option.format(out, out) for option in SAMPLE[name].split()]
+    if argv[0] == "student.pt":
+        argv[0] = tmp_path / "student.pt"
+    argv += ["--device", "cpu", "--threads", "1"]
+    code, said = child.finish("sample", argv, tmp_path / "output", die_at=1000)
+    assert code == -signal.SIGXFSZ, said
+    assert written(out) == ({out / name: b"old"}, {out / f"{name}.tmp"})
+
+
+@pytest.mark.long
+def test_pictures_of_runs_that_are_stopped_are_whole(student, tmp_path):
+    """sample.py, stopped 24 times at random: every file is that of one run or of the other."""
+    maskrl.save_checkpoint(tmp_path / "student.pt", student)
+    out, output, dice = tmp_path / "out", tmp_path / "output", random.Random(0)
+
+    def argv(seed):
+        to = ["--out", out / "a.png", "--film", out / "film.gif", "--files", out / "files"]
+        how = ["--n", 100, "--steps", 2, "--device", "cpu", "--threads", 1, "--seed", seed]
+        return [tmp_path / "student.pt", *to, *how]
+
+    wholes = []
+    for seed in (0, 1):
+        code, said = child.finish("sample", argv(seed), output)
+        assert code == 0, said
+        wholes.append(written(out)[0])
+    assert len(wholes[0]) == 102
+    assert all(wholes[0][path] != wholes[1][path] for path in wholes[0])
+    stops = []
+    for seed in 12 * [0, 1]:
+        number, watched = dice.choice(list(EXITS)), dice.choice(sorted(wholes[0]))
+        before = watched.stat().st_ino
+        process = child.start("sample", argv(seed), output)
+        while process.is_alive() and watched.stat().st_ino == before:
+            time.sleep(0.001)
+        process.join(dice.uniform(0, 0.01))
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode in (0, EXITS[number]), output.read_text()
+        files, unfinished = written(out)
+        assert files.keys() == wholes[0].keys()
+        assert all(content in (whole[path] for whole in wholes) for path, content in files.items())
+        assert number == signal.SIGKILL or not unfinished
+        for path in unfinished:
+            path.unlink()
+        stops.append((process.exitcode, len(unfinished)))
+    print(f"exit codes, and files that were being written: {stops}")
+    assert sum(code != 0 for code, _ in stops) > 12  # the others were faster
+
+
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_images(student, tmp_path):
     """20,000 small images take at most 50 MiB more than 2,000; a picture shows 1,024 of either."""
