@@ -2608,11 +2608,11 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def held_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; the
-    same one once more stops at once."""
+    same one once more stops at once, where torchrun does not pass on what all had got already."""
     noted = []
 
     def note(number, _):
-        if number in noted:
+        if number in noted and not dist.is_initialized():
             raise Stopped(number, "at once, by the second signal; --resume repeats a few steps")
         noted.append(number)
 
