@@ -2063,9 +2063,11 @@ def writing(path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's
+    except BaseException as error:
         with suppress(OSError):
             unfinished.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # the latter is torch.save's
+            raise
         raise InputError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
@@ -2735,25 +2737,27 @@ def train(
                 saved = step + 1
             if stop:
                 agreed(stop, model.device)  # no process ends before the file is written
-                raise Stopped(stop, f"{model.kind} is saved in {path} after {saved} steps")
+                where = f"{model.kind} is saved in {path} after {saved} steps"
+                raise Stopped(stop, f"{where}; the same command with --resume continues")
         if signals:  # while the last file was written
-            raise Stopped(signals[0], f"{model.kind} is complete in {path}")
+            where = f"{model.kind} is complete in {path}"
+            raise Stopped(signals[0], f"{where}; the same command with --resume continues")
     return ema
 
 
 class Stopped(KeyboardInterrupt):
-    """args: the signal that stopped a training, and where it was saved."""
+    """args: the signal that stopped a script, and what becomes of its work."""
 
 
 @contextmanager
 def held_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; the
-    same one once more stops at once."""
+    same one once more stops at once, where torchrun does not pass on what all had got already."""
     noted = []
 
     def note(number, _):
-        if number in noted:
-            raise Stopped(number, "the second signal did not wait for the training to be saved")
+        if number in noted and not dist.is_initialized():
+            raise Stopped(number, "at once, by the second signal; --resume repeats a few steps")
         noted.append(number)
 
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
@@ -4523,9 +4527,10 @@ def teacher_and_student(
 def run(main: Callable) -> None:
     """Call main() as a script. Wrong input ends in one line and exit code 2; a non-finite loss, or
     too little memory, in one line and code 1; Ctrl-C in one line and code 130, SIGTERM in 143."""
+    untold = "the files that are there are whole; --resume continues a training"
 
     def stop(number, _):
-        raise Stopped(number, "what a training had saved is there")
+        raise Stopped(number, untold)
 
     signal.signal(signal.SIGTERM, stop)
     for stream in (sys.stdout, sys.stderr):  # folders may have names that are no UTF-8
@@ -4544,8 +4549,8 @@ def run(main: Callable) -> None:
             raise
         fail("out of memory: try --checkpointing or a smaller --micro-batch, --batch or model", 1)
     except KeyboardInterrupt as stopped:
-        number, where = stopped.args or (signal.SIGINT, "what a training had saved is there")
-        print(f"stopped: {where}; the same command with --resume continues", file=sys.stderr)
+        number, work = stopped.args or (signal.SIGINT, untold)
+        print(f"stopped: {work}", file=sys.stderr)
         sys.exit(128 + number)
 
 
@@ -4594,47 +4599,37 @@ def join_processes(device: torch.device) -> torch.device:
 def divided(function: Callable) -> Callable:
     """A method whose inputs and output have a row for each of B things, computed by all."""
 
+    def times_processes(gradient):  # whose mean over them is then the whole gradient of a weight
+        return gradient * dist.get_world_size()
+
     @wraps(function)
     def call(self, *inputs):
-        inputs = [x for x in inputs if torch.is_tensor(x)]  # training has no attention cache
-        rows = math.ceil(len(inputs[0]) / dist.get_world_size())
-        if rows == 0:
+        B, N = len(inputs[0]), dist.get_world_size()
+        if B == 0:
             return function(self, *inputs)
-        mine = (torch.arange(rows) + rows * rank()) % len(inputs[0])  # some rows twice at the end
-        own = [Own.apply(x, mine.to(x.device)) for x in inputs]
-        return Gathered.apply(function(self, *own))[: len(inputs[0])]
+        rows = math.ceil(B / N)
+        mine = (torch.arange(rows, device=inputs[0].device) + rows * rank()) % B  # some twice
+        own = function(self, *(hooked(x, mean_over_processes)[mine] for x in inputs))
+        parts = [torch.empty_like(own) for _ in range(N)]
+        dist.all_gather(parts, own.detach())
+        parts[rank()] = hooked(own, times_processes)
+        return torch.cat(parts)[:B]
 
     return call
 
 
-class Own(torch.autograd.Function):
-    """Some rows of x [B, ...]; backward, the gradients of all processes' rows."""
-
-    @staticmethod
-    def forward(context, x, rows):
-        context.rows, context.shape = rows, x.shape
-        return x[rows]
-
-    @staticmethod
-    def backward(context, gradient):
-        whole = gradient.new_zeros(context.shape).index_add_(0, context.rows, gradient)
-        dist.all_reduce(whole)
-        return whole / dist.get_world_size(), None
+def hooked(x: Tensor, hook: Callable) -> Tensor:
+    """x, whose gradient passes through `hook` on its way back."""
+    x = x.view_as(x)  # so that other uses of x do not
+    if x.requires_grad:
+        x.register_hook(hook)
+    return x
 
 
-class Gathered(torch.autograd.Function):
-    """The rows of all processes. Backward, those of this one times N, since gradients of weights
-    are averaged, and each process has 1 / N of their terms."""
-
-    @staticmethod
-    def forward(context, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient.chunk(dist.get_world_size())[rank()] * dist.get_world_size()
+def mean_over_processes(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def average_gradients(training) -> None:
@@ -4643,8 +4638,7 @@ def average_gradients(training) -> None:
         return
 
     def average(p):
-        dist.all_reduce(p.grad)
-        p.grad /= dist.get_world_size()
+        p.grad = mean_over_processes(p.grad)
 
     for network in (training.model, *training.state.values()):
         for p in network.parameters() if isinstance(network, nn.Module) else ():

@@ -15,7 +15,6 @@ policy also chooses its own number of unmasking iterations, unless --steps says 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -154,7 +153,7 @@ def run_bench(args, device):
         "hardware": maskrl.hardware(device),
         **maskrl.bench(models, decode, judge, args.steps, args.batches, args.rounds),
     }
-    Path(args.bench).write_text(json.dumps(result, indent=1))
+    maskrl.write_text(args.bench, maskrl.as_json(result, indent=1))
     print(f"{args.bench}; weights: {result['weights']}; {result['hardware']}")
     print(maskrl.bench_table(result))
 

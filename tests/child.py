@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -28,26 +29,28 @@ def no_matplotlib():
     return None
 
 
-def work(script, argv, output, every, file_limit, environ):
-    """One script, its output in a file; every: steps from checkpoint to checkpoint; file_limit:
-    bytes that a file may have: at the next one, writing fails as on a full disk; environ: more
-    variables of the environment."""
+def work(script, argv, output, every, die_at, environ):
+    """One script, its output in a file; every: steps from checkpoint to checkpoint; die_at: bytes
+    that a file may have: who writes the next one is killed in the middle; environ: more variables
+    of the environment."""
     torch.set_num_threads(1)
     os.environ |= environ or {}
     maskrl.pyplot = no_matplotlib
     if every:
         train = maskrl.train
         maskrl.train = lambda *args, **given: train(*args, **given | {"every": every})
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    if die_at:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (die_at, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     with open(output, "w") as file, contextlib.redirect_stdout(file):
         with contextlib.redirect_stderr(file):
             maskrl.run(partial(MAINS[script], [str(a) for a in argv]))
 
 
-def start(script, argv, output, every=None, file_limit=None, environ=None):
+def start(script, argv, output, every=None, die_at=None, environ=None):
     """The process of a script, at work."""
-    args = (script, argv, output, every, file_limit, environ)
+    args = (script, argv, output, every, die_at, environ)
     process = fork.Process(target=work, args=args, daemon=True)  # it ends when the test does
     Path(output).unlink(missing_ok=True)
     process.start()

@@ -275,7 +275,8 @@ def test_the_autoencoder_computes_what_it_did_when_it_met_the_official_code():
     moments = vae.moments(SMALL_VAE["image"])
     torch.testing.assert_close(moments, SMALL_VAE["moments"], atol=1e-4, rtol=0)
     decoded = vae.decode(moments.chunk(2, 1)[0])
-    torch.testing.assert_close(decoded, SMALL_VAE["decoded"], atol=1e-4, rtol=0)
+    # its weights are waves, which amplify rounding: versions of torch differ by 7e-4 of up to 19
+    torch.testing.assert_close(decoded, SMALL_VAE["decoded"], atol=2e-3, rtol=0)
 
 
 def test_downsampling_pads_below_and_to_the_right():

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -23,6 +24,7 @@ import child
 import pytest
 import released
 import torch
+import torch.distributed as dist
 from conftest import error_of, random_model, tiny
 from PIL import Image
 
@@ -162,6 +164,23 @@ def test_a_signal_says_where_the_training_is_saved_and_how_it_goes_on(tmp_path):
     assert step % 250  # at once, not only when it was time
 
 
+def test_a_second_signal_does_not_wait_but_several_processes_do(tmp_path):
+    """These may get each signal twice, from the machine and from torchrun."""
+    with pytest.raises(maskrl.Stopped, match="the second signal"):
+        with maskrl.held_signals() as noted:
+            signal.raise_signal(signal.SIGTERM)
+            assert noted == [signal.SIGTERM]
+            signal.raise_signal(signal.SIGTERM)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with maskrl.held_signals() as noted:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        dist.destroy_process_group()
+    assert noted == [signal.SIGTERM, signal.SIGTERM]
+
+
 def test_a_folder_belongs_to_one_run_until_it_ends(tmp_path, capsys):
     """Two of them once overwrote each other's checkpoints and wrote one log. A killed one leaves no
     lock behind."""
@@ -237,6 +256,16 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(model, tmp_path, left
     maskrl.trim_log(tmp_path, "teacher", 0)  # a cut line does not spoil the next one
     maskrl.append_log(tmp_path, {"stage": "teacher", "step": 0})
     assert maskrl.read_log(tmp_path) == [{"stage": "teacher", "step": 0}]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, maskrl.Stopped(signal.SIGTERM, "")])
+def test_who_is_stopped_while_a_file_is_written_leaves_the_old_one_alone(tmp_path, error):
+    maskrl.write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyboardInterrupt):
+        with maskrl.writing(tmp_path / "a.txt") as file:
+            file.write(b"ne")
+            raise error
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 # What is not finite -------------------------------------------------------------------------------
@@ -661,6 +690,78 @@ def test_any_number_of_images_is_drawn_batch_by_batch(student, tmp_path, monkeyp
     assert "--n 1025: a picture shows at most 1024; more of them need --files" in error
 
 
+def written(folder):
+    """{path: bytes} of all whole files in a folder, and the paths of those not yet whole."""
+    paths = {path for path in folder.rglob("*") if path.is_file()}
+    unfinished = {path for path in paths if path.suffix == ".tmp"}
+    return {path: path.read_bytes() for path in paths - unfinished}, unfinished
+
+
+SAMPLE = {
+    "a.png": "student.pt --n 1 --out {}/a.png",
+    "film.gif": "student.pt --n 1 --film {}/film.gif --out {}/a.png",
+    "00000 a.png": "student.pt --n 1 --files {} --out {}/a.png",
+    "bench.json": "tiny --bench {}/bench.json --steps 1 --rounds 2 --batches 1",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_who_is_killed_while_a_file_is_written_leaves_the_old_one(tmp_path, name):
+    """sample.py, killed by the system at the 1001st byte of a file."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("old")
+    maskrl.save_checkpoint(tmp_path / "student.pt", random_model("student", image_size=32, patch=8))
+    argv = [option.format(out, out) for option in SAMPLE[name].split()]
+    if argv[0] == "student.pt":
+        argv[0] = tmp_path / "student.pt"
+    argv += ["--device", "cpu", "--threads", "1"]
+    code, said = child.finish("sample", argv, tmp_path / "output", die_at=1000)
+    assert code == -signal.SIGXFSZ, said
+    assert written(out) == ({out / name: b"old"}, {out / f"{name}.tmp"})
+
+
+@pytest.mark.long
+def test_pictures_of_runs_that_are_stopped_are_whole(student, tmp_path):
+    """sample.py, stopped 24 times at random: every file is that of one run or of the other."""
+    maskrl.save_checkpoint(tmp_path / "student.pt", student)
+    out, output, dice = tmp_path / "out", tmp_path / "output", random.Random(0)
+
+    def argv(seed):
+        to = ["--out", out / "a.png", "--film", out / "film.gif", "--files", out / "files"]
+        how = ["--n", 100, "--steps", 2, "--device", "cpu", "--threads", 1, "--seed", seed]
+        return [tmp_path / "student.pt", *to, *how]
+
+    wholes = []
+    for seed in (0, 1):
+        code, said = child.finish("sample", argv(seed), output)
+        assert code == 0, said
+        wholes.append(written(out)[0])
+    assert len(wholes[0]) == 102
+    assert all(wholes[0][path] != wholes[1][path] for path in wholes[0])
+    stops = []
+    for seed in 12 * [0, 1]:
+        number, watched = dice.choice(list(EXITS)), dice.choice(sorted(wholes[0]))
+        before = watched.stat().st_ino
+        process = child.start("sample", argv(seed), output)
+        while process.is_alive() and watched.stat().st_ino == before:
+            time.sleep(0.001)
+        process.join(dice.uniform(0, 0.01))
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode in (0, EXITS[number]), output.read_text()
+        files, unfinished = written(out)
+        assert files.keys() == wholes[0].keys()
+        assert all(content in (whole[path] for whole in wholes) for path, content in files.items())
+        assert number == signal.SIGKILL or not unfinished
+        for path in unfinished:
+            path.unlink()
+        stops.append((process.exitcode, len(unfinished)))
+    print(f"exit codes, and files that were being written: {stops}")
+    assert sum(code != 0 for code, _ in stops) > 12  # the others were faster
+
+
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_images(student, tmp_path):
     """20,000 small images take at most 50 MiB more than 2,000; a picture shows 1,024 of either."""
@@ -697,12 +798,15 @@ def test_no_picture_is_written_over_a_given_one(student, tmp_path, capsys):
 # Several processes --------------------------------------------------------------------------------
 
 
-def side_by_side(script, argv, folder, n=2):
-    """The processes that torchrun would start on this machine, and the file each writes."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+        return str(free.getsockname()[1])
+
+
+def side_by_side(script, argv, folder, n=2):
+    """The processes that torchrun would start on this machine, and the file each writes."""
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n)}
     return [
         child.start(
             script,
@@ -762,3 +866,47 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
     processes[0].join(60)
     assert processes[0].exitcode == 1
     assert "error: process 0 lost another one" in (tmp_path / "output 0").read_text()
+
+
+@contextlib.contextmanager
+def torchrun(script, argv, output):
+    """The command itself: its process, and the numbers of the two that it started."""
+    root = Path(maskrl.__file__).parent
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
+    with open(output, "w") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, *command, root / script, *map(str, argv)], stdout=file, stderr=file
+        )
+    try:
+        at_work(argv[argv.index("--out") + 1], lines=2)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+        yield launcher, [int(number) for number in children.split()]
+        launcher.wait(60)
+    finally:
+        launcher.terminate()
+        launcher.wait()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_torchrun_began_and_was_stopped_one_process_finishes(uninterrupted, tmp_path, number):
+    out, longer = tmp_path / "out", ["--teacher-iters", 100]
+    argv = [*QUICK, *longer, "--out", out]
+    with torchrun("train_rl.py", argv, tmp_path / "output") as (launcher, _):
+        launcher.send_signal(number)
+    assert f"teacher is saved in {out}/teacher.pt after" in (tmp_path / "output").read_text()
+    assert len(maskrl.read_log(out)) < 100
+    code, said = child.finish("rl", [*argv, "--resume"], tmp_path / "output", every=2)
+    assert code == 0, said
+    assert_close(maskrl.read_log(out), maskrl.read_log(uninterrupted("rl", *longer)[0]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dead", [0, 1])
+def test_torchrun_ends_within_a_minute_if_one_of_its_processes_is_killed(tmp_path, dead):
+    argv, output = [*FOREVER, "--out", tmp_path / "out"], tmp_path / "output"
+    with torchrun("train_distill.py", argv, output) as (launcher, workers):
+        os.kill(workers[dead], signal.SIGKILL)
+    assert launcher.returncode == 1
+    assert "train_distill.py FAILED" in output.read_text()
+    assert not any(Path(f"/proc/{number}").exists() for number in workers)
