@@ -1249,6 +1249,89 @@ class Speed(Study):
         }
 
 
+class Bench(Study):
+    title = "Which idea makes an image how much faster"
+    question = (
+        "What `sample.py --bench` tells, on one CPU thread: one image at a time, median and range; "
+        "the best of the batches of 1, 8 and 32; where the time of one image goes; and the Fréchet "
+        "distance. *demo*: the checkpoints of `make demo` or, if there are none in --out, those of "
+        "the tutorial. *mar_b*: random weights of MAR-B's size, 256 tokens, 64 iterations, with "
+        "the autoencoder's decoding, for speed only; the teachers once, the students in three "
+        "turns. *Times as fast*: as the teacher of 100 steps; of a factor: what it does alone."
+    )
+    columns = (
+        *("image_ms", "lowest_ms", "highest_ms", "best_ms", "best_batch", "steps", "transformer"),
+        *("head", "decoding", "faster", "frechet"),
+    )
+    batches, rounds = (1, 8, 32), 5
+    random_steps, random_rounds = 64, 3
+    verdict = tuple(
+        name
+        + ": the one step makes an image {0[X, factor: one step][faster]} times as fast, the "
+        "cache {0[X, factor: cache][faster]} and the schedule {0[X, factor: schedule][faster]} "
+        "times; their product is {0[X, factor: product][faster]}, and measured all together they "
+        "make {0[X, all together][faster]}.".replace("X", key)
+        for key, name in (("demo", "Of the demo"), ("mar_b", "Of MAR-B's size"))
+    )
+
+    def measure(self, lab, only=()):
+        rows = {}
+        for key, work in (("demo", self.demo), ("mar_b", self.mar_b)):
+            if not only or key.startswith(only):
+                result = lab.result(f"bench, {key}", partial(work, lab))
+                figures = result.pop("rows")
+                result["minutes"] /= len(figures)
+                rows |= {f"{key}, {name}": result | row for name, row in figures.items()}
+        return rows
+
+    def demo(self, lab):
+        """The bench of the checkpoints in the lab's folder, or of the tutorial's."""
+        folder = lab.out if (lab.out / "policy.pt").exists() else ASSETS / "tutorial"
+        models, decode = maskrl.bench_models(folder / "teacher.pt", lab.device, vae=None)
+        return bench_rows(maskrl.bench(models, decode, lab.judge, None, self.batches, self.rounds))
+
+    def mar_b(self, lab):
+        """The same of random weights, whose teacher takes minutes for an image: once."""
+        models, decode = maskrl.random_models("mar_b", lab.device, vae=None)
+        arms = maskrl.bench_arms(models, self.random_steps)
+        maskrl.make_images(*arms["all together"], 1, decode)  # warms up
+        rows, seconds = {}, {name: [] for name in arms}
+        for i in range(self.random_rounds):
+            for name, (model, sampling) in arms.items():
+                if i == 0 or model.kind != "teacher":
+                    start = maskrl.clock(lab.device)
+                    shares, steps = maskrl.shares(model, sampling, 1, decode)
+                    seconds[name].append(maskrl.clock(lab.device) - start)
+                    rows[name] = {"shares": shares, "steps": steps}
+        for name, times in seconds.items():
+            rows[name]["seconds"] = {1: [min(times), statistics.median(times), max(times)]}
+        return bench_rows({"rows": rows, "factors": maskrl.factors(rows, 1)})
+
+
+def bench_rows(result: dict) -> dict:
+    """{"rows": {arm or factor: figures}} of what maskrl.bench gives, one image at a time."""
+    rows = {}
+    _, slowest, _ = result["rows"]["teacher, 100 steps"]["seconds"][1]
+    for name, row in result["rows"].items():
+        low, middle, high = row["seconds"][1]
+        medians = {batch: seconds[1] for batch, seconds in row["seconds"].items()}
+        best = min(medians, key=medians.get)
+        rows[name] = {
+            "image_ms": 1000 * middle,
+            "lowest_ms": 1000 * low,
+            "highest_ms": 1000 * high,
+            "steps": row["steps"],
+            "faster": slowest / middle,
+            **{part: 100 * share for part, share in row["shares"].items()},
+            **({"frechet": row["frechet"]} if "frechet" in row else {}),
+        }
+        if len(medians) > 1:
+            rows[name] |= {"best_ms": 1000 * medians[best], "best_batch": best}
+    for name in ("one step", "cache", "schedule", "product"):
+        rows[f"factor: {name}"] = {"faster": result["factors"][name]}
+    return {"rows": rows}
+
+
 class Scaling(Study):
     title = "Time and memory against tokens, iterations and batch"
     question = (
@@ -1382,7 +1465,7 @@ STUDIES = {
     for study in (
         *(Story(), Gsim(), Longer(), Rivals(), Steps()),
         *(Drift(), Alpha(), Backprop(), Cost(), Threads()),
-        *(Emoji(), Eyes(), Letters(), TrainSpeed(), Speed(), Scaling()),
+        *(Emoji(), Eyes(), Letters(), TrainSpeed(), Speed(), Bench(), Scaling()),
     )
 }
 
@@ -1406,6 +1489,12 @@ FIGURES = {  # key -> title of the column, decimals
     "image_ms": ("ms per image", 2),
     "lowest_ms": ("lowest", 2),
     "highest_ms": ("highest", 2),
+    "best_ms": ("ms in the best batch", 2),
+    "best_batch": ("batch", 0),
+    "transformer": ("transformer, %", 0),
+    "head": ("head, %", 0),
+    "decoding": ("decoding, %", 0),
+    "faster": ("times as fast", 2),
     "generation_ms": ("ms", 1),
     "peak_mb": ("peak memory, MB", 0),
     "time_exponent": ("exponent of time", 2),
