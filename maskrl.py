@@ -1106,7 +1106,7 @@ class Contexts:
 
     def refresh(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """All contexts, computed anew."""
-        self.live = slice(None) if self.alike else mask.any(1)
+        self.live = slice(None) if self.alike else mask.any(1).nonzero()[:, 0]
         self.cache = Cache() if self.caches else None
         return self.compute(tokens, mask)
 
