@@ -203,6 +203,22 @@ def test_finished_images_are_left_out_from_the_next_refresh_on(policy, monkeypat
     assert sizes == at_refresh
 
 
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_only_visible_tokens_are_encoded_and_only_revealed_ones_denoised(kind):
+    """Class and null class in one batch; the chain calls the head in every step of its own."""
+    model, encoded, denoised = generator_of(kind), [], []
+    model.encoder_blocks[0].register_forward_pre_hook(lambda _, x: encoded.append(x[0].shape[:2]))
+    model.head.input_proj.register_forward_pre_hook(lambda _, x: denoised.append(len(x[0])))
+    chain = 1 if kind == "student" else 3
+    sampling = Sampling(8, denoise_steps=chain)
+    _, trace = maskrl.generate(model, LABELS, sampling, trace=True)
+    passes = 1 if kind == "student" else 2
+    visible = 16 - trace.hidden()[0]
+    buffer = model.settings.buffer
+    assert encoded == [(passes * 4, buffer + n) for n in visible.tolist()]
+    assert denoised == (passes * trace.counts.sum(0)).repeat_interleave(chain).tolist()
+
+
 class Reads(TorchDispatchMode):
     """Counts what makes a GPU's host wait for the size of a result: places of true values."""
 
