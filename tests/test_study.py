@@ -49,7 +49,6 @@ def cut_short(patch, folder):
     patch.setattr(study.Bench, "rounds", 2)
     patch.setattr(study.Bench, "size", "small")
     patch.setattr(study.Bench, "random_steps", 8)
-    patch.setattr(study.Bench, "random_rounds", 2)
     patch.setattr(study.Scaling, "axes", {"tokens": (16, 64)})
     patch.setattr(study.Scaling, "rounds", 2)
 
