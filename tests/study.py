@@ -1314,7 +1314,7 @@ class Bench(Study):
         only every `stride`-th of its iterations is timed."""
         models, _ = maskrl.random_models(self.size, lab.device, vae=None)
         arms = maskrl.bench_arms(models, self.random_steps)
-        maskrl.make_images(*arms["all together"], 1, maskrl.unchanged)  # warms up
+        maskrl.make_images(*arms["all together"], 1, maskrl.unchanged, iter([0]))  # warms up
         rows = {}
         for name, (model, sampling) in arms.items():
             teacher = model.kind == "teacher"

@@ -101,6 +101,21 @@ def test_seconds_are_lowest_median_and_highest_per_image_decoded(student, monkey
     assert next(pauses, None) is None
 
 
+def test_every_round_draws_other_images_and_all_arms_the_same(monkeypatch):
+    drawn = []
+
+    def watched(model, labels, *rest, seed, **options):
+        drawn.append((tuple(labels.tolist()), seed))
+        return generate(model, labels, *rest, seed=seed, **options)
+
+    generate = maskrl.generate
+    monkeypatch.setattr(maskrl, "generate", watched)
+    rows = maskrl.bench(models_of("student"), steps=1, batches=(2,), rounds=3)["rows"]
+    rounds = [((0, 1), 0), ((1, 2), 1), ((2, 0), 2)]
+    for i, images in enumerate(rounds):
+        assert drawn[i * len(rows) : (i + 1) * len(rows)] == [images] * len(rows)
+
+
 def test_shares_and_factors_are_those_of_the_first_batch_size():
     sizes = []
     models = models_of("teacher", "student")
