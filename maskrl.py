@@ -1168,7 +1168,7 @@ class Contexts:
 
     def refresh(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """All contexts, computed anew."""
-        self.live = slice(None) if self.alike else mask.any(1)
+        self.live = slice(None) if self.alike else mask.any(1).nonzero()[:, 0]
         self.cache = Cache() if self.caches else None
         return self.compute(tokens, mask)
 
@@ -4708,11 +4708,16 @@ def bench(
     """Every arm's seconds per image in every batch size, where they go, and with a judge its
     Fréchet distance; and what each idea contributes. {"rows": {arm: figures}, "factors": ...}.
 
-    seconds: {batch: [lowest, median, highest]} of rounds - 1 rounds, all arms in turns."""
+    seconds: {batch: [lowest, median, highest]} of rounds - 1 rounds, all arms in turns. Every round
+    has a noise of its own, as a learned schedule takes a while for one image and less for another.
+    """
     arms = bench_arms(models, steps)
     rows = {name: {"seconds": {}} for name in arms}
     for batch in batches:
-        calls = {name: partial(make_images, *arm, batch, decode) for name, arm in arms.items()}
+        calls = {
+            name: partial(make_images, *arm, batch, decode, iter(range(rounds)))
+            for name, arm in arms.items()
+        }
         device = next(iter(models.values())).device
         for name, times in seconds_in_turns(calls, rounds, device).items():
             per_image = [times[0] / batch, lower_median(times) / batch, times[-1] / batch]
@@ -4746,10 +4751,11 @@ def factors(rows: dict, batch: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def make_images(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> Trace:
-    """Draw and decode `batch` images of the classes in turn."""
-    labels = torch.arange(batch, device=model.device) % model.num_classes
-    tokens, trace = generate(model, labels, sampling, trace=True)
+def make_images(model: MAR, sampling: Sampling, batch: int, decode, seeds: Iterator[int]) -> Trace:
+    """Draw and decode `batch` images of the next seed, from whose number on classes are in turn."""
+    seed = next(seeds)
+    labels = (seed + torch.arange(batch, device=model.device)) % model.num_classes
+    tokens, trace = generate(model, labels, sampling, seed=seed, trace=True)
     decode(to_images(tokens, model.settings))
     return trace
 
@@ -4779,7 +4785,7 @@ def shares(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> tupl
     ]
     try:
         start = clock(device)
-        trace = make_images(model, sampling, batch, timed_decode)
+        trace = make_images(model, sampling, batch, timed_decode, iter([0]))
         total = clock(device) - start
     finally:
         for hook in hooks:

@@ -25,6 +25,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from datetime import date
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -206,6 +207,17 @@ class Lab:
         watch = maskrl.Watch(settings, self.quality, self.held_out, self.judge)
         before = {"step": -1, "seconds": 0.0} | watch(self.student_with(settings))
         return self.judge_model(policy) | rl_log(out, before)
+
+
+@contextmanager
+def seconds_of_the_cpu(device):
+    """On one CPU thread maskrl's clock counts what this process has of the core, so that other work
+    of the machine is not counted; elsewhere it counts all seconds."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        with mock.patch.object(maskrl, "clock", lambda device: time.process_time()):
+            yield
+    else:
+        yield
 
 
 def finished(path) -> bool:
@@ -1476,48 +1488,56 @@ class Speed(Study):
     title = "Attention caching"
     question = (
         "What does it save to compute only the tokens just revealed and those about to be, between "
-        "refreshes in every Nth iteration and the first few, and what does it cost? *Quality*: a "
-        "small model of 64 tokens, trained on the shapes with `--patch 2`. *Speed*: random weights "
-        "of the size of `small` (and, where measured, of MAR-B), 256 tokens, 64 iterations of the "
-        "student, one image at a time, all in turns; lowest and highest beside the median. A "
-        "refresh of 1 is without a cache."
+        "refreshes in every Nth iteration and the first few, and what does it cost? *Quality*: "
+        "models of 64 tokens, by `python train_distill.py --patch 2 --teacher-iters 2000`, in K "
+        "iterations, the teacher with chains of 25 steps. *Speed*: random weights of the sizes of "
+        "`small` and MAR-B in float32, 256 tokens, 64 iterations of the student, one image at a "
+        "time, all in turns, in milliseconds of one CPU core; lowest and highest beside the "
+        "median. A refresh of 1 is without a cache."
     )
-    settings = {
-        **{"patch": 2, "batch": 24, "teacher_iters": 1200, "gsim_iters": 250},
-        "judge_n": 900,
-    }
+    seeds = "0,1,2"
+    settings = {"patch": 2, "teacher_iters": 2000}
     columns = ("frechet", "precision", "recall", "image_ms", "lowest_ms", "highest_ms")
-    refreshes = (1, 4, 8, 16)
-    trained = {  # kind: how to sample, and at which refreshes
-        "student": ({"steps": 16}, (1, 4, 8, 16)),
-        "teacher": ({"steps": 16, "denoise_steps": 25}, (1, 8)),
-    }
-    sizes = {"small": 4, "mar_b": 2}  # and rounds, of which the first warms up
+    trained = {"student": {}, "teacher": {"denoise_steps": 25}}  # and how to sample
+    iterations, kept = (16, 32, 64), (1, 4, 8)  # of the trained
+    refreshes = (1, 4, 8, 16)  # of the random
+    sizes = {"small": 4, "mar_b": 2}  # and rounds, of which the first warms up; of seed 0
     random_steps = 64
     verdict = (
-        "With a refresh in every 8th iteration, 4 tokens being revealed in each, the student's "
-        "distance is {0[student, refresh 8][frechet]} against "
-        "{0[student, refresh 1][frechet]} without a cache, its precision "
-        "{0[student, refresh 8][precision]} against {0[student, refresh 1][precision]}.",
-        "The teacher's distance is {0[teacher, refresh 8][frechet]} against "
-        "{0[teacher, refresh 1][frechet]}.",
-        "An image by the size `small` comes {0[small, refresh 1 / small, refresh 8][image_ms]} "
-        "times as fast at 8, and {0[small, refresh 1 / small, refresh 16][image_ms]} times at 16.",
-        "By the size of MAR-B: {0[mar_b, refresh 1 / mar_b, refresh 8][image_ms]} and "
+        "In 16 iterations, each of which reveals 4 of 64 tokens, the student's distance is "
+        "{0[student, K = 16, refresh 1][frechet]} without a cache, "
+        "{0[student, K = 16, refresh 4][frechet]} with a refresh in every 4th and "
+        "{0[student, K = 16, refresh 8][frechet]} in every 8th; in 32 iterations "
+        "{0[student, K = 32, refresh 1][frechet]}, {0[student, K = 32, refresh 4][frechet]} and "
+        "{0[student, K = 32, refresh 8][frechet]}.",
+        "In 64, one token at a time and so the share of an image that 64 iterations reveal of 256 "
+        "tokens, it is {0[student, K = 64, refresh 1][frechet]} without a cache and "
+        "{0[student, K = 64, refresh 8][frechet]} in every 8th.",
+        "The teacher's is {0[teacher, K = 16, refresh 1][frechet]}, "
+        "{0[teacher, K = 16, refresh 4][frechet]} and {0[teacher, K = 16, refresh 8][frechet]} in "
+        "16 iterations, and {0[teacher, K = 32, refresh 1][frechet]}, "
+        "{0[teacher, K = 32, refresh 4][frechet]} and {0[teacher, K = 32, refresh 8][frechet]} in "
+        "32.",
+        "An image by the size `small` comes {0[small, refresh 1 / small, refresh 4][image_ms]}, "
+        "{0[small, refresh 1 / small, refresh 8][image_ms]} and "
+        "{0[small, refresh 1 / small, refresh 16][image_ms]} times as fast at 4, 8 and 16, by the "
+        "size of MAR-B {0[mar_b, refresh 1 / mar_b, refresh 4][image_ms]}, "
+        "{0[mar_b, refresh 1 / mar_b, refresh 8][image_ms]} and "
         "{0[mar_b, refresh 1 / mar_b, refresh 16][image_ms]} times.",
     )
 
     def measure(self, lab, only=()):
         small_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
         rows = {}
-        for kind, (how, refreshes) in self.trained.items():
-            for n in refreshes:
-                row = f"{kind}, refresh {n}"
+        for kind, how in self.trained.items():
+            for steps, n in product(self.iterations, self.kept):
+                row = f"{kind}, K = {steps}, refresh {n}"
                 if not only or row.startswith(only):
-                    work = partial(self.judge, small_tokens, kind, Sampling(**how, refresh=n))
+                    sampling = Sampling(steps, refresh=n, **how)
+                    work = partial(self.judge, small_tokens, kind, sampling)
                     rows[row] = small_tokens.result(row, work)
         for size, rounds in self.sizes.items():
-            if not only or size.startswith(only):
+            if lab.seed == 0 and (not only or size.startswith(only)):
                 times = lab.result(f"speed, {size}", partial(self.times, size, rounds, lab.device))
                 shared = {name: times[name] for name in ("hardware", "commit", "date", "threads")}
                 shared["minutes"] = times["minutes"] / len(self.refreshes)
@@ -1537,7 +1557,8 @@ class Speed(Study):
         for n in self.refreshes:
             sampling = Sampling(self.random_steps, refresh=n)
             calls[str(n)] = partial(maskrl.generate, models["student"], [0], sampling)
-        seconds = maskrl.seconds_in_turns(calls, rounds, device)
+        with seconds_of_the_cpu(device):
+            seconds = maskrl.seconds_in_turns(calls, rounds, device)
         return {
             n: {
                 "image_ms": 1000 * maskrl.lower_median(times),
@@ -1546,6 +1567,116 @@ class Speed(Study):
             }
             for n, times in seconds.items()
         }
+
+
+class Bench(Study):
+    title = "Which idea makes an image how much faster"
+    question = (
+        "What `sample.py --bench` tells, in milliseconds of one CPU core: one image at a time, "
+        "median and range; the best of the batches of 1, 8 and 32; where the time of one image "
+        "goes; and the Fréchet distance. *demo*: the checkpoints of `make demo` or, if there are "
+        "none in --out, those of the tutorial. *mar_b*: random weights of MAR-B's size on a CPU, "
+        "256 tokens, 64 iterations, before the autoencoder, for speed only; each student once, and "
+        "of the teachers, who take minutes for an image, every 16th iteration. *Times as fast*: as "
+        "the teacher of 100 steps; of a factor: what it does alone."
+    )
+    columns = (
+        *("image_ms", "lowest_ms", "highest_ms", "best_ms", "best_batch", "steps", "transformer"),
+        *("head", "decoding", "faster", "frechet"),
+    )
+    batches, rounds = (1, 8, 32), 5
+    size, random_steps, stride = "mar_b", 64, 16
+    verdict = tuple(
+        name
+        + ": the one step makes an image {0[X, factor: one step][faster]} times as fast, the "
+        "cache {0[X, factor: cache][faster]} and the schedule {0[X, factor: schedule][faster]} "
+        "times; their product is {0[X, factor: product][faster]}, and measured all together they "
+        "make {0[X, all together][faster]}.".replace("X", key)
+        for key, name in (("demo", "Of the demo"), ("mar_b", "Of MAR-B's size"))
+    )
+
+    def measure(self, lab, only=()):
+        rows = {}
+        for key, work in (("demo", self.demo), (self.size, self.random)):
+            if not only or key.startswith(only):
+                with seconds_of_the_cpu(lab.device):
+                    result = lab.result(f"bench, {key}", partial(work, lab))
+                figures = result.pop("rows")
+                result["minutes"] /= len(figures)
+                rows |= {f"{key}, {name}": result | row for name, row in figures.items()}
+        return rows
+
+    def demo(self, lab):
+        """The bench of the checkpoints in the lab's folder, or of the tutorial's."""
+        folder = lab.out if (lab.out / "policy.pt").exists() else ASSETS / "tutorial"
+        models, decode = maskrl.bench_models(folder / "teacher.pt", lab.device, vae=None)
+        return bench_rows(maskrl.bench(models, decode, lab.judge, None, self.batches, self.rounds))
+
+    def random(self, lab):
+        """The same of random weights; a teacher of this size takes minutes for an image, so that
+        only every `stride`-th of its iterations is timed."""
+        models, _ = maskrl.random_models(self.size, lab.device, vae=None)
+        arms = maskrl.bench_arms(models, self.random_steps)
+        maskrl.make_images(*arms["all together"], 1, maskrl.unchanged, iter([0]))  # warms up
+        rows = {}
+        for name, (model, sampling) in arms.items():
+            teacher = model.kind == "teacher"
+            seconds_of = self.teacher_seconds if teacher else self.student_seconds
+            seconds, shares = seconds_of(model, sampling)
+            rows[name] = {"seconds": {1: [seconds] * 3}, "shares": shares, "steps": sampling.steps}
+        return bench_rows({"rows": rows, "factors": maskrl.factors(rows, 1)})
+
+    @staticmethod
+    def student_seconds(model, sampling) -> tuple[float, dict]:
+        """Seconds of one image, and the shares of its parts."""
+        start = maskrl.clock(model.device)
+        shares, _ = maskrl.shares(model, sampling, 1, maskrl.unchanged)
+        return maskrl.clock(model.device) - start, shares
+
+    @torch.no_grad()
+    def teacher_seconds(self, model, sampling) -> tuple[float, dict]:
+        """The same, of contexts and chains, from one real iteration of every `stride`."""
+        chains, hidden = sampling.chains(sampling.steps), model.length
+        label = torch.zeros(1, dtype=torch.long, device=model.device)
+        tokens = torch.randn(1, model.length, model.channels, device=model.device)
+        place = torch.arange(model.length, device=model.device)[None]
+        spent = dict.fromkeys(maskrl.PARTS, 0.0)
+        for k, count in enumerate(maskrl.reveal_counts(model.length, sampling.steps)):
+            if k % self.stride == self.stride // 2:
+                start = maskrl.clock(model.device)
+                c, c_null = maskrl.class_and_null_context(model, tokens, place < hidden, label)
+                middle = maskrl.clock(model.device)
+                head = maskrl.guided(model.head, c[0, :count], c_null[0, :count], 2.0)
+                chains[k].sample(head, torch.randn_like(tokens[0, :count]), None)
+                spent["transformer"] += self.stride * (middle - start)
+                spent["head"] += self.stride * (maskrl.clock(model.device) - middle)
+            hidden -= count
+        total = sum(spent.values())
+        return total, {part: seconds / total for part, seconds in spent.items()}
+
+
+def bench_rows(result: dict) -> dict:
+    """{"rows": {arm or factor: figures}} of what maskrl.bench gives, one image at a time."""
+    rows = {}
+    _, slowest, _ = result["rows"]["teacher, 100 steps"]["seconds"][1]
+    for name, row in result["rows"].items():
+        low, middle, high = row["seconds"][1]
+        medians = {batch: seconds[1] for batch, seconds in row["seconds"].items()}
+        best = min(medians, key=medians.get)
+        rows[name] = {
+            "image_ms": 1000 * middle,
+            "steps": row["steps"],
+            "faster": slowest / middle,
+            **{part: 100 * share for part, share in row["shares"].items()},
+            **({"frechet": row["frechet"]} if "frechet" in row else {}),
+        }
+        if low < high:
+            rows[name] |= {"lowest_ms": 1000 * low, "highest_ms": 1000 * high}
+        if len(medians) > 1:
+            rows[name] |= {"best_ms": 1000 * medians[best], "best_batch": best}
+    for name in ("one step", "cache", "schedule", "product"):
+        rows[f"factor: {name}"] = {"faster": result["factors"][name]}
+    return {"rows": rows}
 
 
 class Scaling(Study):
@@ -1681,7 +1812,7 @@ STUDIES = {
     for study in (
         *(Story(), Distil(), Gsim(), Longer(), Rivals()),
         *(Variance(), Action(), Critical(), Schedule(), Cost(), Threads()),
-        *(Emoji(), Eyes(), Letters(), TrainSpeed(), Speed(), Scaling()),
+        *(Emoji(), Eyes(), Letters(), TrainSpeed(), Speed(), Bench(), Scaling()),
     )
 }
 
@@ -1705,6 +1836,12 @@ FIGURES = {  # key -> title of the column, decimals (None: text)
     "image_ms": ("ms per image", 2),
     "lowest_ms": ("lowest", 2),
     "highest_ms": ("highest", 2),
+    "best_ms": ("ms in the best batch", 2),
+    "best_batch": ("batch", 0),
+    "transformer": ("transformer, %", 0),
+    "head": ("head, %", 0),
+    "decoding": ("decoding, %", 0),
+    "faster": ("times as fast", 2),
     "generation_ms": ("ms", 1),
     "peak_mb": ("peak memory, MB", 0),
     "time_exponent": ("exponent of time", 2),

@@ -9,6 +9,7 @@ from conftest import error_of, random_model, tiny
 
 import maskrl
 import sample
+from maskrl import Sampling
 
 CPU = ("--device", "cpu", "--threads", 1)
 
@@ -38,8 +39,26 @@ def test_there_is_an_arm_for_each_idea_that_the_models_allow():
         *("teacher, 100 steps", "teacher, 25 steps", "annealed teacher"),
         *("student", "student + cache", "student + schedule", "all together"),
     ]
-    assert arms["student + schedule"][0].schedule is not None
     assert list(maskrl.bench_arms(models_of("teacher"), None)) == list(arms)[:3]
+
+
+def test_an_arm_adds_its_own_idea_and_nothing_else():
+    models = models_of("teacher", "student", "policy")
+    teacher, student, policy = models.values()
+    arms = maskrl.bench_arms(models, 8)
+    assert arms == {
+        "teacher, 100 steps": (teacher, Sampling(8, denoise_steps=100)),
+        "teacher, 25 steps": (teacher, Sampling(8, denoise_steps=25)),
+        "annealed teacher": (teacher, Sampling(8, denoise_steps=(50, 5))),
+        "student": (student, Sampling(8)),
+        "student + cache": (student, Sampling(8, refresh=8)),
+        "student + schedule": (policy, Sampling()),
+        "all together": (policy, Sampling(refresh=8)),
+    }
+    del models["policy"]
+    arms = maskrl.bench_arms(models, 8)
+    assert arms["student + schedule"] == (student, Sampling(2))
+    assert arms["all together"] == (student, Sampling(2, refresh=8))
 
 
 def test_without_a_policy_the_schedule_is_a_quarter_of_the_iterations():
@@ -69,18 +88,96 @@ def test_calls_are_timed_in_turns_and_the_first_round_is_left_out():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_shares_say_where_the_seconds_go_and_leave_the_model_as_it_was(student):
-    def slow(images):
-        time.sleep(0.2)
-        return images
+def test_seconds_are_lowest_median_and_highest_per_image_decoded(student, monkeypatch):
+    pauses = iter([0.5, 0.4, 0.1, 0.2, 0.0])  # the first round's is not counted; shares
 
-    parts, steps = maskrl.shares(student, maskrl.Sampling(4), 2, slow)
+    def slow(images):
+        assert images.shape == (2, 3, 8, 8)
+        time.sleep(next(pauses))
+
+    monkeypatch.setattr(maskrl, "bench_arms", lambda models, steps: {"a": (student, Sampling(1))})
+    result = maskrl.bench({"student": student}, slow, batches=(2,), rounds=4)
+    assert result["rows"]["a"]["seconds"][2] == pytest.approx([0.05, 0.1, 0.2], abs=0.04)
+    assert next(pauses, None) is None
+
+
+def test_every_round_draws_other_images_and_all_arms_the_same(monkeypatch):
+    drawn = []
+
+    def watched(model, labels, *rest, seed, **options):
+        drawn.append((tuple(labels.tolist()), seed))
+        return generate(model, labels, *rest, seed=seed, **options)
+
+    generate = maskrl.generate
+    monkeypatch.setattr(maskrl, "generate", watched)
+    rows = maskrl.bench(models_of("student"), steps=1, batches=(2,), rounds=3)["rows"]
+    rounds = [((0, 1), 0), ((1, 2), 1), ((2, 0), 2)]
+    for i, images in enumerate(rounds):
+        assert drawn[i * len(rows) : (i + 1) * len(rows)] == [images] * len(rows)
+
+
+def test_shares_and_factors_are_those_of_the_first_batch_size():
+    sizes = []
+    models = models_of("teacher", "student")
+    result = maskrl.bench(models, lambda x: sizes.append(len(x)), None, 1, (1, 3), rounds=2)
+    arms = len(result["rows"])
+    assert sizes == [1] * 2 * arms + [3] * 2 * arms + [1] * arms
+    first, other = (maskrl.factors(result["rows"], batch) for batch in (1, 3))
+    assert result["factors"] == first != other
+
+
+def test_a_distance_is_of_the_images_of_its_own_arm():
+    models = models_of("teacher", "student")
+    labels = torch.arange(6) % 3
+
+    class Judge:
+        def __call__(self, images):
+            return {"frechet": float(images.square().mean())}
+
+    judge = Judge()
+    judge.labels = labels
+    rows = maskrl.bench(models, judge=judge, steps=4, batches=(1,), rounds=2)["rows"]
+    expected = {}
+    for name, (model, sampling) in maskrl.bench_arms(models, 4).items():
+        images, _ = maskrl.generate_many(model, labels, sampling, model.settings.seed, name)
+        expected[name] = judge(images)["frechet"]
+    assert {name: row["frechet"] for name, row in rows.items()} == expected
+    assert len(set(expected.values())) == 6  # a single iteration is never cached
+
+
+@pytest.mark.parametrize("slow", ["transformer", "head", "decoding"])
+def test_the_slow_part_has_the_share(student, slow):
+    def pause(*_):
+        time.sleep(0.05)
+
+    inside = {"transformer": student.decoder_blocks[0], "head": student.head.input_proj}
+    if slow in inside:
+        inside[slow].register_forward_hook(pause)
+    decode = (lambda images: time.sleep(0.2)) if slow == "decoding" else maskrl.unchanged
+    parts, steps = maskrl.shares(student, Sampling(4), 2, decode)
     assert steps == 4
-    assert min(parts.values()) > 0 and sum(parts.values()) < 1
-    fast, _ = maskrl.shares(student, maskrl.Sampling(4), 2, maskrl.unchanged)
-    assert fast["decoding"] < parts["decoding"]
+    assert parts.keys() == set(maskrl.PARTS)
+    assert parts[slow] > 0.5 and min(parts.values()) > 0 and sum(parts.values()) < 1
+
+
+def test_shares_leave_the_model_as_it_was(student):
+    maskrl.shares(student, Sampling(4), 2, maskrl.unchanged)
     assert not any(module._forward_hooks for module in student.modules())
     assert not any(module._forward_pre_hooks for module in student.modules())
+
+
+def test_the_table_shows_the_median_the_range_the_best_batch_and_the_product():
+    row = {
+        "seconds": {1: [0.1, 0.2, 0.4], 8: [0.01, 0.03, 0.9], 32: [0.02, 0.05, 0.06]},
+        "shares": {"transformer": 0.5, "head": 0.25, "decoding": 0.125},
+        **{"steps": 7.0, "frechet": 1.5},
+    }
+    factors = {"one step": 2, "cache": 3, "schedule": 4, "product": 24, "all together": 20}
+    _, line, last = maskrl.bench_table({"rows": {"an arm": row}, "factors": factors}).splitlines()
+    assert line.split() == [
+        *("an", "arm", "0.2", "(0.1-0.4)", "0.03", "(8)", "7.0", "50%", "25%", "12%", "1.50"),
+    ]
+    assert last.endswith("one step 2.0 x cache 3.00 x schedule 4.00 = 24; measured all together 20")
 
 
 def test_the_bench_of_a_checkpoint_judges_it_and_what_lies_beside_it(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import error_of, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskrl
 import sample
@@ -200,6 +201,43 @@ def test_finished_images_are_left_out_from_the_next_refresh_on(policy, monkeypat
     assert unfinished[-1] < 32
     at_refresh = [unfinished[k if k < 3 else k - k % 2] for k in range(len(unfinished))]
     assert sizes == at_refresh
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_only_visible_tokens_are_encoded_and_only_revealed_ones_denoised(kind):
+    """Class and null class in one batch; the chain calls the head in every step of its own."""
+    model, encoded, denoised = generator_of(kind), [], []
+    model.encoder_blocks[0].register_forward_pre_hook(lambda _, x: encoded.append(x[0].shape[:2]))
+    model.head.input_proj.register_forward_pre_hook(lambda _, x: denoised.append(len(x[0])))
+    chain = 1 if kind == "student" else 3
+    sampling = Sampling(8, denoise_steps=chain)
+    _, trace = maskrl.generate(model, LABELS, sampling, trace=True)
+    passes = 1 if kind == "student" else 2
+    visible = 16 - trace.hidden()[0]
+    buffer = model.settings.buffer
+    assert encoded == [(passes * 4, buffer + n) for n in visible.tolist()]
+    assert denoised == (passes * trace.counts.sum(0)).repeat_interleave(chain).tolist()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a GPU's host wait for the size of a result: places of true values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else ()
+        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+        self.count += len(masks) + (name == "nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, most", [("student", 1), ("teacher", 1), ("policy", 2)])
+def test_an_iteration_looks_for_places_once_and_a_policy_also_for_unfinished_images(kind, most):
+    model = generator_of(kind)
+    with Reads() as reads:
+        _, trace = maskrl.generate(model, LABELS, trace=True)
+    assert 0 < reads.count <= most * int(trace.steps.max())
 
 
 @pytest.mark.parametrize("refresh", [0, -1])
