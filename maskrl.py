@@ -35,8 +35,8 @@ Letters, the same in the papers, the docstrings and the code:
     P, G             prompts (class labels); rollouts of each prompt, which are its group
     R, A             reward, advantage
 
-In sections 9 and 10 sigma is the exploration noise, alpha the exponent of speed, and beta the
-weight of the KL divergence.
+In sections 9 and 10 mu is the mean of z, sigma the standard deviation of an action, alpha the
+exponent of speed, and beta the weight of the KL divergence.
 """
 
 import argparse

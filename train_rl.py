@@ -4,7 +4,8 @@ r"""RL on the one-step student: a quality reward, a speed reward, and only the c
     python train_rl.py                                    # from nothing: teacher, student, then RL
     python train_rl.py --student runs/demo/student.pt     # RL on a student that is there
     python train_rl.py --student runs/demo/student.pt --alpha 0 --no-learn-steps --out runs/quality
-    python train_rl.py --student runs/demo/student.pt --method backprop --out runs/backprop
+    python train_rl.py --student runs/demo/student.pt --action x --out runs/x      # train all of it
+    python train_rl.py --student runs/demo/student.pt --action x --method backprop --out runs/marval
     python train_rl.py --student runs/demo/student.pt --reward clip --out runs/clip
     python train_rl.py --student runs/b/student.pt --vae kl16.ckpt --data imagenet/train \
         --reward clip                                     # of a student that makes latents
