@@ -98,7 +98,8 @@ def test_what_is_written_is_read_back_in_every_shape(tmp_path, shape):
     for original, flag in ((model, False), (ema, True)):
         again = maskrl.load_mar(path, flag, num_heads=model.settings.heads)
         assert all(getattr(again.settings, name) == value for name, value in shape.items())
-        sampling = maskrl.Sampling(steps=2, guidance=2.0, denoise_steps=3)
+        assert again.settings.order == "random"  # as MAR reveals
+        sampling = maskrl.Sampling(steps=2, guidance=2.0, denoise_steps=3, order="random")
         made = [maskrl.generate(m, [0, 2], sampling) for m in (original, again)]
         assert torch.equal(*made)
 
