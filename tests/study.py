@@ -734,8 +734,8 @@ class Action(Study):
         "rollouts: the action z or x, by the policy gradient or by the reward's own gradient "
         "(MARVAL-RL); graph: what autograd keeps for an update. *Re-noised* arms are not trained: "
         "the student's token is noised to a sigma / alpha and cleaned by the same head, as an "
-        "action with a clean-up step would do it. The run was held up by other work: its seconds do not "
-        "compare, and are not shown."
+        "action with a clean-up step would do it. Other work held the run up: its seconds do "
+        "not compare, and are not shown."
     )
     seeds = "0,1,2"
     rows_key = "arms"
