@@ -36,7 +36,7 @@ from maskrl import InputError, NonFinite
 QUICK = (
     "--image-size 8 --patch 4 --width 16 --depth 1 --heads 1 --buffer 1 --head-width 16 "
     "--head-depth 1 --steps 4 --teacher-iters 8 --gsim-iters 4 --rl-iters 4 --judge-iters 3 "
-    "--judge-n 18 --per-class 20 --batch 8 --prompts 2 --group 4 --denoise-steps 2 --device cpu "
+    "--judge-n 18 --per-class 20 --batch 7 --prompts 3 --group 3 --denoise-steps 2 --device cpu "
     "--threads 1"
 ).split()
 
@@ -827,11 +827,13 @@ def assert_close(a, b):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
-def test_two_processes_train_like_one(uninterrupted, tmp_path):
-    """Teacher, GSIM and RL: the same losses. A signal to one of them stops both, and one process
-    finishes what they began."""
-    (whole, _), out = uninterrupted("rl"), tmp_path / "out"
-    processes = side_by_side("rl", [*QUICK, "--out", out], tmp_path)
+@pytest.mark.parametrize("action", maskrl.ACTIONS)
+def test_two_processes_train_like_one(uninterrupted, tmp_path, action):
+    """Teacher, GSIM and RL, on batches that two do not divide: the same losses. A signal to one of
+    them stops both, and one process finishes what they began."""
+    (whole, _), out = uninterrupted("rl", "--action", action), tmp_path / "out"
+    options = [*QUICK, "--action", action]
+    processes = side_by_side("rl", [*options, "--out", out], tmp_path)
     at_work(out, lines=13)
     os.kill(processes[1].pid, signal.SIGTERM)
     for process in processes:
@@ -839,7 +841,7 @@ def test_two_processes_train_like_one(uninterrupted, tmp_path):
     said = (tmp_path / "output 0").read_text() + (tmp_path / "output 1").read_text()
     assert [process.exitcode for process in processes] == [143, 143], said
     begun = maskrl.read_log(out)
-    argv = [*QUICK, "--out", out, "--resume"]
+    argv = [*options, "--out", out, "--resume"]
     code, said = child.finish("rl", argv, tmp_path / "output", every=2)
     assert code == 0, said
     log = maskrl.read_log(out)
