@@ -870,22 +870,6 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
     assert "error: process 0 lost another one" in (tmp_path / "output 0").read_text()
 
 
-def test_a_signal_that_torchrun_passes_on_once_more_does_not_stop_at_once():
-    """Ctrl-C reaches all processes, and then again by way of torchrun."""
-    dist = torch.distributed
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with maskrl.held_signals() as noted:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert noted == [signal.SIGTERM, signal.SIGTERM]
-    finally:
-        dist.destroy_process_group()
-    with pytest.raises(maskrl.Stopped), maskrl.held_signals():  # where there is no torchrun
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def torchrun(script, argv, output):
     """The command itself: its process, and the numbers of the two that it started."""
