@@ -172,9 +172,9 @@ class Settings:
     action: str = option("z", "z ~ N(mu(c), 1), or x ~ N(g(z, c), sigma^2)", choices=ACTIONS)
     rl_steps: str = option("critical", "which steps are optimised", choices=RL_STEPS)
     critical_steps: int = option(4, "K_c, how many of them per rollout", at_least=1)
-    rl_tokens: str = option("revealed", "which tokens of such a step count", choices=RL_TOKENS)
-    rl_epochs: int = option(1, "generator updates per batch of rollouts", at_least=1)
-    explore: float = option(0.1, "sigma of the Gaussian policy around the student", above=0)
+    rl_tokens: str = option("revealed", "of --action x: which tokens count", choices=RL_TOKENS)
+    rl_epochs: int = option(1, "of --action x: updates per batch of rollouts", at_least=1)
+    explore: float = option(0.1, "of --action x: sigma, and unit of the routing's H", above=0)
     route: float = option(0.0, "more exploration for prompts of low entropy", at_least=0)
     clip_ratio: float = option(0.2, "epsilon of the clipped ratio", above=0)
     beta: float = option(0.05, "weight of KL(policy || student)", at_least=0)
@@ -200,6 +200,8 @@ class Settings:
             raise InputError(
                 f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens"
             )
+        if self.action == "z" and (self.rl_tokens != "revealed" or self.rl_epochs != 1):
+            raise InputError("--rl-tokens and --rl-epochs need --action x")
 
     @property
     def length(self) -> int:
@@ -1071,10 +1073,10 @@ class Noise:
     sigma: Tensor | float = 0.0
 
 
-def draw_noise(model: MAR, n: int, generator, order="random") -> Noise:
-    """An order, random or Halton's, and z for n images."""
+def draw_noise(model: MAR, n: int, generator, kind="random") -> Noise:
+    """An order of one of the kinds ORDERS, and z, for n images."""
     shape, device = (n, model.length), generator.device
-    if order == "random":
+    if kind == "random":
         order = torch.rand(shape, generator=generator, device=device).argsort(1)
     else:
         order = halton_order(math.isqrt(model.length), n, generator)
@@ -1090,10 +1092,10 @@ def halton_order(side: int, n: int, generator) -> Tensor:
     into them. Ours: each image shifts the grid around its edges, and half of them transpose it."""
     first_visit = halton_cells(side).to(generator.device)
     y, x = first_visit // side, first_visit % side
-    shift = {"size": (2, n, 1), "generator": generator, "device": generator.device}
-    dy, dx = torch.randint(side, **shift)
+    drawn = {"generator": generator, "device": generator.device}
+    dy, dx = torch.randint(side, (2, n, 1), **drawn)
     y, x = (y + dy) % side, (x + dx) % side
-    swap = torch.rand(n, 1, generator=generator, device=generator.device) < 0.5
+    swap = torch.rand(n, 1, **drawn) < 0.5
     return torch.where(swap, x * side + y, y * side + x).flip(1)  # the end is revealed first
 
 
@@ -1687,7 +1689,7 @@ def routing(model: MAR, labels: Tensor, generator, draws: int = 8) -> Tensor:
     """The factor on the sigma of each prompt's actions [P], 1 or more (MaskFocus, dynamic routing).
 
     The half of the prompts with the lower entropy H explores 1 + route exp(-H) times as much. H =
-    max(0, mean over tokens and channels of log(std / sigma)), the std being that of one-step
+    max(0, mean over tokens and channels of log(std / explore)), the std being that of one-step
     predictions of a wholly hidden image over `draws` of z.
     Differs from the paper, which routes the samples of a group step by step and gives each token
     the temperature T exp(-H / alpha) + T_min: our samples share class and order, so that they are
@@ -1712,24 +1714,23 @@ def rollout(
     not only the schedule's. What a group shares leaves the gradient unbiased and quiets it. Where
     routing heats a prompt, its rows explore with a larger sigma, and each shuffles the order a
     little, because exploration in MaskFocus also changes which positions are revealed."""
-    settings, generator = model.settings, rng(seed, "shared", device=labels.device)
-    shared = draw_noise(model, len(labels), generator, settings.order)
-    heat = torch.ones(len(labels), device=labels.device)
+    settings, device = model.settings, labels.device
+    drawn = {"generator": rng(seed, "shared", device=device), "device": device}
+    noise = draw_noise(model, len(labels), drawn["generator"], settings.order)
+    heat = torch.ones(len(labels), device=device)
     if settings.route and explore:
-        heat = routing(model, labels, generator)
-    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(settings.group)
-    labels, order, z, sigma = labels[rows], shared.order[rows], shared.z[rows], heat[rows]
-    if settings.route and explore:
-        place = order.argsort(1) / model.length  # in [0, 1)
-        jitter = torch.randn(place.shape, generator=generator, device=labels.device)
-        order = (place + (sigma[:, None] - 1) * jitter).argsort(1)  # our choice of how little
-    noise = Noise(order, z)
+        heat = routing(model, labels, drawn["generator"])
+    rows = torch.arange(len(labels), device=device).repeat_interleave(settings.group)
+    labels, noise.order, noise.z, heat = (v[rows] for v in (labels, noise.order, noise.z, heat))
+    sigma = heat
     if explore and settings.action == "z":
-        own_z = torch.randn(z.shape, generator=generator, device=labels.device)
-        noise.z = sigma[:, None, None] * own_z
+        noise.z = sigma[:, None, None] * torch.randn(noise.z.shape, **drawn)
     elif explore:
-        sigma = settings.explore * sigma
+        sigma = settings.explore * heat
         noise.sigma = sigma[:, None, None]
+    place = noise.order.argsort(1) / model.length  # in [0, 1)
+    jitter = (heat[:, None] - 1) * torch.randn(place.shape, **drawn)  # our choice of how little
+    noise.order = (place + jitter).argsort(1)
     trace = "predictions" if predictions else True
     tokens, trace = generate(model, labels, noise=noise, seed=seed, trace=trace)
     return Rollouts(tokens, trace, labels, quality(to_images(tokens, settings), labels), sigma)
@@ -4673,10 +4674,10 @@ BENCH_REFRESH = 8  # of the arms with a cache
 PARTS = ("transformer", "head", "decoding")
 
 
-def bench_arms(models: dict[str, MAR], steps: int | None) -> dict:
+def bench_arms(models: dict[str, MAR], steps: int | tuple | None) -> dict:
     """{name: (model, Sampling)} of what `models`, {kind: model}, allow: each idea alone, and all.
 
-    steps: K of a fixed schedule (None: the checkpoint's). The schedule is the learned one of a
+    steps: as of Sampling (None: the checkpoint's). The schedule is the learned one of a
     policy or, without a policy, a quarter of the student's iterations."""
     teacher, student, policy = (models.get(kind) for kind in ("teacher", "student", "policy"))
     arms = {}
@@ -4691,7 +4692,7 @@ def bench_arms(models: dict[str, MAR], steps: int | None) -> dict:
         arms["student + schedule"] = policy, Sampling()
         arms["all together"] = policy, Sampling(refresh=BENCH_REFRESH)
     elif student:
-        fewer = max(1, (steps or student.settings.steps) // 4)
+        fewer = max(1, len(Sampling(steps).counts(student.length, student.settings)) // 4)
         arms["student + schedule"] = student, Sampling(fewer)
         arms["all together"] = student, Sampling(fewer, refresh=BENCH_REFRESH)
     return arms

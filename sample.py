@@ -118,7 +118,11 @@ def parse(argv=None):
 
 def steps_or_counts(text):
     """The value of --steps: a number, or a tuple of counts."""
-    counts = tuple(map(int, text.split(",")))
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        message = f"{text!r} is neither a number nor counts such as 1,2,3,4,6"
+        raise argparse.ArgumentTypeError(message) from None
     return counts[0] if len(counts) == 1 else counts
 
 

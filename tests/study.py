@@ -300,8 +300,8 @@ class Study:
         return type(self).__name__.lower()
 
     def rows(self, lab: Lab) -> dict:
-        """{row name: function that gives its figures}"""
-        raise NotImplementedError
+        """{row name: function that gives its figures}; not asked for by a `measure` of its own."""
+        return {}
 
     def measure(self, lab: Lab, only=()) -> dict:
         """{row name: figures} of one seed; only: beginnings of row names."""
@@ -610,9 +610,6 @@ class Distil(Generators):
         "{0[student, random order][frechet]}: at one token an iteration the order does not matter.",
     )
 
-    def measure(self, lab, only=()):
-        return with_issue_names(super().measure(lab, only), lab)
-
 
 class Variance(Study):
     title = "Where the reward's variance comes from"
@@ -625,6 +622,7 @@ class Variance(Study):
         "the steps, which a quarter of them holds: the critical ones, the first, random ones, and "
         "the best there are."
     )
+    seeds = "0,1,2"
     columns = (
         *("total", "correlation", "critical", "first", "random", "best", "tokens"),
         *("held_out_correlation", "held_out_critical", "held_out_first"),
@@ -727,20 +725,37 @@ def shares(gain, variance) -> dict:
     return {"correlation": float(correlation.mean()), **held}
 
 
-class Action(Study):
+class Reinforcements(Study):
+    """A study of RL runs, whose course it draws."""
+
+    rows_key = "arms"
+
+    def draw(self, rows, path):
+        drawing = subplots(path, CURVE_TITLES)
+        if not drawing:
+            return
+        axes, save = drawing
+        for axis, key in zip(axes, WATCHED):
+            for name, runs in rows.items():
+                if all("curve" in run for run in runs.values()):
+                    plot_curves(axis, list(runs.values()), "updates", key, name)
+        save()
+
+
+class Action(Reinforcements):
     title = "Which action? (RL at a fixed number of steps)"
     question = (
         "Quality alone is the reward, K = 8, all steps are optimised, and every arm has as many "
         "rollouts: the action z or x, by the policy gradient or by the reward's own gradient "
         "(MARVAL-RL); graph: what autograd keeps for an update. *Re-noised* arms are not trained: "
         "the student's token is noised to a sigma / alpha and cleaned by the same head, as an "
-        "action with a clean-up step would do it. Other work held the run up: its seconds do "
-        "not compare, and are not shown."
+        "action with a clean-up step would do it."
     )
     seeds = "0,1,2"
-    rows_key = "arms"
     settings = {"steps": 8, "rl_steps": "all", "learn_steps": False, "alpha": 0.0, "rl_iters": 40}
-    columns = (*("quality", "held_out", "frechet", "precision", "recall", "kl", "graph_mb"),)
+    columns = (
+        *("quality", "held_out", "frechet", "precision", "recall", "kl", "graph_mb", "seconds"),
+    )
     arms = {
         "z": {},
         "x": {"action": "x"},
@@ -752,7 +767,7 @@ class Action(Study):
         "The noise policy brings the quality from {0[start][quality]} to {0[z][quality]}, the "
         "held-out reward from {0[start][held_out]} to {0[z][held_out]} and the distance from "
         "{0[start][frechet]} to {0[z][frechet]}; noise around the token to {0[x][quality]}, "
-        "{0[x][held_out]} and {0[x][frechet]}.",
+        "{0[x][held_out]} and {0[x][frechet]}, in {0[x / z][seconds]} times the time.",
         "The held-out reward of z is above that of x on {0[z > x][held_out]}, its precision on "
         "{0[z > x][precision]}, its quality on {0[z > x][quality]}.",
         "By the reward's own gradient z comes to {0[backprop, z][quality]}, "
@@ -774,9 +789,6 @@ class Action(Study):
             name = f"re-noised, {ratio:g}"
             rows[name] = partial(lab.result, name, partial(self.renoised, lab, ratio, K))
         return rows
-
-    def measure(self, lab, only=()):
-        return with_issue_names(super().measure(lab, only), lab)
 
     def arm(self, lab, name, overrides):
         graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
@@ -816,28 +828,8 @@ class Action(Study):
         with mock.patch.object(maskrl, "one_step", two_steps):
             return lab.judge_model(lab.student, Sampling(K))
 
-    def draw(self, rows, path):
-        drawing = subplots(path, CURVE_TITLES)
-        if not drawing:
-            return
-        axes, save = drawing
-        for axis, key in zip(axes, WATCHED):
-            for name, runs in rows.items():
-                if all("curve" in run for run in runs.values()):
-                    plot_curves(axis, list(runs.values()), "updates", key, name)
-        save()
 
-
-def with_issue_names(rows: dict, lab) -> dict:
-    """Rows with `iterations` beside `steps`, and the `seconds` that their updates took."""
-    for row in rows.values():
-        if "steps" in row:
-            row["iterations"] = row["steps"]
-        row["seconds"] = row["curve"]["seconds"][-1] if "curve" in row else 0.0
-    return rows
-
-
-class Critical(Study):
+class Critical(Reinforcements):
     title = "RL on which steps? (MaskFocus)"
     question = (
         "64 tokens (`--patch 2`), a fixed schedule of 16 iterations, quality alone as the reward, "
@@ -846,7 +838,6 @@ class Critical(Study):
         "all steps count as the critical ones reveal."
     )
     seeds = "0,1,2"
-    rows_key = "arms"
     lab_settings = {"patch": 2, "teacher_iters": 2000}
     settings = {
         "steps": 16,
@@ -857,6 +848,7 @@ class Critical(Study):
     }
     columns = (
         *("quality", "held_out", "frechet", "precision", "recall", "kl", "tokens", "not_first"),
+        "seconds",
     )
     verdict = (
         "In as many updates the quality goes from {0[start][quality]} to {0[critical][quality]} on "
@@ -869,14 +861,16 @@ class Critical(Study):
         "as many tokens of any step on {0[critical > any, in equal numbers][quality]}, than all on "
         "{0[critical > all][quality]}; their distance is {0[critical / start][frechet]} times the "
         "student's.",
-        "They count {0[critical][tokens]} tokens of an image instead of {0[all][tokens]}.",
+        "They count {0[critical][tokens]} tokens of an image instead of {0[all][tokens]}, and take "
+        "{0[critical / all][seconds]} times as long: an update of the noise policy costs next to "
+        "nothing beside its rollouts, where information gain needs a prediction of every token.",
     )
     picture = ("critical.png", "mean and range of the seeds")
 
     def measure(self, lab, only=()):
         settings = self.lab_settings
         small_tokens = Lab(lab.out.parent / "patch2", lab.seed, lab.device, **settings)
-        return with_issue_names(super().measure(small_tokens, only), lab)
+        return super().measure(small_tokens, only)
 
     def rows(self, lab):
         rows = {"start": partial(lab.judged, "student", steps=self.settings["steps"])}
@@ -904,17 +898,6 @@ class Critical(Study):
             trace, rollouts.tokens, settings, training.mean_image, generator
         )
         return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
-
-    def draw(self, rows, path):
-        drawing = subplots(path, CURVE_TITLES)
-        if not drawing:
-            return
-        axes, save = drawing
-        for axis, key in zip(axes, WATCHED):
-            for name, runs in rows.items():
-                if name != "start":
-                    plot_curves(axis, list(runs.values()), "updates", key, name)
-        save()
 
 
 class EqualNumbers(maskrl.PolicyGradient):
@@ -984,9 +967,6 @@ class Schedule(Study):
         for K in self.cosine:
             rows[f"cosine, K = {K}"] = partial(self.fixed, lab, lab.policy, Sampling(K))
         return {name: partial(lab.result, f"schedule, {name}", f) for name, f in rows.items()}
-
-    def measure(self, lab, only=()):
-        return with_issue_names(super().measure(lab, only), lab)
 
     def fixed(self, lab, model, sampling):
         return self.figures(lab, *self.images(lab, model, sampling))
@@ -1978,6 +1958,8 @@ def save_result(study: Study, seed: int, measured: dict) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text())[study.rows_key] if path.exists() else {}
     for name, figures in measured.items():
+        if study.rows_key == "arms":
+            figures = as_arm(figures)
         rows.setdefault(name, {})[str(seed)] = rounded(figures)
     runs = [figures for seeds in rows.values() for figures in seeds.values()]
     every_seed = sorted({int(seed) for seeds in rows.values() for seed in seeds})
@@ -1997,6 +1979,12 @@ def save_result(study: Study, seed: int, measured: dict) -> dict:
     }
     path.write_text(as_lines(content) + "\n")
     return rows
+
+
+def as_arm(figures: dict) -> dict:
+    """Figures with `iterations` for `steps`, and the `seconds` that RL took, if there was any."""
+    seconds = figures["curve"]["seconds"][-1] if "curve" in figures else 0.0
+    return figures | {"iterations": figures["steps"], "seconds": seconds}
 
 
 def distinct(runs, key) -> str:

@@ -63,7 +63,7 @@ def test_an_arm_adds_its_own_idea_and_nothing_else():
 
 def test_without_a_policy_the_schedule_is_a_quarter_of_the_iterations():
     models = models_of("student")
-    for steps, fewer in ((None, 2), (16, 4), (2, 1)):
+    for steps, fewer in ((None, 2), (16, 4), (2, 1), ((1, 2, 3, 10), 1)):
         arms = maskrl.bench_arms(models, steps)
         taken = [sampling.steps for _, sampling in arms.values()]
         assert taken == [steps, steps, fewer, fewer]

@@ -88,6 +88,10 @@ def test_no_setting_may_be_infinite_or_nan(name, value):
         ("predicts", "v", "--predicts v must be one of x_0, velocity, eps"),
         ("rl_steps", "foo", "--rl-steps foo must be one of critical, random, first, all"),
         ("rl_tokens", "foo", "--rl-tokens foo must be one of revealed, hidden, fresh"),
+        ("rl_tokens", "fresh", "--rl-tokens and --rl-epochs need --action x"),
+        ("rl_epochs", 2, "--rl-tokens and --rl-epochs need --action x"),
+        ("order", "up", "--order up must be one of random, halton"),
+        ("action", "y", "--action y must be one of z, x"),
     ],
 )
 def test_a_setting_outside_its_limits_is_refused_by_its_option(name, value, said):

@@ -281,6 +281,8 @@ def test_wrong_input_to_sample_ends_in_one_line_and_exit_code_2(run, tmp_path, c
         ([student, "--threads", 0, *to], "--threads 0 must lie in 1"),
         ([student, "--steps", 0, *to], "--steps 0"),
         ([student, "--steps", 99, *to], "--steps 99"),
+        ([student, "--steps", "1,2", *to], "--steps (1, 2) must be counts that sum to 16"),
+        ([student, "--steps", "few", *to], "'few' is neither a number nor counts"),
         ([student, "--n", 0, *to], "--n 0 must be at least 1"),
     ]
     if not torch.cuda.is_available():
