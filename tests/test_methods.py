@@ -479,6 +479,7 @@ def test_halton_spreads_the_tokens_of_an_iteration():
     random = torch.rand(200, 64, generator=maskrl.rng("order")).argsort(1)
     halton_turns, random_turns = halton.view(200, 8, 8), random.view(200, 8, 8)
     assert nearest(halton_turns) > 1.15 * nearest(random_turns)
+    assert nearest(halton_turns[:, -1]) > 1.3 * nearest(random_turns[:, -1])  # revealed first
 
 
 def test_radical_inverse_mirrors_the_digits():
@@ -1421,6 +1422,24 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
     assert 0 < once < four_times < clipped[0] < 0.5 * unclipped[0]
     assert clipped[1] > 0.1
     assert unclipped[1] == 0
+
+
+@ACTIONS
+def test_the_schedule_learns_from_rollouts_without_noise_around_the_tokens(student, action):
+    training, seen = policy_gradient(student, action=action), []
+    training.schedule_update = lambda trace, A: seen.append(trace)
+    qualities = []
+
+    def quality(images, labels):
+        qualities.append(images)
+        return brightness(images, labels)
+
+    training.quality = quality
+    training.update(FOUR_PROMPTS, 3)
+    (trace,) = seen
+    means = maskrl.to_images(trace.means, student.settings)
+    torch.testing.assert_close(qualities[-1], means)
+    assert len(qualities) == (2 if action == "x" else 1)
 
 
 def test_a_constant_reward_moves_nothing(student):
