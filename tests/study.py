@@ -1101,8 +1101,8 @@ class Cost(Study):
     )
     verdict = (
         "An update of GSIM takes {0[GSIM update][ms]} ms. One of RL takes "
-        "{0[RL update, x, critical][ms]} ms on the critical steps and {0[RL update, x, all][ms]} ms "
-        "on all with the action x, {0[RL update, z, critical][ms]} and {0[RL update, z, all][ms]} "
+        "{0[RL update, x, critical][ms]} ms on the critical steps and {0[RL update, x, all][ms]} "
+        "ms on all with the action x, {0[RL update, z, critical][ms]} and {0[RL update, z, all][ms]} "
         "ms with z: its own update costs next to nothing beside the rollouts, so that the "
         "predictions which information gain needs cost more than critical steps can save.",
     )
