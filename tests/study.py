@@ -834,37 +834,43 @@ class Action(Reinforcements):
 class Critical(Reinforcements):
     title = "RL on which steps? (MaskFocus)"
     question = (
-        "64 tokens (`--patch 2`), a fixed schedule of 16 iterations, quality alone as the reward, "
-        "the action z. Each arm optimises four of the 16 steps, or all; tokens: how many of an "
-        "image's count in an update. *In equal numbers*: as many of the tokens of random or of "
-        "all steps count as the critical ones reveal."
+        "64 tokens (`--patch 2`), quality alone as the reward, the action z, and two fixed "
+        "schedules: in 6 iterations the student leaves the reward something to gain, in 16 its "
+        "images are nearly as good as real ones. Each arm optimises two of the 6 steps, four of "
+        "the 16, or all. *Equal numbers*: of random tokens, as many as the critical steps reveal. "
+        "*gained*: quality, over the student in as many iterations; tokens: how many of an "
+        "image's count in an update; seconds: of the process, with the rollouts."
     )
     seeds = "0,1,2"
     lab_settings = {"patch": 2, "teacher_iters": 2000}
-    settings = {
-        "steps": 16,
-        "critical_steps": 4,
-        "learn_steps": False,
-        "alpha": 0.0,
-        "rl_iters": 40,
-    }
+    settings = {"learn_steps": False, "alpha": 0.0, "rl_iters": 40}
+    critical = {6: 2, 16: 4}  # K: how many of its steps
     columns = (
-        *("quality", "held_out", "frechet", "precision", "recall", "kl", "tokens", "not_first"),
+        *("quality", "gained", "held_out", "frechet", "precision", "recall", "kl", "tokens"),
+        *("not_first", "seconds"),
     )
     verdict = (
-        "In as many updates the quality goes from {0[start][quality]} to {0[critical][quality]} on "
-        "the critical steps, {0[first][quality]} on the first, {0[random][quality]} on random ones "
-        "and {0[all][quality]} on all, and the held-out reward from {0[start][held_out]} to "
-        "{0[critical][held_out]}, {0[first][held_out]}, {0[random][held_out]} and "
-        "{0[all][held_out]}.",
-        "Critical steps have a higher quality than the first on "
-        "{0[critical > first][quality]}, than random ones on {0[critical > random][quality]}, than "
-        "as many tokens of any step on {0[critical > any, in equal numbers][quality]}, than all on "
-        "{0[critical > all][quality]}; their distance is {0[critical / start][frechet]} times the "
-        "student's.",
-        "They count {0[critical][tokens]} tokens of an image instead of {0[all][tokens]}.",
+        "In 6 iterations and as many updates RL gains {0[K = 6, critical][gained]} on the critical "
+        "steps, {0[K = 6, first][gained]} on the first, {0[K = 6, random][gained]} on random ones, "
+        "{0[K = 6, equal numbers][gained]} on as many tokens of any step and "
+        "{0[K = 6, all][gained]} on all.",
+        "Critical steps gain more than random ones on "
+        "{0[K = 6, critical > K = 6, random][gained]}, than as many tokens of any step on "
+        "{0[K = 6, critical > K = 6, equal numbers][gained]}, than all on "
+        "{0[K = 6, critical > K = 6, all][gained]}, and than the first on "
+        "{0[K = 6, critical > K = 6, first][gained]}.",
+        "In half of the updates they gain {0[K = 6, critical, halfway / K = 6, all][gained]} "
+        "times as much as all steps, in "
+        "{0[K = 6, critical, halfway / K = 6, all][seconds]} times the seconds.",
+        "Quality costs distance: {0[K = 6, critical / K = 6, start][frechet]} times the student's "
+        "on the critical steps, {0[K = 6, critical, halfway / K = 6, start][frechet]} "
+        "after half of the updates, {0[K = 6, first / K = 6, start][frechet]} on the first and "
+        "{0[K = 6, all / K = 6, start][frechet]} on all.",
+        "In 16 iterations quality goes from {0[K = 16, start][quality]} to "
+        "{0[K = 16, critical][quality]} on the critical steps, {0[K = 16, first][quality]} on the "
+        "first, {0[K = 16, random][quality]} on random ones and {0[K = 16, all][quality]} on all.",
     )
-    picture = ("critical.png", "mean and range of the seeds")
+    picture = ("critical.png", "the course of RL in 6 iterations")
 
     def measure(self, lab, only=()):
         settings = self.lab_settings
@@ -872,18 +878,26 @@ class Critical(Reinforcements):
         return super().measure(small_tokens, only)
 
     def rows(self, lab):
-        rows = {"start": partial(lab.judged, "student", steps=self.settings["steps"])}
-        for how in maskrl.RL_STEPS:
-            rows[how] = partial(self.arm, lab, how, {"rl_steps": how})
-        equal = "any, in equal numbers"
-        rows[equal] = partial(self.arm, lab, equal, {"rl_steps": "critical"}, EqualNumbers)
+        rows = {}
+        for K, k in self.critical.items():
+            settings = self.settings | {"steps": K, "critical_steps": k, "rl_steps": "critical"}
+            half = settings["rl_iters"] // 2
+            arms = {how: {"rl_steps": how} for how in maskrl.RL_STEPS}
+            arms |= {"equal numbers": {}, "critical, halfway": {"rl_iters": half}}
+            rows[f"K = {K}, start"] = partial(lab.judged, "student", steps=K)
+            for name, overrides in arms.items():
+                method = EqualNumbers if name == "equal numbers" else maskrl.PolicyGradient
+                name = f"K = {K}, {name}"
+                rows[name] = partial(self.arm, lab, name, settings | overrides, method)
         return rows
 
-    def arm(self, lab, name, overrides, method=maskrl.PolicyGradient):
-        overrides = self.settings | overrides
+    def arm(self, lab, name, overrides, method):
         counted = lab.result(f"tokens, {name}", partial(self.tokens, lab, overrides))
+        start = lab.judged("student", steps=overrides["steps"])
         with mock.patch.object(maskrl, "PolicyGradient", method):
-            return lab.reinforcement(name, **overrides) | {"tokens": counted["tokens"]}
+            figures = lab.reinforcement(name, **overrides)
+        gained = figures["quality"] - start["quality"]
+        return figures | {"gained": gained, "tokens": counted["tokens"]}
 
     @staticmethod
     def tokens(lab, overrides):
@@ -897,6 +911,10 @@ class Critical(Reinforcements):
             trace, rollouts.tokens, settings, training.mean_image, generator
         )
         return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
+
+    def draw(self, rows, path):
+        arms = {name.removeprefix("K = 6, "): rows[name] for name in rows if "K = 6" in name}
+        super().draw(arms, path)
 
 
 class EqualNumbers(maskrl.PolicyGradient):
@@ -1810,6 +1828,7 @@ FIGURES = {  # key -> title of the column, decimals (None: text)
     "diversity": ("diversity", 3),
     "nearest": ("nearest", 2),
     "quality": ("quality", 3),
+    "gained": ("gained", 3),
     "reward": ("reward", 3),
     "held_out": ("held-out reward", 3),
     "steps": ("iterations", 1),
