@@ -180,6 +180,7 @@ class Settings:
     beta: float = option(0.05, "weight of KL(policy || student)", at_least=0)
     learn_steps: bool = option(True, "learn a schedule of at most --steps iterations")
     schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0, at_most=1000)
+    schedule_iters: int = option(100, "then, updates of the schedule alone, with 4 P", at_least=0)
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
     # reward network and judge
     judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
@@ -239,7 +240,7 @@ PRESETS = {
     "tiny": {},  # the built-in shapes
     "folder": {  # a folder of images, on a CPU
         "image_size": 32, "steps": 32, "batch": 32, "draws": 2, "teacher_iters": 12_000,
-        "gsim_iters": 1200, "rl_iters": 50, "judge_iters": 800,
+        "gsim_iters": 1200, "rl_iters": 50, "schedule_iters": 25, "judge_iters": 800,
     },
     "small": {  # a folder of images, on a GPU
         "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
@@ -1002,7 +1003,8 @@ class Sampling:
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
     DiSA (2505.20297). temperature: factor on the chain's noise. refresh: all contexts are computed
     only in the first few iterations and every so many (see `unmask`); 1 is exact. order: in which
-    tokens are revealed (None: settings.order), see `draw_noise`. progress: show a bar."""
+    tokens are revealed (None: settings.order), see `draw_noise`. greedy: a learned schedule takes
+    its most probable count; else it draws one, as in rollouts. progress: show a bar."""
 
     steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
@@ -1011,6 +1013,7 @@ class Sampling:
     progress: bool = False
     refresh: int = 1
     order: str | None = None
+    greedy: bool = True
 
     def resolve(self, model: MAR) -> "Sampling":
         """The same with nothing left open; InputError where it does not suit the model's kind."""
@@ -1262,7 +1265,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             count = torch.full_like(hidden, fixed[k])
         else:
             state = schedule_state(c, mask)
-            action = schedule.sample(state, hidden, generator)
+            action = schedule.choose(state, hidden, None if sampling.greedy else generator)
             count = schedule.count(action, hidden)
             record["states"].append(state)
             record["actions"].append(action)
@@ -1586,11 +1589,13 @@ class SchedulePolicy(nn.Module):
         possible[:, -1] = True
         return self.net(features).masked_fill(~possible, -math.inf).log_softmax(-1)
 
-    def sample(self, states: Tensor, hidden: Tensor, generator) -> Tensor:
-        """Actions [N] drawn from pi."""
+    def choose(self, states: Tensor, hidden: Tensor, generator=None) -> Tensor:
+        """Actions [N]: drawn from pi or, without a generator, the most probable ones."""
         probabilities = self.log_probs(states, hidden).exp()
         if not probabilities.isfinite().all():
             raise NonFinite("the schedule's probabilities are infinite or NaN")
+        if generator is None:
+            return probabilities.argmax(1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
     def count(self, actions: Tensor, hidden: Tensor) -> Tensor:
@@ -1732,7 +1737,7 @@ def rollout(
     jitter = (heat[:, None] - 1) * torch.randn(place.shape, **drawn)  # our choice of how little
     noise.order = (place + jitter).argsort(1)
     trace = "predictions" if predictions else True
-    tokens, trace = generate(model, labels, noise=noise, seed=seed, trace=trace)
+    tokens, trace = generate(model, labels, Sampling(greedy=False), noise, seed=seed, trace=trace)
     return Rollouts(tokens, trace, labels, quality(to_images(tokens, settings), labels), sigma)
 
 
@@ -1835,13 +1840,26 @@ class PolicyGradient:
         elif A.any():
             metrics |= self.generator_update(rollouts, A, steps, generator)
         if self.model.schedule is not None:
-            if settings.action == "x":  # whose noise the reward takes for damage
-                seed = (seed, "schedule")
-                rollouts = rollout(self.model, self.quality, labels, seed, False, explore=False)
-                _, A = self.rewards_of(rollouts)
-            if A.any():
-                metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
+            if settings.action == "x":
+                alone = self.update_schedule(labels, (seed, "schedule"))
+                metrics["schedule_clipped"] = alone["schedule_clipped"]
+            else:
+                metrics["schedule_clipped"] = self.schedule_updates(rollouts.trace, A)
         return metrics
+
+    def update_schedule(self, labels: Tensor, seed) -> dict[str, float]:
+        """G rollouts of each class of `labels` [P], then updates of the schedule alone.
+
+        They are without noise around the tokens, which the reward takes for damage."""
+        explore = self.model.settings.action == "z"
+        rollouts = rollout(self.model, self.quality, labels, seed, False, explore)
+        R, A = self.rewards_of(rollouts)
+        return {
+            "reward": R.mean().item(),
+            "quality": rollouts.quality.mean().item(),
+            "steps": rollouts.trace.steps.float().mean().item(),
+            "schedule_clipped": self.schedule_updates(rollouts.trace, A),
+        }
 
     def rewards_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """R and A [B]."""
@@ -1928,11 +1946,13 @@ class PolicyGradient:
         means_of = {name: sum(s * m[name] for s, m in seen) for name in seen[0][1]}
         return means_of | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
 
-    def schedule_update(self, trace: Trace, A: Tensor) -> float:
+    def schedule_updates(self, trace: Trace, A: Tensor) -> float:
         """Updates of the schedule policy on all its choices in a Trace; the clip fraction.
 
         It starts from nothing, so there is no base model that a KL could hold it to."""
         schedule, settings = self.model.schedule, self.model.settings
+        if not A.any():
+            return 0.0
         row, step = ((trace.counts > 0) & (A != 0)[:, None]).nonzero(as_tuple=True)
         states, hidden = trace.states[row, step], trace.hidden()[row, step]
         actions = trace.actions[row, step, None]
@@ -2969,7 +2989,10 @@ def train_policy(
     student: MAR, settings: Settings, quality, data: Data, out, resume=False, measure=None
 ) -> PolicyGradient:
     """RL on the student, written to out/policy.pt; returns the training, whose `model` is the
-    policy and whose `reference` is the policy at its start."""
+    policy and whose `reference` is the policy at its start.
+
+    At the end the schedule learns alone, what suits the generator as it has become: from more
+    rollouts per update, at a learning rate that falls to 0."""
     torch.manual_seed(settings.seed)
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
     occurring, mean = data.labels, mean_image(data, settings).to(student.device)
@@ -2978,14 +3001,22 @@ def train_policy(
         return quality(data.decode(made), labels)
 
     training = method(student, settings, quality_of_made, mean)
+    last = settings.schedule_iters if training.model.schedule is not None else 0
 
     def update(step):
+        alone = step - settings.rl_iters  # updates of the schedule alone before this one
+        prompts = settings.prompts if alone < 0 else 4 * settings.prompts
         generator = rng(settings.seed, "rl", step)
-        index = torch.randint(len(occurring), (settings.prompts,), generator=generator)
-        labels = occurring[index]
-        return training.update(labels.to(student.device), (settings.seed, "rollout", step))
+        index = torch.randint(len(occurring), (prompts,), generator=generator)
+        labels, seed = occurring[index].to(student.device), (settings.seed, "rollout", step)
+        if alone < 0:
+            return training.update(labels, seed)
+        lr = settings.schedule_lr * (1 - alone / last)
+        training.optimizers["schedule"].param_groups[0]["lr"] = lr
+        return training.update_schedule(labels, seed)
 
-    train(training, update, Path(out) / "policy.pt", settings.rl_iters, resume, measure, every=25)
+    iters = settings.rl_iters + last
+    train(training, update, Path(out) / "policy.pt", iters, resume, measure, every=25)
     training.model.eval()
     return training
 

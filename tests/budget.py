@@ -226,6 +226,18 @@ def rl_passes(settings: maskrl.Settings, how: str) -> tuple[int, float]:
     return contexts, predicted + (3 + 1) * pairs * L / K
 
 
+def rl_stage(settings: maskrl.Settings, how: str) -> tuple[int, float, float]:
+    """Updates, contexts and tokens of RL with what its schedule then learns alone: from the
+    rollouts of four times the prompts."""
+    contexts, tokens = rl_passes(settings, how)
+    alone = 4 * settings.schedule_iters * rollouts(settings)
+    return (
+        settings.rl_iters + settings.schedule_iters,
+        settings.rl_iters * contexts + alone * settings.steps,
+        settings.rl_iters * tokens + alone * settings.length,
+    )
+
+
 def rl_activation_bytes(
     settings: maskrl.Settings, how: str, tokens: float, channels: int = 16
 ) -> int:
@@ -296,12 +308,12 @@ def stages(settings: maskrl.Settings) -> dict[str, Stage]:
         ),
     }
     for how in ("critical", "all"):
-        contexts, tokens = rl_passes(settings, how)
+        updates, contexts, tokens = rl_stage(settings, how)
         result[f"RL, {how}"] = Stage(
-            settings.rl_iters,
+            updates,
             network_bytes(count, RL_COPIES, precision),
             rl_activation_bytes(settings, how, settings.length, channels),
-            flops_of(contexts, tokens / HEAD_ROWS),
+            flops_of(contexts / updates, tokens / updates / HEAD_ROWS),
         )
     return result
 
@@ -374,8 +386,9 @@ def hours_of_released(settings: maskrl.Settings, K: int = 64) -> dict[str, float
     teacher = 2 * (K * context + settings.denoise_steps * settings.length * denoise) + decode
     student = K * context + settings.length * denoise + decode
     gsim = time_of(update_flops(settings, settings.batch))
-    contexts, tokens = rl_passes(settings, "critical")
-    rl = contexts * context + tokens * denoise + rollouts(settings) * decode
+    _, contexts, tokens = rl_stage(settings, "critical")
+    decoded = (settings.rl_iters + 4 * settings.schedule_iters) * rollouts(settings)
+    rl = contexts * context + tokens * denoise + decoded * decode
     fixed = [max(1, K >> i) for i in range(5)]  # schedules that a learned one must beat
     return {
         "1000 images of the teacher": 1000 * teacher,
@@ -384,7 +397,7 @@ def hours_of_released(settings: maskrl.Settings, K: int = 64) -> dict[str, float
         "GSIM, --gsim-iters": settings.gsim_iters * gsim,
         "GSIM, 30 epochs as in the paper": 30 * IMAGENET / settings.batch * gsim,
         "progress and report of distilling": WATCHED * student + JUDGED * (teacher + 3 * student),
-        "RL, --rl-iters": settings.rl_iters * rl,
+        "RL, --rl-iters": rl,
         "report of RL": 2 * JUDGED * sum(fixed) / K * student,
     }
 

@@ -30,6 +30,7 @@ SMALL = {
     "teacher_iters": 6,
     "gsim_iters": 4,
     "rl_iters": 2,
+    "schedule_iters": 1,
     "prompts": 2,
     "group": 4,
     "denoise_steps": 5,
@@ -77,8 +78,9 @@ def policy():
 # Options of the scripts for a run of seconds
 SHORT = (
     "--image-size 8 --patch 2 --width 32 --depth 1 --heads 2 --head-width 32 --head-depth 1 "
-    "--steps 8 --teacher-iters 6 --gsim-iters 4 --rl-iters 2 --judge-iters 5 --judge-n 90 "
-    "--per-class 20 --batch 16 --prompts 2 --group 4 --denoise-steps 3 --device cpu --threads 1"
+    "--steps 8 --teacher-iters 6 --gsim-iters 4 --rl-iters 2 --schedule-iters 1 "
+    "--judge-iters 5 --judge-n 90 --per-class 20 --batch 16 --prompts 2 --group 4 "
+    "--denoise-steps 3 --device cpu --threads 1"
 ).split()
 
 

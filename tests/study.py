@@ -843,32 +843,38 @@ class Critical(Reinforcements):
     )
     seeds = "0,1,2"
     lab_settings = {"patch": 2, "teacher_iters": 2000}
-    settings = {"learn_steps": False, "alpha": 0.0, "rl_iters": 40}
-    critical = {6: 2, 16: 4}  # K: how many of its steps
+    settings = {
+        "steps": 6,
+        "critical_steps": 2,
+        "learn_steps": False,
+        "alpha": 0.0,
+        "rl_iters": 40,
+    }
+    near_the_ceiling = {"steps": 16, "critical_steps": 4}
     columns = (
         *("quality", "gained", "held_out", "frechet", "precision", "recall", "kl", "tokens"),
         *("not_first", "seconds"),
     )
     verdict = (
-        "In 6 iterations and as many updates RL gains {0[K = 6, critical][gained]} on the critical "
-        "steps, {0[K = 6, first][gained]} on the first, {0[K = 6, random][gained]} on random ones, "
-        "{0[K = 6, equal numbers][gained]} on as many tokens of any step and "
-        "{0[K = 6, all][gained]} on all.",
+        "In 6 iterations and as many updates RL gains {0[critical][gained]} on the critical "
+        "steps, {0[first][gained]} on the first, {0[random][gained]} on random ones, "
+        "{0[equal numbers][gained]} on as many tokens of any step and "
+        "{0[all][gained]} on all.",
         "Critical steps gain more than random ones on "
-        "{0[K = 6, critical > K = 6, random][gained]}, than as many tokens of any step on "
-        "{0[K = 6, critical > K = 6, equal numbers][gained]}, than all on "
-        "{0[K = 6, critical > K = 6, all][gained]}, and than the first on "
-        "{0[K = 6, critical > K = 6, first][gained]}.",
-        "In half of the updates they gain {0[K = 6, critical, halfway / K = 6, all][gained]} "
+        "{0[critical > random][gained]}, than as many tokens of any step on "
+        "{0[critical > equal numbers][gained]}, than all on "
+        "{0[critical > all][gained]}, and than the first on "
+        "{0[critical > first][gained]}.",
+        "In half of the updates they gain {0[critical, halfway / all][gained]} "
         "times as much as all steps, in "
-        "{0[K = 6, critical, halfway / K = 6, all][seconds]} times the seconds.",
-        "Quality costs distance: {0[K = 6, critical / K = 6, start][frechet]} times the student's "
-        "on the critical steps, {0[K = 6, critical, halfway / K = 6, start][frechet]} "
-        "after half of the updates, {0[K = 6, first / K = 6, start][frechet]} on the first and "
-        "{0[K = 6, all / K = 6, start][frechet]} on all.",
-        "In 16 iterations quality goes from {0[K = 16, start][quality]} to "
-        "{0[K = 16, critical][quality]} on the critical steps, {0[K = 16, first][quality]} on the "
-        "first, {0[K = 16, random][quality]} on random ones and {0[K = 16, all][quality]} on all.",
+        "{0[critical, halfway / all][seconds]} times the seconds.",
+        "Quality costs distance: {0[critical / start][frechet]} times the student's "
+        "on the critical steps, {0[critical, halfway / start][frechet]} "
+        "after half of the updates, {0[first / start][frechet]} on the first and "
+        "{0[all / start][frechet]} on all.",
+        "In 16 iterations quality goes from {0[start, K = 16][quality]} to "
+        "{0[critical, K = 16][quality]} on the critical steps, {0[first, K = 16][quality]} on the "
+        "first, {0[random, K = 16][quality]} on random ones and {0[all, K = 16][quality]} on all.",
     )
     picture = ("critical.png", "the course of RL in 6 iterations")
 
@@ -878,17 +884,18 @@ class Critical(Reinforcements):
         return super().measure(small_tokens, only)
 
     def rows(self, lab):
-        rows = {}
-        for K, k in self.critical.items():
-            settings = self.settings | {"steps": K, "critical_steps": k, "rl_steps": "critical"}
-            half = settings["rl_iters"] // 2
-            arms = {how: {"rl_steps": how} for how in maskrl.RL_STEPS}
-            arms |= {"equal numbers": {}, "critical, halfway": {"rl_iters": half}}
-            rows[f"K = {K}, start"] = partial(lab.judged, "student", steps=K)
-            for name, overrides in arms.items():
-                method = EqualNumbers if name == "equal numbers" else maskrl.PolicyGradient
-                name = f"K = {K}, {name}"
-                rows[name] = partial(self.arm, lab, name, settings | overrides, method)
+        ceiling = self.near_the_ceiling
+        return self.arms(lab, {}) | self.arms(lab, ceiling, f", K = {ceiling['steps']}")
+
+    def arms(self, lab, overrides, suffix=""):
+        settings = self.settings | {"rl_steps": "critical"} | overrides
+        arms = {how: {"rl_steps": how} for how in maskrl.RL_STEPS}
+        arms |= {"equal numbers": {}, "critical, halfway": {"rl_iters": settings["rl_iters"] // 2}}
+        rows = {f"start{suffix}": partial(lab.judged, "student", steps=settings["steps"])}
+        for name, own in arms.items():
+            method = EqualNumbers if name == "equal numbers" else maskrl.PolicyGradient
+            name += suffix
+            rows[name] = partial(self.arm, lab, name, settings | own, method)
         return rows
 
     def arm(self, lab, name, overrides, method):
@@ -913,8 +920,7 @@ class Critical(Reinforcements):
         return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
 
     def draw(self, rows, path):
-        arms = {name.removeprefix("K = 6, "): rows[name] for name in rows if "K = 6" in name}
-        super().draw(arms, path)
+        super().draw({name: rows[name] for name in rows if "K = " not in name}, path)
 
 
 class EqualNumbers(maskrl.PolicyGradient):
@@ -946,9 +952,9 @@ class Schedule(Study):
         "The demo's policy, whose schedule was learned from clean rollouts, and fixed schedules of "
         "the same generator: the cosine ones, and the best of all count vectors of 3 to 8 "
         "iterations that do not decrease, searched by reward on images of other noise. *Shuffled*: "
-        "each image gets the schedule that was chosen for another one of its class. `margin`: mean "
-        "difference of the reward from the best vector's on the same classes, orders and z, with "
-        "its standard error."
+        "each image gets the schedule that was chosen for another one of its class. *Drawn*: counts "
+        "are drawn from the policy, not the most probable ones. `margin`: mean difference of the "
+        "reward from the best vector's on the same classes, orders and z, with its standard error."
     )
     seeds = "0,1,2"
     rows_key = "arms"
@@ -968,7 +974,8 @@ class Schedule(Study):
         "distance is {0[learned / student][frechet]} times the student's, its quality is above "
         "the student's on {0[learned > student][quality]}, its held-out reward on "
         "{0[learned > student][held_out]}.",
-        "In random orders the same policy comes to a distance of "
+        "Its margin is {0[learned, drawn][margin]} where counts are drawn. In random orders the "
+        "same policy comes to a distance of "
         "{0[learned, random order][frechet]} instead of {0[learned][frechet]}.",
     )
 
@@ -977,6 +984,7 @@ class Schedule(Study):
             "student": partial(self.fixed, lab, lab.student, Sampling()),
             "untrained": partial(self.untrained, lab),
             "learned": partial(self.learned, lab, Sampling()),
+            "learned, drawn": partial(self.learned, lab, Sampling(greedy=False)),
             "learned, random order": partial(self.learned, lab, Sampling(order="random")),
             "shuffled": partial(self.shuffled, lab),
             "vector": partial(self.vector, lab),
@@ -994,7 +1002,7 @@ class Schedule(Study):
     def untrained(self, lab):
         model = deepcopy(lab.policy)
         maskrl.add_schedule(model)
-        return self.fixed(lab, model, Sampling())
+        return self.fixed(lab, model, Sampling(greedy=False))
 
     def vector(self, lab):
         counts = self.best_vector(lab)
@@ -1473,7 +1481,16 @@ class Letters(Folder):
         "train_rl.py --data runs/folders/letters --teacher-iters 6000 --gsim-iters 600 --rl-iters "
         "25`, half of what the defaults for a folder without a GPU are."
     )
-    options = ("--teacher-iters", "6000", "--gsim-iters", "600", "--rl-iters", "25")
+    options = (
+        "--teacher-iters",
+        "6000",
+        "--gsim-iters",
+        "600",
+        "--rl-iters",
+        "25",
+        "--schedule-iters",
+        "25",
+    )
     verdict = Emoji.verdict
     picture = ("letters_samples.png", "the eight letters, seed 0")
 

@@ -196,7 +196,8 @@ def test_finished_images_are_left_out_from_the_next_refresh_on(policy, monkeypat
         return context(model, tokens, *inputs)
 
     monkeypatch.setattr(maskrl.MAR, "context", watched)
-    _, trace = maskrl.generate(policy, LABELS.repeat(8), Sampling(refresh=2), trace=True)
+    sampling = Sampling(refresh=2, greedy=False)
+    _, trace = maskrl.generate(policy, LABELS.repeat(8), sampling, trace=True)
     unfinished = (trace.counts > 0).sum(0).tolist()
     assert unfinished[-1] < 32
     at_refresh = [unfinished[k if k < 3 else k - k % 2] for k in range(len(unfinished))]

@@ -14,8 +14,8 @@ import train_rl
 
 SIDE = 8
 SHORT = (
-    "--gsim-iters 2 --rl-iters 1 --judge-iters 2 --batch 8 --prompts 2 --group 2 "
-    "--denoise-steps 2 --device cpu --threads 1"
+    "--gsim-iters 2 --rl-iters 1 --schedule-iters 1 --judge-iters 2 --batch 8 "
+    "--prompts 2 --group 2 --denoise-steps 2 --device cpu --threads 1"
 ).split()
 
 

@@ -591,7 +591,7 @@ def test_generate_alone_takes_a_students_one_step_without_guidance():
 def test_generate_alone_takes_a_policys_learned_counts(policy):
     """Unless the number of steps is asked for."""
     labels = torch.arange(12) % 3
-    _, trace = maskrl.generate(policy, labels, trace=True)
+    _, trace = maskrl.generate(policy, labels, Sampling(greedy=False), trace=True)
     hidden = trace.hidden()
     taken = hidden > 0
     chosen = policy.schedule.count(trace.actions[taken], hidden[taken])
@@ -600,6 +600,21 @@ def test_generate_alone_takes_a_policys_learned_counts(policy):
     _, fixed = maskrl.generate(policy, labels, Sampling(steps=4), trace=True)
     assert fixed.counts.tolist() == [maskrl.reveal_counts(16, 4)] * 12
     assert fixed.actions is None
+
+
+def test_a_learned_schedule_takes_the_most_probable_count_and_explores_in_rollouts(policy):
+    torch.nn.init.normal_(policy.schedule.net[-1].weight)
+    labels = torch.arange(12) % 3
+    rollouts = maskrl.rollout(policy, always_one, labels, 0)
+    for trace, greedy in (
+        (maskrl.generate(policy, labels, trace=True)[1], True),
+        (rollouts.trace, False),
+    ):
+        hidden = trace.hidden()
+        taken = hidden > 0
+        log_probs = policy.schedule.log_probs(trace.states[taken], hidden[taken])
+        most_probable = log_probs.argmax(1) == trace.actions[taken]
+        assert most_probable.all() == greedy
 
 
 def test_labels_may_be_a_list_of_integers(student):
@@ -699,7 +714,8 @@ def test_completing_an_image_keeps_what_is_known_and_sees_it(kind):
 @torch.no_grad()
 def test_a_trace_agrees_with_what_was_generated(policy):
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    tokens, trace = maskrl.generate(policy, labels, seed=1, trace="predictions")
+    sampling = Sampling(greedy=False)
+    tokens, trace = maskrl.generate(policy, labels, sampling, seed=1, trace="predictions")
     mask, revealed = trace.masks()
     assert len(set(trace.steps.tolist())) > 1  # rows differ in their number of steps
     assert torch.equal(revealed.sum(2), trace.counts)
@@ -1351,7 +1367,8 @@ def test_only_steps_that_an_image_took_are_optimised(policy, settings, how):
     """Under a learned schedule images take different numbers of steps; each has all of K_c
     optimised, or all that it took."""
     s = settings(critical_steps=6, rl_steps=how)
-    tokens, trace = maskrl.generate(policy, torch.arange(12) % 3, trace="predictions")
+    labels, sampling = torch.arange(12) % 3, Sampling(greedy=False)
+    tokens, trace = maskrl.generate(policy, labels, sampling, trace="predictions")
     assert trace.steps.min() < 6 < trace.steps.max()
     steps = maskrl.optimised_steps(trace, tokens, s, 0.0, maskrl.rng(0))
     assert not (steps & (trace.counts == 0)).any()
@@ -1427,7 +1444,7 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
 @ACTIONS
 def test_the_schedule_learns_from_rollouts_without_noise_around_the_tokens(student, action):
     training, seen = policy_gradient(student, action=action), []
-    training.schedule_update = lambda trace, A: seen.append(trace)
+    training.schedule_updates = lambda trace, A: seen.append(trace)
     qualities = []
 
     def quality(images, labels):

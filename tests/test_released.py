@@ -470,7 +470,8 @@ def test_checkpointing_is_used_by_the_student_and_the_auxiliary_network(monkeypa
 
 SHORT = (
     "--judge-iters 4 --judge-n 18 --per-class 20 --batch 8 --prompts 2 --group 4 --steps 3 "
-    "--gsim-iters 2 --rl-iters 1 --critical-steps 2 --denoise-steps 3 --device cpu"
+    "--gsim-iters 2 --rl-iters 1 --schedule-iters 1 --critical-steps 2 "
+    "--denoise-steps 3 --device cpu"
 ).split()
 
 

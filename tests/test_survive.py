@@ -35,9 +35,9 @@ from maskrl import InputError, NonFinite
 
 QUICK = (
     "--image-size 8 --patch 4 --width 16 --depth 1 --heads 1 --buffer 1 --head-width 16 "
-    "--head-depth 1 --steps 4 --teacher-iters 8 --gsim-iters 4 --rl-iters 4 --judge-iters 3 "
-    "--judge-n 18 --per-class 20 --batch 7 --prompts 3 --group 3 --denoise-steps 2 --device cpu "
-    "--threads 1"
+    "--head-depth 1 --steps 4 --teacher-iters 8 --gsim-iters 4 --rl-iters 4 --schedule-iters 2 "
+    "--judge-iters 3 --judge-n 18 --per-class 20 --batch 7 --prompts 3 --group 3 "
+    "--denoise-steps 2 --device cpu --threads 1"
 ).split()
 
 
@@ -133,7 +133,7 @@ def test_a_run_that_is_stopped_at_random_ends_like_one_that_is_not(
     dice = random.Random(seed)
     numbers = dice.choices(list(EXITS), k=2)
     moments = [(number, dice.uniform(0.02, 0.9)) for number in numbers]
-    longer = "--teacher-iters 24 --gsim-iters 8 --rl-iters 8".split()
+    longer = "--teacher-iters 24 --gsim-iters 8 --rl-iters 8 --schedule-iters 4".split()
     codes = check_kills(script, moments, uninterrupted, tmp_path, *longer)
     print(f"{script}: {codes}")
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import digits
@@ -135,6 +136,41 @@ def test_a_batch_is_mirrored_only_on_request_and_then_half_of_it(data):
 
 
 # 13 Training loop ---------------------------------------------------------------------------------
+
+
+def test_at_the_end_the_schedule_learns_alone_from_four_times_the_prompts(data, tmp_path):
+    """At a learning rate that falls to 0, while the noise policy stays as it is."""
+    settings = tiny(alpha=1.0, rl_iters=1)
+    seen, rates = [], []
+    student = maskrl.MAR(settings, data.classes, "student")
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    def quality(images, labels):
+        seen.append(len(labels))
+        return images.mean((1, 2, 3)).sigmoid()
+
+    def flat(module):
+        return torch.cat([p.flatten() for p in module.parameters()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        policies = []
+        for iters in (0, 2):
+            short = replace(settings, schedule_iters=iters)
+            out = tmp_path / str(iters)
+            policies.append(maskrl.train_policy(student, short, quality, data, out).model)
+    assert seen == [8, 8, 32, 32]  # G = 4 of P = 2, then of 4 P
+    epochs = maskrl.PolicyGradient.policy_epochs
+    assert rates[-2 * epochs :] == [3e-3] * epochs + [1.5e-3] * epochs
+    (before, start), (after, end) = (
+        (flat(policy.noise_policy), flat(policy.schedule)) for policy in policies
+    )
+    assert torch.equal(before, after)
+    assert not torch.equal(start, end)
 
 
 def test_training_keeps_the_weights_that_measured_best(tmp_path):
