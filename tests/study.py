@@ -952,9 +952,10 @@ class Schedule(Study):
         "The demo's policy, whose schedule was learned from clean rollouts, and fixed schedules of "
         "the same generator: the cosine ones, and the best of all count vectors of 3 to 8 "
         "iterations that do not decrease, searched by reward on images of other noise. *Shuffled*: "
-        "each image gets the schedule that was chosen for another one of its class. *Drawn*: counts "
-        "are drawn from the policy, not the most probable ones. `margin`: mean difference of the "
-        "reward from the best vector's on the same classes, orders and z, with its standard error."
+        "each image gets the schedule that was chosen for another one of its class. *Drawn*: "
+        "counts are drawn from the policy, not the most probable ones. `margin`: mean difference "
+        "of the reward from the best vector's on the same classes, orders and z, with its standard "
+        "error."
     )
     seeds = "0,1,2"
     rows_key = "arms"
@@ -1482,14 +1483,8 @@ class Letters(Folder):
         "25`, half of what the defaults for a folder without a GPU are."
     )
     options = (
-        "--teacher-iters",
-        "6000",
-        "--gsim-iters",
-        "600",
-        "--rl-iters",
-        "25",
-        "--schedule-iters",
-        "25",
+        *("--teacher-iters", "6000", "--gsim-iters", "600"),
+        *("--rl-iters", "25", "--schedule-iters", "25"),
     )
     verdict = Emoji.verdict
     picture = ("letters_samples.png", "the eight letters, seed 0")
