@@ -852,8 +852,8 @@ class Critical(Reinforcements):
     }
     near_the_ceiling = {"steps": 16, "critical_steps": 4}
     columns = (
-        *("quality", "gained", "held_out", "frechet", "precision", "recall", "kl", "tokens"),
-        *("not_first", "seconds"),
+        *("quality", "gained", "held_out", "frechet", "drift", "precision", "recall", "kl"),
+        *("tokens", "not_first", "seconds"),
     )
     verdict = (
         "In 6 iterations and as many updates RL gains {0[critical][gained]} on the critical "
@@ -865,16 +865,19 @@ class Critical(Reinforcements):
         "{0[critical > equal numbers][gained]}, than all on "
         "{0[critical > all][gained]}, and than the first on "
         "{0[critical > first][gained]}.",
-        "In half of the updates they gain {0[critical, halfway / all][gained]} "
-        "times as much as all steps, in "
-        "{0[critical, halfway / all][seconds]} times the seconds.",
-        "Quality costs distance: {0[critical / start][frechet]} times the student's "
-        "on the critical steps, {0[critical, halfway / start][frechet]} "
-        "after half of the updates, {0[first / start][frechet]} on the first and "
-        "{0[all / start][frechet]} on all.",
-        "In 16 iterations quality goes from {0[start, K = 16][quality]} to "
-        "{0[critical, K = 16][quality]} on the critical steps, {0[first, K = 16][quality]} on the "
-        "first, {0[random, K = 16][quality]} on random ones and {0[all, K = 16][quality]} on all.",
+        "In half of the updates they gain {0[critical, halfway / all][gained]} times as much as all "
+        "steps, in {0[critical, halfway / all][seconds]} times the seconds, and more than all on "
+        "{0[critical, halfway > all][gained]}.",
+        "Quality costs distance: {0[critical][drift]} times the student's on the critical steps, "
+        "{0[critical, halfway][drift]} after half of the updates, {0[first][drift]} on the first "
+        "and {0[all][drift]} on all.",
+        "In 16 iterations, where the student's quality is {0[start, K = 16][quality]}, they gain "
+        "{0[critical, K = 16][gained]} on the critical steps ({0[critical, halfway, K = 16][gained]} "
+        "after half of the updates), {0[first, K = 16][gained]} on the first, "
+        "{0[random, K = 16][gained]} on random ones and {0[all, K = 16][gained]} on all; critical "
+        "steps gain more than all on {0[critical, K = 16 > all, K = 16][gained]}, at "
+        "{0[critical, K = 16][drift]} times the student's distance, "
+        "{0[critical, halfway, K = 16][drift]} halfway.",
     )
     picture = ("critical.png", "the course of RL in 6 iterations")
 
@@ -903,8 +906,11 @@ class Critical(Reinforcements):
         start = lab.judged("student", steps=overrides["steps"])
         with mock.patch.object(maskrl, "PolicyGradient", method):
             figures = lab.reinforcement(name, **overrides)
-        gained = figures["quality"] - start["quality"]
-        return figures | {"gained": gained, "tokens": counted["tokens"]}
+        return figures | {
+            "gained": figures["quality"] - start["quality"],
+            "drift": figures["frechet"] / start["frechet"],
+            "tokens": counted["tokens"],
+        }
 
     @staticmethod
     def tokens(lab, overrides):
@@ -1841,6 +1847,7 @@ FIGURES = {  # key -> title of the column, decimals (None: text)
     "nearest": ("nearest", 2),
     "quality": ("quality", 3),
     "gained": ("gained", 3),
+    "drift": ("times the distance at the start", 2),
     "reward": ("reward", 3),
     "held_out": ("held-out reward", 3),
     "steps": ("iterations", 1),
