@@ -865,19 +865,19 @@ class Critical(Reinforcements):
         "{0[critical > equal numbers][gained]}, than all on "
         "{0[critical > all][gained]}, and than the first on "
         "{0[critical > first][gained]}.",
-        "In half of the updates they gain {0[critical, halfway / all][gained]} times as much as all "
-        "steps, in {0[critical, halfway / all][seconds]} times the seconds, and more than all on "
-        "{0[critical, halfway > all][gained]}.",
+        "In half of the updates they gain {0[critical, halfway / all][gained]} times as much as "
+        "all steps, in {0[critical, halfway / all][seconds]} times the seconds, and more than all "
+        "on {0[critical, halfway > all][gained]}.",
         "Quality costs distance: {0[critical][drift]} times the student's on the critical steps, "
         "{0[critical, halfway][drift]} after half of the updates, {0[first][drift]} on the first "
         "and {0[all][drift]} on all.",
-        "In 16 iterations, where the student's quality is {0[start, K = 16][quality]}, they gain "
-        "{0[critical, K = 16][gained]} on the critical steps ({0[critical, halfway, K = 16][gained]} "
-        "after half of the updates), {0[first, K = 16][gained]} on the first, "
-        "{0[random, K = 16][gained]} on random ones and {0[all, K = 16][gained]} on all; critical "
-        "steps gain more than all on {0[critical, K = 16 > all, K = 16][gained]}, at "
-        "{0[critical, K = 16][drift]} times the student's distance, "
-        "{0[critical, halfway, K = 16][drift]} halfway.",
+        "In 16 iterations, where the student's quality is {0[start, K = 16][quality]}, RL gains "
+        "{0[critical, K = 16][gained]} on the critical steps "
+        "({0[critical, halfway, K = 16][gained]} after half of the updates), "
+        "{0[first, K = 16][gained]} on the first, {0[random, K = 16][gained]} on random ones and "
+        "{0[all, K = 16][gained]} on all; critical steps gain more than all on "
+        "{0[critical, K = 16 > all, K = 16][gained]}, at {0[critical, K = 16][drift]} times the "
+        "student's distance, {0[critical, halfway, K = 16][drift]} halfway.",
     )
     picture = ("critical.png", "the course of RL in 6 iterations")
 
@@ -926,7 +926,8 @@ class Critical(Reinforcements):
         return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
 
     def draw(self, rows, path):
-        super().draw({name: rows[name] for name in rows if "K = " not in name}, path)
+        arms = (*maskrl.RL_STEPS, "equal numbers")
+        super().draw({name: rows[name] for name in arms if name in rows}, path)
 
 
 class EqualNumbers(maskrl.PolicyGradient):
