@@ -1841,13 +1841,13 @@ class PolicyGradient:
             metrics |= self.generator_update(rollouts, A, steps, generator)
         if self.model.schedule is not None:
             if settings.action == "x":
-                alone = self.update_schedule(labels, (seed, "schedule"))
+                alone = self.update_schedule_alone(labels, (seed, "schedule"))
                 metrics["schedule_clipped"] = alone["schedule_clipped"]
             else:
-                metrics["schedule_clipped"] = self.schedule_updates(rollouts.trace, A)
+                metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
         return metrics
 
-    def update_schedule(self, labels: Tensor, seed) -> dict[str, float]:
+    def update_schedule_alone(self, labels: Tensor, seed) -> dict[str, float]:
         """G rollouts of each class of `labels` [P], then updates of the schedule alone.
 
         They are without noise around the tokens, which the reward takes for damage."""
@@ -1858,7 +1858,7 @@ class PolicyGradient:
             "reward": R.mean().item(),
             "quality": rollouts.quality.mean().item(),
             "steps": rollouts.trace.steps.float().mean().item(),
-            "schedule_clipped": self.schedule_updates(rollouts.trace, A),
+            "schedule_clipped": self.schedule_update(rollouts.trace, A),
         }
 
     def rewards_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -1946,7 +1946,7 @@ class PolicyGradient:
         means_of = {name: sum(s * m[name] for s, m in seen) for name in seen[0][1]}
         return means_of | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
 
-    def schedule_updates(self, trace: Trace, A: Tensor) -> float:
+    def schedule_update(self, trace: Trace, A: Tensor) -> float:
         """Updates of the schedule policy on all its choices in a Trace; the clip fraction.
 
         It starts from nothing, so there is no base model that a KL could hold it to."""
@@ -3013,7 +3013,7 @@ def train_policy(
             return training.update(labels, seed)
         lr = settings.schedule_lr * (1 - alone / last)
         training.optimizers["schedule"].param_groups[0]["lr"] = lr
-        return training.update_schedule(labels, seed)
+        return training.update_schedule_alone(labels, seed)
 
     iters = settings.rl_iters + last
     train(training, update, Path(out) / "policy.pt", iters, resume, measure, every=25)

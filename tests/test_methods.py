@@ -1444,7 +1444,7 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
 @ACTIONS
 def test_the_schedule_learns_from_rollouts_without_noise_around_the_tokens(student, action):
     training, seen = policy_gradient(student, action=action), []
-    training.schedule_updates = lambda trace, A: seen.append(trace)
+    training.schedule_update = lambda trace, A: seen.append(trace)
     qualities = []
 
     def quality(images, labels):
