@@ -180,7 +180,7 @@ class Settings:
     beta: float = option(0.05, "weight of KL(policy || student)", at_least=0)
     learn_steps: bool = option(True, "learn a schedule of at most --steps iterations")
     schedule_lr: float = option(3e-3, "learning rate of the schedule policy", above=0, at_most=1000)
-    schedule_iters: int = option(100, "then, updates of the schedule alone, with 4 P", at_least=0)
+    schedule_iters: int = option(100, "at the end: updates of the schedule alone", at_least=0)
     alpha: float = option(0.5, "reward = quality x speed^alpha", at_least=0)
     # reward network and judge
     judge_iters: int = option(400, "updates of the reward network and of the judge", at_least=1)
@@ -2991,8 +2991,8 @@ def train_policy(
     """RL on the student, written to out/policy.pt; returns the training, whose `model` is the
     policy and whose `reference` is the policy at its start.
 
-    At the end the schedule learns alone, what suits the generator as it has become: from more
-    rollouts per update, at a learning rate that falls to 0."""
+    At the end the schedule learns alone, what suits the generator as it has become: from the
+    rollouts of four times the prompts, at a learning rate that falls to 0."""
     torch.manual_seed(settings.seed)
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
     occurring, mean = data.labels, mean_image(data, settings).to(student.device)
