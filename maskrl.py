@@ -4674,7 +4674,8 @@ def average_gradients(training) -> None:
 
     for network in (training.model, *training.state.values()):
         for p in network.parameters() if isinstance(network, nn.Module) else ():
-            p.register_post_accumulate_grad_hook(average)
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(average)
 
 
 def agreed(number: int, device) -> int:
