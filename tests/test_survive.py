@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_at_random_ends_like_one_that_is_not(
 
 def at_work(out, lines=3):
     """Wait until the run in this folder has logged something."""
-    for _ in range(2000):
+    for _ in range(6000):  # two minutes, on a busy machine
         if len(maskrl.read_log(out)) >= lines:
             return
         time.sleep(0.02)
