@@ -1824,17 +1824,10 @@ class PolicyGradient:
         settings, generator = self.model.settings, rng(seed, "update")
         predictions = settings.rl_steps == "critical" or settings.rl_tokens == "hidden"
         rollouts = rollout(self.model, self.quality, labels, seed, predictions)
-        trace, (R, A) = rollouts.trace, self.rewards_of(rollouts)
+        trace, (A, metrics) = rollouts.trace, self.advantages_of(rollouts)
         steps = optimised_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
         not_first = steps.float().cumprod(1).sum(1) < steps.sum(1)
-        metrics = {
-            "reward": R.mean().item(),
-            "quality": rollouts.quality.mean().item(),
-            "steps": trace.steps.float().mean().item(),
-            "spread": R.view(-1, settings.group).std(1).mean().item(),
-            "no_spread": (A == 0).float().mean().item(),
-            "not_first": not_first.float().mean().item(),
-        }
+        metrics["not_first"] = not_first.float().mean().item()
         if A.any() and settings.action == "z":
             metrics |= self.noise_update(rollouts, A, steps)
         elif A.any():
@@ -1853,19 +1846,21 @@ class PolicyGradient:
         They are without noise around the tokens, which the reward takes for damage."""
         explore = self.model.settings.action == "z"
         rollouts = rollout(self.model, self.quality, labels, seed, False, explore)
-        R, A = self.rewards_of(rollouts)
-        return {
+        A, metrics = self.advantages_of(rollouts)
+        return metrics | {"schedule_clipped": self.schedule_update(rollouts.trace, A)}
+
+    def advantages_of(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
+        """A [B], and what to log of the rewards."""
+        settings, steps = self.model.settings, rollouts.trace.steps
+        R = total_reward(rollouts.quality, steps, settings)
+        A = group_advantages(R, settings.group)
+        return A, {
             "reward": R.mean().item(),
             "quality": rollouts.quality.mean().item(),
-            "steps": rollouts.trace.steps.float().mean().item(),
-            "schedule_clipped": self.schedule_update(rollouts.trace, A),
+            "steps": steps.float().mean().item(),
+            "spread": R.view(-1, settings.group).std(1).mean().item(),
+            "no_spread": (A == 0).float().mean().item(),
         }
-
-    def rewards_of(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """R and A [B]."""
-        settings = self.model.settings
-        R = total_reward(rollouts.quality, rollouts.trace.steps, settings)
-        return R, group_advantages(R, settings.group)
 
     def noise_update(self, rollouts: Rollouts, A: Tensor, steps: Tensor) -> dict[str, float]:
         """Updates of the noise policy on the tokens of the steps [B, T], with advantages A [B]."""

@@ -1459,6 +1459,17 @@ def test_the_schedule_learns_from_rollouts_without_noise_around_the_tokens(stude
     assert len(qualities) == (2 if action == "x" else 1)
 
 
+@ACTIONS
+def test_where_the_schedule_learns_alone_a_group_shares_z_unless_that_is_the_action(
+    student, action
+):
+    training, seen = policy_gradient(student, action=action), []
+    training.schedule_update = lambda trace, A: seen.append(trace)
+    training.update_schedule_alone(FOUR_PROMPTS, 3)
+    z = seen[0].z.view(len(FOUR_PROMPTS), -1, *seen[0].z.shape[1:])  # [P, G, L, D]
+    assert torch.equal(z[:, 0], z[:, 1]) == (action == "x")
+
+
 def test_a_constant_reward_moves_nothing(student):
     training = policy_gradient(student, always_one, alpha=0.0, rl_lr=1e-2, schedule_lr=1e-2)
     metrics = training.update(torch.tensor([0, 1]), 3)
