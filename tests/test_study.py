@@ -29,6 +29,7 @@ def cut_short(patch, folder):
     patch.setattr(study.Longer, "settings", {"gsim_iters": 3})
     for each in (study.Action, study.Critical):
         patch.setattr(each, "settings", each.settings | {"rl_iters": 2})
+    patch.setattr(study.Action, "distilling", {"gsim_iters": 2})
     patch.setattr(study.Critical, "lab_settings", {"teacher_iters": 3})
     patch.setattr(study.Variance, "trajectories", 4)
     patch.setattr(study.Variance, "draws", 2)
