@@ -783,9 +783,9 @@ class Action(Reinforcements):
         "graph takes {0[backprop, x][graph_mb]} MB, that of the policy gradient on x "
         "{0[x][graph_mb]}, on z {0[z][graph_mb]}.",
         "In turn they come to {0[in turn][quality]}, {0[in turn][held_out]} and "
-        "{0[in turn][frechet]}, in {0[in turn / x][seconds]} times the time of x; the quality is "
-        "above that of x on {0[in turn > x][quality]}, the held-out reward on "
-        "{0[in turn > x][held_out]}, and above that of z on {0[in turn > z][held_out]}.",
+        "{0[in turn][frechet]}: the quality is above that of x on {0[in turn > x][quality]}, the "
+        "held-out reward on {0[in turn > x][held_out]}, and above that of z on "
+        "{0[in turn > z][held_out]}.",
         "The student as it is cannot clean up: re-noised to 1, its distance is "
         "{0[re-noised, 1][frechet]}, to 5, where it starts, {0[re-noised, 5][frechet]}.",
         "Distilled for it, it can: {0[re-noised, 1, distilled][frechet]}, and "
