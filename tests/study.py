@@ -812,13 +812,11 @@ class Action(Reinforcements):
         return rows
 
     def arm(self, lab, name, overrides):
-        method = InTurn if name == "in turn" else maskrl.PolicyGradient
-        graph = {}
-        if method is maskrl.PolicyGradient:
-            graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
-        with mock.patch.object(maskrl, "PolicyGradient", method):
-            figures = lab.reinforcement(f"action {name}", **overrides)
-        return figures | {key: graph[key] for key in ("graph_mb",) if key in graph}
+        if name == "in turn":
+            with mock.patch.object(maskrl, "PolicyGradient", InTurn):
+                return lab.reinforcement(f"action {name}", **overrides)
+        graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
+        return lab.reinforcement(f"action {name}", **overrides) | {"graph_mb": graph["graph_mb"]}
 
     @staticmethod
     def graph(lab, overrides):
