@@ -802,7 +802,7 @@ class Action(Reinforcements):
             rows[name] = partial(self.arm, lab, name, self.settings | overrides)
         for ratio in self.ratios:
             name = f"re-noised, {ratio:g}"
-            rows[name] = partial(lab.result, name, partial(self.renoised, lab, ratio, K))
+            rows[name] = partial(lab.result, name, partial(self.as_it_is, lab, ratio, K))
         if lab.seed == 0:
             name = "re-noised, 1, distilled"
             distilled = partial(self.distilled, lab, 1.0, K)
@@ -837,9 +837,12 @@ class Action(Reinforcements):
         return {"graph_mb": sum(sizes.values()) / 2**20}
 
     @staticmethod
-    def renoised(lab, ratio, K):
+    def renoised(lab, student, ratio, K):
         with cleaned_up(ratio, maskrl.rng(lab.seed, "re-noised", device=lab.device)):
-            return lab.judge_model(lab.student, Sampling(K))
+            return lab.judge_model(student, Sampling(K))
+
+    def as_it_is(self, lab, ratio, K):
+        return self.renoised(lab, lab.student, ratio, K)
 
     def distilled(self, lab, ratio, K, cleaned=True):
         """A student that was distilled for re-noising, judged with it or in one step."""
@@ -851,10 +854,9 @@ class Action(Reinforcements):
             with cleaned_up(ratio, maskrl.rng(lab.seed, "cleaned", device=lab.device)):
                 maskrl.train_student(training, lab.data, out)
         student = maskrl.load_checkpoint(out / "student.pt", "student", lab.device)
-        if not cleaned:
-            return lab.judge_model(student, Sampling(K))
-        with cleaned_up(ratio, maskrl.rng(lab.seed, "re-noised", device=lab.device)):
-            return lab.judge_model(student, Sampling(K))
+        if cleaned:
+            return self.renoised(lab, student, ratio, K)
+        return lab.judge_model(student, Sampling(K))
 
 
 @contextmanager
@@ -880,9 +882,8 @@ class InTurn(maskrl.PolicyGradient):
 
     def __init__(self, student, settings, quality, mean_image):
         super().__init__(student, settings, quality, mean_image)
+        self.model.requires_grad_(True)
         generator = [p for name, p in self.model.named_parameters() if "noise_policy" not in name]
-        for p in generator:
-            p.requires_grad_(True)
         self.optimizers["generator"] = self.adamw(generator, settings.rl_lr)
 
     def update(self, labels, seed):

@@ -6,6 +6,7 @@ from functools import partial
 import digits
 import pytest
 import study
+import torch
 from conftest import SHORT, tiny
 
 import maskrl
@@ -194,3 +195,17 @@ def test_every_committed_json_says_where_it_comes_from(name):
     assert content.keys() == PROVENANCE | {study.STUDIES[name].rows_key}
     assert all(content[key] for key in PROVENANCE - {"settings"})
     assert content["study"] == name and content["command"].startswith("python tests/study.py")
+
+
+def test_in_turn_the_generator_starts_from_the_noise_that_the_policy_has_moved(student):
+    still = {"noise_lr": 1e-9, "rl_lr": 1e-9, "learn_steps": False, "rl_steps": "all"}
+    settings = tiny(action="z", explore=0.3, **still)
+    training = study.InTurn(student, settings, brightness, torch.zeros(1, 16, 12))
+    torch.nn.init.ones_(training.model.noise_policy.net[-1].bias)
+    metrics = training.update(torch.tensor([0, 1, 2, 0]), ("in turn", 1))
+    assert metrics["log_ratio"] < 1e-3  # sampler and learner agree
+    assert training.model.settings == settings
+
+
+def brightness(images, labels):
+    return images.mean((1, 2, 3)) / 2 + 0.5
