@@ -28,10 +28,12 @@ def cut_short(patch, folder):
     patch.setattr(maskrl, "time_in_turns", partial(maskrl.time_in_turns, rounds=2))
     patch.setattr(study.Gsim, "settings", {"gsim_iters": 2})
     patch.setattr(study.Longer, "settings", {"gsim_iters": 3})
-    for each in (study.Action, study.Critical):
+    for each in (study.Action, study.Critical, study.OnLetters):
         patch.setattr(each, "settings", each.settings | {"rl_iters": 2})
     patch.setattr(study.Action, "distilling", {"gsim_iters": 2})
-    patch.setattr(study.Critical, "lab_settings", {"teacher_iters": 3})
+    for each in (study.Critical, study.OnLetters):
+        patch.setattr(each, "lab_settings", {"teacher_iters": 3})
+    patch.setattr(study.Critical, "more_steps", study.Critical.more_steps[:1])  # of 16 tokens
     patch.setattr(study.Variance, "trajectories", 4)
     patch.setattr(study.Variance, "draws", 2)
     patch.setattr(study.Schedule, "searched", 9)
