@@ -20,9 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import cache, cached_property, partial
 from itertools import product
@@ -623,12 +623,13 @@ class Variance(Study):
     title = "Where the reward's variance comes from"
     question = (
         "The action of a policy can be the noise z that a token starts from, or Gaussian noise "
-        "around the token, x ~ N(g(z, c), 0.1^2). One step's actions are drawn anew, everything "
-        "else is kept: how much does the reward vary within the draws, step by step? Beside it the "
-        "information gain of MaskFocus, which is to tell the steps that matter: `correlation` is "
-        "Spearman's, within a trajectory, and the shares are those of the variance, summed over "
-        "the steps, which a quarter of them holds: the critical ones, the first, random ones, and "
-        "the best there are."
+        "around the token, x ~ N(g(z, c), 0.1^2). *Re-noised*: the noise that a student distilled "
+        "for it adds to its token, sigma / alpha = 1, before it cleans it up. One step's actions "
+        "are drawn anew, everything else is kept: how much does the reward vary within the draws, "
+        "step by step? Beside it the information gain of MaskFocus, which is to tell the steps "
+        "that matter: `correlation` is Spearman's, within a trajectory, and the shares are those "
+        "of the variance, summed over the steps, which a quarter of them holds: the critical ones, "
+        "the first, random ones, and the best there are."
     )
     seeds = "0,1,2"
     columns = (
@@ -643,8 +644,10 @@ class Variance(Study):
         "{0[z, K = 16][first]}, random ones {0[z, K = 16][random]}, the best "
         "{0[z, K = 16][best]}); with x it is {0[x, K = 16][correlation]}, and they hold "
         "{0[x, K = 16][critical]} (the first {0[x, K = 16][first]}). K = 16.",
+        "With the noise of re-noising it is {0[re-noised, K = 16][correlation]}, and they hold "
+        "{0[re-noised, K = 16][critical]} (the first {0[re-noised, K = 16][first]}).",
         "All actions of z together vary the quality by {0[z, K = 8][total]} (variance), those of x "
-        "by {0[x, K = 8][total]}. K = 8.",
+        "by {0[x, K = 8][total]}, those of re-noising by {0[re-noised, K = 8][total]}. K = 8.",
     )
     picture = ("variance.png", "the reward's variance due to each step, and information gain")
 
@@ -653,19 +656,24 @@ class Variance(Study):
             f"{action}, K = {K}": partial(
                 lab.result, f"variance, {action}, K = {K}", partial(self.arm, lab, action, K)
             )
-            for action in maskrl.ACTIONS
+            for action in (*maskrl.ACTIONS, "re-noised")
             for K in self.steps
         }
 
     def arm(self, lab, action, K):
         model, settings, n = lab.student, lab.settings, self.trajectories
+        if action == "re-noised":
+            model = renoising_student(lab)
         rewards_of = (lab.quality, lab.held_out)
         generator = maskrl.rng(lab.seed, "variance", device=lab.device)
         labels = torch.arange(n, device=lab.device) % len(lab.data.classes)
         noise = maskrl.draw_noise(model, n, generator, "random")
-        start, trace = maskrl.generate(
-            model, labels, Sampling(K), noise, trace="predictions", seed=lab.seed
-        )
+        eps = gaussian(lab.seed, "variance, eps", device=lab.device)(noise.z)
+        noise = TwoNoises(noise.order, noise.z, eps=eps)
+        with noise.renoising(action, masks_of(noise, K, settings)[0]):
+            start, trace = maskrl.generate(
+                model, labels, Sampling(K), noise, trace="predictions", seed=lab.seed
+            )
         mean = maskrl.mean_image(lab.data, settings).to(lab.device)
         gain = maskrl.information_gain(trace.predictions, start, mean=mean)
         reveals = trace.masks()[1]
@@ -693,17 +701,21 @@ class Variance(Study):
         rows = torch.arange(len(labels), device=labels.device).repeat_interleave(self.draws)
         order, z, anew = noise.order[rows], noise.z[rows], anew[rows, :, None]
         fresh = torch.randn(z.shape, generator=generator, device=z.device)
+        varied = TwoNoises(order, z, eps=noise.eps[rows])
         if action == "z":
-            varied = maskrl.Noise(order, torch.where(anew, fresh, z))
+            varied.z = torch.where(anew, fresh, z)
+        elif action == "x":
+            varied.sigma = settings.explore * anew
         else:
-            varied = maskrl.Noise(order, z, settings.explore * anew)
-        tokens = maskrl.generate(model, labels[rows], Sampling(K), varied, seed=settings.seed)
+            varied.eps = torch.where(anew, fresh, varied.eps)
+        with varied.renoising(action, masks_of(varied, K, settings)[1]):
+            tokens = maskrl.generate(model, labels[rows], Sampling(K), varied, seed=settings.seed)
         images = maskrl.to_images(tokens, settings)
         both = [reward(images, labels[rows]) for reward in rewards_of]
         return torch.stack(both).view(2, len(labels), self.draws).cpu()
 
     def draw(self, rows, path):
-        drawing = subplots(path, tuple(rows))
+        drawing = subplots(path, tuple(rows), max(1, len(rows) // len(self.steps)))
         if not drawing:
             return
         axes, save = drawing
@@ -718,6 +730,31 @@ class Variance(Study):
             axis.set_ylabel("share of the sum")
             axis.xaxis.get_major_locator().set_params(integer=True)
         save()
+
+
+@dataclass
+class TwoNoises(maskrl.Noise):
+    """What a generation starts from, and the noise eps [B, L, D] of re-noising."""
+
+    eps: torch.Tensor | None = None
+
+    def renoising(self, action, places):
+        """Where that is the action: eps of the places [B, K, L] that each iteration computes."""
+        if action != "re-noised":
+            return nullcontext()
+        iterations = iter(places.unbind(1))
+
+        def eps(z):
+            return self.eps[next(iterations)]
+
+        return cleaned_up(1.0, eps)
+
+
+def masks_of(noise, K, settings):
+    """The mask before each of K iterations, and what it reveals, [B, K, L] each."""
+    counts = torch.tensor(Sampling(K).counts(settings.length, settings), device=noise.z.device)
+    counts = counts.expand(len(noise.z), -1)
+    return maskrl.Trace(noise.order, noise.z, None, None, counts, None, None, None).masks()
 
 
 def shares(gain, variance) -> dict:
@@ -758,11 +795,11 @@ class Action(Reinforcements):
         "Quality alone is the reward, K = 8, all steps are optimised, and every arm has as many "
         "rollouts: the action z or x, by the policy gradient or by the reward's own gradient "
         "(MARVAL-RL), or *in turn*: an update of z, which decides what is drawn, then one of x, "
-        "which finishes it; graph: what autograd keeps for an update. *Re-noised* arms are not "
-        "trained by RL: the student's token is noised to a sigma / alpha and cleaned by the same "
-        "head, as an action with a clean-up step would do it. *Distilled*: after 400 more updates "
-        "of GSIM, seed 0, whose samples are those cleaned tokens; *one step*: the same weights "
-        "without noise and clean-up."
+        "which finishes it; graph: what autograd keeps for an update. *Re-noised*: the student's "
+        "token is noised to a sigma / alpha and cleaned by the same head. *Distilled*: after 400 "
+        "more updates of GSIM whose samples are those cleaned tokens; *one step*: the same weights "
+        "without noise and clean-up; *RL*: then the noised token is the action, which the "
+        "clean-up follows, in as many updates as the others."
     )
     seeds = "0,1,2"
     settings = {"steps": 8, "rl_steps": "all", "learn_steps": False, "alpha": 0.0, "rl_iters": 40}
@@ -777,7 +814,6 @@ class Action(Reinforcements):
         "backprop, x": {"method": "backprop", "action": "x"},
     }
     ratios = (0.5, 1.0, 2.0, 5.0)
-    distilling = {"gsim_iters": 400}  # of the student, for re-noising
     verdict = (
         "The noise policy brings the quality from {0[start][quality]} to {0[z][quality]}, the "
         "held-out reward from {0[start][held_out]} to {0[z][held_out]} and the distance from "
@@ -800,6 +836,17 @@ class Action(Reinforcements):
         "{0[re-noised, 1, distilled, one step][frechet]} in one step of the same weights, at a "
         "quality of {0[re-noised, 1, distilled][quality]} and "
         "{0[re-noised, 1, distilled, one step][quality]}.",
+        "RL with the noised token as the action brings it to a quality of "
+        "{0[re-noised, 1, distilled, RL][quality]}, a held-out reward of "
+        "{0[re-noised, 1, distilled, RL][held_out]} (before: "
+        "{0[re-noised, 1, distilled][held_out]}) and a distance of "
+        "{0[re-noised, 1, distilled, RL][frechet]}: its quality is above that of z on "
+        "{0[re-noised, 1, distilled, RL > z][quality]}, of x on "
+        "{0[re-noised, 1, distilled, RL > x][quality]}, its held-out reward on "
+        "{0[re-noised, 1, distilled, RL > z][held_out]} and "
+        "{0[re-noised, 1, distilled, RL > x][held_out]}, its distance on "
+        "{0[re-noised, 1, distilled, RL < z][frechet]} and "
+        "{0[re-noised, 1, distilled, RL < x][frechet]} below.",
     )
     picture = ("action.png", "the course of RL")
 
@@ -811,12 +858,10 @@ class Action(Reinforcements):
         for ratio in self.ratios:
             name = f"re-noised, {ratio:g}"
             rows[name] = partial(lab.result, name, partial(self.as_it_is, lab, ratio, K))
-        if lab.seed == 0:
-            name = "re-noised, 1, distilled"
-            distilled = partial(self.distilled, lab, 1.0, K)
-            rows[name] = partial(lab.result, name, distilled)
-            one_step = partial(distilled, cleaned=False)
-            rows[f"{name}, one step"] = partial(lab.result, f"{name}, one step", one_step)
+        works = {"": self.distilled, ", one step": self.one_step, ", RL": self.reinforced}
+        for suffix, work in works.items():
+            name = f"re-noised, 1, distilled{suffix}"
+            rows[name] = partial(lab.result, name, partial(work, lab, K))
         return rows
 
     def arm(self, lab, name, overrides):
@@ -846,42 +891,124 @@ class Action(Reinforcements):
 
     @staticmethod
     def renoised(lab, student, ratio, K):
-        with cleaned_up(ratio, maskrl.rng(lab.seed, "re-noised", device=lab.device)):
+        with cleaned_up(ratio, gaussian(lab.seed, "re-noised", device=lab.device)):
             return lab.judge_model(student, Sampling(K))
 
     def as_it_is(self, lab, ratio, K):
         return self.renoised(lab, lab.student, ratio, K)
 
-    def distilled(self, lab, ratio, K, cleaned=True):
-        """A student that was distilled for re-noising, judged with it or in one step."""
-        out = lab.out / f"re-noised {ratio:g}"
-        if not finished(out / "student.pt"):
-            training = maskrl.Distillation(lab.teacher, replace(lab.settings, **self.distilling))
-            for network in (training.model, training.ema):
-                network.load_state_dict(lab.student.state_dict())
-            with cleaned_up(ratio, maskrl.rng(lab.seed, "cleaned", device=lab.device)):
-                maskrl.train_student(training, lab.data, out)
-        student = maskrl.load_checkpoint(out / "student.pt", "student", lab.device)
-        if cleaned:
-            return self.renoised(lab, student, ratio, K)
-        return lab.judge_model(student, Sampling(K))
+    def distilled(self, lab, K):
+        return self.renoised(lab, renoising_student(lab), 1.0, K)
+
+    @staticmethod
+    def one_step(lab, K):
+        return lab.judge_model(renoising_student(lab), Sampling(K))
+
+    def reinforced(self, lab, K):
+        inner, settings = copy(lab), self.settings | {"action": "x"}
+        inner.quality = lab.quality  # which is calibrated on the student as it was
+        inner.student, inner.out = renoising_student(lab), lab.out / "re-noised"
+        with (
+            mock.patch.object(maskrl, "PolicyGradient", Renoised),
+            cleaned_up(1.0, gaussian(lab.seed, "re-noised", device=lab.device)),
+        ):
+            return inner.reinforce("re-noised", settings)
+
+
+RENOISING = {"gsim_iters": 400}  # of the student, distilled once more for re-noising to 1
+ONE_STEP = maskrl.one_step
+
+
+def renoising_student(lab):
+    """A student that was distilled for sigma / alpha = 1."""
+    out = lab.out / "re-noised"
+    if not finished(out / "student.pt"):
+        training = maskrl.Distillation(lab.teacher, replace(lab.settings, **RENOISING))
+        for network in (training.model, training.ema):
+            network.load_state_dict(lab.student.state_dict())
+        with cleaned_up(1.0, gaussian(lab.seed, "cleaned", device=lab.device)):
+            maskrl.train_student(training, lab.data, out)
+    return maskrl.load_checkpoint(out / "student.pt", "student", lab.device)
+
+
+def gaussian(*names, device):
+    """eps(z): noise of the shape of z, from the generator of these names."""
+    generator = maskrl.rng(*names, device=device)
+
+    def eps(z):
+        return torch.randn(z.shape, generator=generator, device=z.device)
+
+    return eps
+
+
+def noise_time(ratio: float) -> tuple[int, float, float]:
+    """The first timestep at which sigma / alpha >= ratio, with its alpha and sigma."""
+    base = maskrl.BASE
+    t = int(torch.searchsorted(base.sigma / base.alpha, ratio))
+    return t, float(base.alpha[t]), float(base.sigma[t])
 
 
 @contextmanager
-def cleaned_up(ratio: float, generator):
-    """Meanwhile the student's token is noised to sigma / alpha = ratio, and denoised once more."""
-    base, one_step = maskrl.BASE, maskrl.one_step
-    t = int(torch.searchsorted(base.sigma / base.alpha, ratio))
+def cleaned_up(ratio: float, eps, drawn: list | None = None):
+    """Meanwhile the student's token g is noised to sigma / alpha = ratio, and denoised once more.
+
+    eps(z) gives the noise. drawn: a list that takes (g, x_t / alpha) of every call."""
+    t, alpha, sigma = noise_time(ratio)
 
     def two_steps(head, z, c, noise_ratio):
+        g = ONE_STEP(head, z, c, noise_ratio)
+        x_t = alpha * g + sigma * eps(z)
+        if drawn is not None:
+            drawn.append((g, x_t / alpha))
         time = torch.full((len(z),), t, device=z.device)
-        eps = torch.randn(z.shape, generator=generator, device=z.device)
-        x_t = base.q_sample(one_step(head, z, c, noise_ratio), time, eps)
-        alpha, sigma = base.alpha_sigma(time)
         return (x_t - sigma * head.eps(x_t, time, c)) / alpha
 
     with mock.patch.object(maskrl, "one_step", two_steps):
         yield
+
+
+class Renoised(maskrl.PolicyGradient):
+    """RL whose action is the noised token x_t / alpha ~ N(g(z, c), (sigma / alpha)^2).
+
+    The clean-up that follows is a part of the environment: of its own dependence on the weights
+    the gradient knows nothing."""
+
+    def update(self, labels, seed):
+        """One update on all steps, with `log_ratio` 0 if sampler and learner agree."""
+        model, settings, drawn = self.model, self.model.settings, []
+        with cleaned_up(1.0, gaussian(seed, "re-noise", device=labels.device), drawn):
+            rollouts = maskrl.rollout(model, self.quality, labels, seed, False, explore=False)
+        A, metrics = self.advantages_of(rollouts)
+        masks, reveals = rollouts.trace.masks()
+        _, alpha, sigma = noise_time(1.0)
+        seen = []
+
+        def g(network, k):  # of the tokens that step k revealed
+            c = network.context(rollouts.tokens, masks[:, k], rollouts.labels)[reveals[:, k]]
+            return ONE_STEP(network.head, rollouts.trace.z[reveals[:, k]], c, settings.noise_ratio)
+
+        def loss_of(k):
+            g_old, action = drawn[k]
+            with torch.no_grad():
+                g_ref = g(self.reference, k)
+            mean, std = g(model, k), sigma / alpha
+            loss, figures = maskrl.policy_loss(
+                maskrl.token_log_prob(action, mean, std),
+                maskrl.token_log_prob(action, g_old, std),
+                A[reveals[:, k].nonzero()[:, 0]],
+                maskrl.token_kl(mean, g_ref, std),
+                settings.clip_ratio,
+                settings.beta,
+            )
+            share = len(action) / reveals.sum().item()
+            seen.append((share, figures))
+            return loss * share
+
+        _, norm = maskrl.descend(map(loss_of, range(len(drawn))), self.optimizers["generator"])
+        metrics["log_ratio"] = max(figures["log_ratio"] for _, figures in seen)
+        for name in ("kl", "clip_fraction"):
+            metrics[name] = sum(share * figures[name] for share, figures in seen)
+        return metrics | {"grad_norm": norm}
 
 
 class InTurn(maskrl.PolicyGradient):

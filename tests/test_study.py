@@ -1,6 +1,7 @@
 """Every study runs from nothing to its JSON, table and picture, on a model that learns nothing."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import digits
@@ -30,7 +31,7 @@ def cut_short(patch, folder):
     patch.setattr(study.Longer, "settings", {"gsim_iters": 3})
     for each in (study.Action, study.Critical, study.OnLetters):
         patch.setattr(each, "settings", each.settings | {"rl_iters": 2})
-    patch.setattr(study.Action, "distilling", {"gsim_iters": 2})
+    patch.setattr(study, "RENOISING", {"gsim_iters": 2})
     for each in (study.Critical, study.OnLetters):
         patch.setattr(each, "lab_settings", {"teacher_iters": 3})
     patch.setattr(study.Critical, "more_steps", study.Critical.more_steps[:1])  # of 16 tokens
@@ -207,6 +208,52 @@ def test_in_turn_the_generator_starts_from_the_noise_that_the_policy_has_moved(s
     metrics = training.update(torch.tensor([0, 1, 2, 0]), ("in turn", 1))
     assert metrics["log_ratio"] < 1e-3  # sampler and learner agree
     assert training.model.settings == settings
+
+
+def test_re_noised_sampler_and_learner_agree(student):
+    training = study.Renoised(student, RENOISED, brightness, torch.zeros(1, 16, 12))
+    before = maskrl.generate(training.model, [0, 1, 2])
+    with study.cleaned_up(1.0, study.gaussian("watched", device="cpu")):  # as RL is watched
+        metrics = training.update(torch.tensor([0, 1, 2, 0]), ("re-noised", 1))
+    assert metrics["log_ratio"] < 1e-4 and metrics["kl"] == 0.0
+    assert not torch.equal(maskrl.generate(training.model, [0, 1, 2]), before)
+
+
+def test_the_gradient_of_re_noising_is_that_of_the_noised_token(student):
+    """For a bandit of one step, A grad log N(x_t / alpha; g, (sigma / alpha)^2), by hand."""
+    settings = replace(RENOISED, steps=1)
+    training = study.Renoised(student, settings, brightness, torch.zeros(1, 16, 12))
+    model, drawn, labels, seed = training.model, [], torch.tensor([0, 1]), ("by hand", 0)
+    with study.cleaned_up(1.0, study.gaussian(seed, "re-noise", device="cpu"), drawn):
+        rollouts = maskrl.rollout(model, brightness, labels, seed, False, explore=False)
+    A = maskrl.group_advantages(rollouts.quality, settings.group)
+    mask = torch.ones(len(A), 16, dtype=torch.bool)
+    c = model.context(torch.zeros_like(rollouts.tokens), mask, rollouts.labels)
+    g = maskrl.one_step(model.head, rollouts.trace.z[mask], c[mask], settings.noise_ratio)
+    (_, action), (_, alpha, sigma) = drawn[0], study.noise_time(1.0)
+    log_prob = -((action - g) * alpha / sigma).square().mean(-1) / 2
+    loss = -(A.repeat_interleave(16) * log_prob).mean()
+    by_hand = torch.autograd.grad(loss, model.head.parameters(), allow_unused=True)
+    training.update(labels, seed)
+    for p, gradient in zip(model.head.parameters(), by_hand):
+        if gradient is not None and gradient.any():  # the update clips its norm
+            cosine = torch.cosine_similarity(p.grad.flatten(), gradient.flatten(), 0)
+            assert cosine > 0.9999
+
+
+def test_re_noising_of_the_whole_image_and_of_what_is_revealed_is_the_same(student):
+    noise = maskrl.draw_noise(student, 3, maskrl.rng("both"))
+    noise = study.TwoNoises(noise.order, noise.z, eps=torch.randn(noise.z.shape))
+    images = []
+    for places, trace in zip(study.masks_of(noise, 4, student.settings), ("predictions", True)):
+        with noise.renoising("re-noised", places):
+            images.append(
+                maskrl.generate(student, [0, 1, 2], maskrl.Sampling(4), noise, trace=trace)[0]
+            )
+    torch.testing.assert_close(*images)
+
+
+RENOISED = tiny(action="x", learn_steps=False, rl_steps="all", alpha=0.0)
 
 
 def brightness(images, labels):
