@@ -1001,10 +1001,11 @@ class Sampling:
     guidance: s of a teacher, linear in the share revealed (None: settings.guidance; a student has
     it baked in and takes none). denoise_steps: of a teacher's chain (None: settings.denoise_steps),
     1 for the one-step generator, or (50, 5), annealed from the first iteration to the last as in
-    DiSA (2505.20297). temperature: factor on the chain's noise. refresh: all contexts are computed
-    only in the first few iterations and every so many (see `unmask`); 1 is exact. order: in which
-    tokens are revealed (None: settings.order), see `draw_noise`. greedy: a learned schedule takes
-    its most probable count; else it draws one, as in rollouts. progress: show a bar."""
+    DiSA (2505.20297). temperature: factor on the chain's noise or, where there is but one step, on
+    z. refresh: all contexts are computed only in the first few iterations and every so many (see
+    `unmask`); 1 is exact. order: in which tokens are revealed (None: settings.order), see
+    `draw_noise`. greedy: a learned schedule takes its most probable count; else it draws one, as in
+    rollouts. progress: show a bar."""
 
     steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
@@ -1031,8 +1032,6 @@ class Sampling:
             raise InputError(
                 "--guidance needs a teacher's chain: a one-step student has its guidance baked in"
             )
-        if denoise_steps == 1 and self.temperature != 1:
-            raise InputError("--temperature: one step has no chain whose noise it could scale")
         if not (0 <= self.temperature < math.inf and 0 <= guidance < math.inf):
             raise InputError("--temperature and --guidance must be numbers from 0 up")
         if self.refresh < 1:
@@ -1248,7 +1247,9 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     chains = sampling.chains(len(fixed))
     limits = token_limits(model.settings)
 
-    rank, reveal = order.argsort(1), None
+    rank, reveal, z = order.argsort(1), None, noise.z
+    if chains is None:
+        z = sampling.temperature * z
     means = torch.zeros_like(tokens)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
@@ -1276,12 +1277,12 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         # the whole image, or only what is revealed
         fill = (mask if predictions else reveal).nonzero(as_tuple=True)
         if chains is None:
-            z = starting_noise(model, noise.z[fill], c[fill])
-            drawn = one_step(model.head, z, c[fill], model.settings.noise_ratio)
+            start = starting_noise(model, z[fill], c[fill])
+            drawn = one_step(model.head, start, c[fill], model.settings.noise_ratio)
         else:
             scale = guidance_scale(sampling.guidance, hidden - count, model.length)
             head = chain_head(model.head, c, c_null, scale, fill)
-            drawn = chains[k].sample(head, noise.z[fill], generator, sampling.temperature, limits)
+            drawn = chains[k].sample(head, z[fill], generator, sampling.temperature, limits)
         image = tokens.clone()
         image[fill] = drawn
         means = torch.where(reveal[..., None], image, means)
@@ -1294,7 +1295,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             record["predictions"].append(image)
     bar.close()
     stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
-    return tokens, Trace(order, noise.z, revealed_c, means, **stacked)
+    return tokens, Trace(order, z, revealed_c, means, **stacked)
 
 
 def starting_point(noise: Noise, known) -> tuple[Tensor, Tensor, int]:

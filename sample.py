@@ -77,7 +77,13 @@ def parse(argv=None):
         help="s of a teacher, in eps = eps_null + s (eps_class - eps_null); "
         "1 is none (default: the checkpoint's)",
     )
-    add("--temperature", type=float, default=1.0, help="of the chain's noise (default: 1)")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="factor on the noise of a teacher's chain, or on the z of a one-step generator: below "
+        "1 images are cleaner and less varied (default: 1)",
+    )
     add("--out", default="samples.png", help="picture to write (default: samples.png)")
     add("--files", metavar="FOLDER", help="also write every image into a file of its own")
     add(

@@ -645,12 +645,27 @@ def test_labels_that_are_no_integers_are_refused(student):
         (Sampling(denoise_steps=5), "--denoise-steps 5: a .* takes one step"),
         (Sampling(denoise_steps=(5, 2)), "takes one step"),
         (Sampling(denoise_steps=0), "--denoise-steps 0: a .* takes one step"),
-        (Sampling(temperature=0.5), "--temperature"),
+        (Sampling(temperature=-0.5), "must be numbers from 0 up"),
     ],
 )
 def test_a_one_step_generator_refuses_what_only_a_chain_has(kind, sampling, said):
     with pytest.raises(InputError, match=said):
         maskrl.generate(random_model(kind), [0], sampling)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student", "policy"])
+def test_the_temperature_of_one_step_is_the_standard_deviation_of_z(kind):
+    one_step, sampling = random_model(kind), Sampling(steps=4, guidance=1.0, denoise_steps=1)
+    if kind == "policy":
+        maskrl.add_noise_policy(one_step)  # which moves the mean of z, whatever its temperature
+        torch.nn.init.ones_(one_step.noise_policy.net[-1].bias)
+    noise = maskrl.draw_noise(one_step, 3, maskrl.rng("warm"))
+    cooler = maskrl.Noise(noise.order, 0.5 * noise.z)
+    by_hand, trace = maskrl.generate(one_step, [0, 1, 2], sampling, cooler, trace=True)
+    cool = replace(sampling, temperature=0.5)
+    tokens, same = maskrl.generate(one_step, [0, 1, 2], cool, noise, trace=True)
+    assert torch.equal(tokens, by_hand) and torch.equal(same.z, trace.z)
+    assert not torch.equal(tokens, maskrl.generate(one_step, [0, 1, 2], sampling, noise))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_wrong_input_to_sample_ends_in_one_line_and_exit_code_2(run, tmp_path, c
         ([student, "--guidance", 2, *to], "--guidance"),
         ([student, "--denoise-steps", 0, *to], "--denoise-steps 0: a student takes one step"),
         ([teacher, "--denoise-steps", 0, *to], "a denoising chain has 2...1000"),
-        ([teacher, "--denoise-steps", 1, "--temperature", 0.5, *to], "--temperature"),
+        ([student, "--temperature", -1, *to], "--temperature and --guidance must be numbers"),
         ([teacher, "--guidance", "nan", *to], "--temperature and --guidance must be numbers"),
         ([student, "--film", picture, *to], "would overwrite --film"),
         ([student, "--out", tmp_path / "a.psd"], "a.psd: the name must end"),
