@@ -1370,10 +1370,11 @@ class Temperature(Study):
     title = "A third of the iterations: the temperature of z"
     question = (
         "Tokens that are revealed in the same iteration do not know of each other, and the more "
-        "they vary, the less they fit together. T, the temperature, is a factor on the z that a "
-        "token starts from. *1-2-2-3-8*: these counts, five iterations, in the order of Halton's "
-        "sequence; we found them by hand on seed 0, and T by hand on seeds 0 and 1. *Policy*: the "
-        "demo's, with its learned schedule. Nothing is trained for a T."
+        "they vary, the less they fit together. The temperature is a factor on the z that a token "
+        "starts from. *1-2-2-3-8*: these counts, five iterations, in the order of Halton's "
+        "sequence; we found them by hand on seed 0, and 0.75 on seeds 0 and 1. *Policy*: the "
+        "demo's, with its learned schedule. Nothing is trained for a temperature. *Start*: the "
+        "student in 16 iterations at a temperature of 1."
     )
     seeds = "0,1,2"
     counts = (1, 2, 2, 3, 8)
@@ -1384,19 +1385,19 @@ class Temperature(Study):
     )
     verdict = (
         "In 16 iterations the student's distance goes from {0[K = 16][frechet]} to "
-        "{0[K = 16, T = 0.75][frechet]} at T = 0.75: lower on "
-        "{0[K = 16, T = 0.75 < K = 16][frechet]}, at a held-out reward of "
-        "{0[K = 16, T = 0.75][held_out]} instead of {0[K = 16][held_out]}, a precision of "
-        "{0[K = 16, T = 0.75][precision]} instead of {0[K = 16][precision]}, and a recall of "
-        "{0[K = 16, T = 0.75][recall]} instead of {0[K = 16][recall]}.",
-        "In the five iterations of the cosine schedule it is {0[K = 5][drift]} times that of 16 at "
-        "T = 1, with the counts 1-2-2-3-8 {0[1-2-2-3-8][drift]} times, and with these at T = 0.75 "
-        "{0[1-2-2-3-8, T = 0.75][drift]} times, where quality and held-out reward are above those "
-        "of 16 iterations at T = 1 on {0[1-2-2-3-8, T = 0.75 > K = 16][quality]} and "
-        "{0[1-2-2-3-8, T = 0.75 > K = 16][held_out]}.",
+        "{0[K = 16 at 0.75][frechet]} at a temperature of 0.75: lower on "
+        "{0[K = 16 at 0.75 < K = 16][frechet]}, at a held-out reward of "
+        "{0[K = 16 at 0.75][held_out]} instead of {0[K = 16][held_out]}, a precision of "
+        "{0[K = 16 at 0.75][precision]} instead of {0[K = 16][precision]}, and a recall of "
+        "{0[K = 16 at 0.75][recall]} instead of {0[K = 16][recall]}.",
+        "In the five iterations of the cosine schedule it is {0[K = 5][drift]} times as long as "
+        "in 16, both at a temperature of 1, with the counts 1-2-2-3-8 {0[1-2-2-3-8][drift]} times, "
+        "and with these at 0.75 {0[1-2-2-3-8 at 0.75][drift]} times, where quality and held-out "
+        "reward are above those of 16 iterations on {0[1-2-2-3-8 at 0.75 > K = 16][quality]} and "
+        "{0[1-2-2-3-8 at 0.75 > K = 16][held_out]}.",
         "The policy, at {0[policy][steps]} iterations, comes from {0[policy][frechet]} to "
-        "{0[policy, T = 0.85][frechet]} (T = 0.85) and {0[policy, T = 0.75][frechet]} (0.75), at a "
-        "held-out reward of {0[policy, T = 0.85][held_out]} and {0[policy, T = 0.75][held_out]} "
+        "{0[policy at 0.85][frechet]} at 0.85 and {0[policy at 0.75][frechet]} at 0.75, at a "
+        "held-out reward of {0[policy at 0.85][held_out]} and {0[policy at 0.75][held_out]} "
         "instead of {0[policy][held_out]}.",
     )
 
@@ -1406,9 +1407,9 @@ class Temperature(Study):
         arms |= {name: ("student", {"steps": self.counts}), "policy": ("policy", {})}
         rows = {}
         for arm, (kind, how) in arms.items():
-            for T in self.temperatures:
-                at = {} if T == 1 else {"temperature": T}
-                row = arm if T == 1 else f"{arm}, T = {T:g}"
+            for factor in self.temperatures:
+                at = {} if factor == 1 else {"temperature": factor}
+                row = arm if factor == 1 else f"{arm} at {factor:g}"
                 rows[row] = partial(self.arm, lab, kind, how | at)
         return rows
 
