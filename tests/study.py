@@ -164,15 +164,16 @@ class Lab:
         labels, seed = self.judge.labels, self.settings.seed
         images, steps = maskrl.generate_many(model, labels, sampling, seed, model.kind)
         quality = self.rewards(self.quality, images)
-        reward = maskrl.total_reward(quality, steps.cpu(), model.settings)
         figures = {
             **self.judge(images),
             "nearest": self.distance_to_training(images) / self.distance_to_training(),
             "quality": float(quality.mean()),
-            "reward": float(reward.mean()),
             "steps": float(steps.float().mean()),
             "steps_std": float(steps.float().std()),
         }
+        if steps.max() <= model.settings.steps:  # beyond them there is no speed
+            reward = maskrl.total_reward(quality, steps.cpu(), model.settings)
+            figures["reward"] = float(reward.mean())
         if self.held_out:
             figures["held_out"] = float(self.rewards(self.held_out, images).mean())
         return figures
@@ -2344,7 +2345,7 @@ def distinct(runs, key) -> str:
 def as_lines(content, depth=0) -> str:
     """JSON with the figures of a row and seed on one line."""
     if depth == 3 or not isinstance(content, dict):
-        return json.dumps(content, ensure_ascii=False)
+        return json.dumps(content, ensure_ascii=False, allow_nan=False)
     space = " " * (depth + 1)
     lines = [f'{space}"{key}": {as_lines(value, depth + 1)}' for key, value in content.items()]
     return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"

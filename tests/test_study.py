@@ -200,6 +200,11 @@ def test_every_committed_json_says_where_it_comes_from(name):
     assert content["study"] == name and content["command"].startswith("python tests/study.py")
 
 
+def test_a_figure_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        study.as_lines({"rows": {"a": {"0": {"reward": float("nan")}}}})
+
+
 def test_in_turn_the_generator_starts_from_the_noise_that_the_policy_has_moved(student):
     still = {"noise_lr": 1e-9, "rl_lr": 1e-9, "learn_steps": False, "rl_steps": "all"}
     settings = tiny(action="z", explore=0.3, **still)
