@@ -233,7 +233,11 @@ def finished(path) -> bool:
     return path.exists() and not maskrl.read_checkpoint(path)["training"]
 
 
-WATCHED = ("quality_mean", "held_out", "judge")
+WATCHED = {  # by Watch, and the titles of their panels
+    "quality_mean": "trained reward",
+    "held_out": "held-out reward",
+    "judge": "Fréchet distance, 512 images",
+}
 
 
 def rl_log(out, before: dict) -> dict:
@@ -374,9 +378,6 @@ def plot_curves(axis, runs: list, x: str, y: str, label: str):
     axis.plot(at, [statistics.mean(values) for values in up], ".-", linewidth=1, label=label)
     axis.fill_between(at, [min(v) for v in up], [max(v) for v in up], alpha=0.1)
     axis.set_xlabel(x.removeprefix("kl_"))
-
-
-CURVE_TITLES = ("trained reward", "held-out reward", "Fréchet distance, 512 images")
 
 
 # The studies --------------------------------------------------------------------------------------
@@ -779,14 +780,20 @@ class Reinforcements(Study):
     rows_key = "arms"
 
     def draw(self, rows, path):
-        drawing = subplots(path, CURVE_TITLES)
+        trained = {
+            name: list(runs.values())
+            for name, runs in rows.items()
+            if all("curve" in run for run in runs.values())
+        }
+        every_run = [run for runs in trained.values() for run in runs]
+        watched = [key for key in WATCHED if all(key in run["curve"] for run in every_run)]
+        drawing = subplots(path, [WATCHED[key] for key in watched])
         if not drawing:
             return
         axes, save = drawing
-        for axis, key in zip(axes, WATCHED):
-            for name, runs in rows.items():
-                if all(key in run.get("curve", {}) for run in runs.values()):
-                    plot_curves(axis, list(runs.values()), "updates", key, name)
+        for axis, key in zip(axes, watched):
+            for name, runs in trained.items():
+                plot_curves(axis, runs, "updates", key, name)
         save()
 
 
@@ -1169,6 +1176,8 @@ class OnLetters(Critical):
         "much as all steps, in {0[critical, halfway / all][seconds]} times the seconds.",
         "The distance is {0[critical][drift]} times the student's on the critical steps, "
         "{0[first][drift]} on the first and {0[all][drift]} on all.",
+        "In the course of RL the quality swings by as much as the arms differ: one seed does not "
+        "decide.",
     )
     picture = ("onletters.png", "the course of RL on letters")
 
