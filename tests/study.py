@@ -1102,9 +1102,11 @@ class Critical(Reinforcements):
     picture = ("critical.png", "the course of RL in 6 iterations")
 
     def measure(self, lab, only=()):
-        settings = self.lab_settings
-        small_tokens = Lab(lab.out.parent / "patch2", lab.seed, lab.device, **settings)
-        return super().measure(small_tokens, only)
+        return super().measure(self.own_lab(lab), only)
+
+    def own_lab(self, lab):
+        """The Lab of small tokens that belongs to the seed of `lab`."""
+        return Lab(lab.out.parent / "patch2", lab.seed, lab.device, **self.lab_settings)
 
     def rows(self, lab):
         rows = self.arms(lab, {})
@@ -1181,10 +1183,9 @@ class OnLetters(Critical):
     )
     picture = ("onletters.png", "the course of RL on letters")
 
-    def measure(self, lab, only=()):
-        folder = folder_of("letters")
-        letters = Lab(lab.out.parent / "letters", lab.seed, lab.device, folder, **self.lab_settings)
-        return Study.measure(self, letters, only)
+    def own_lab(self, lab):
+        out, folder = lab.out.parent / "letters", folder_of("letters")
+        return Lab(out, lab.seed, lab.device, folder, **self.lab_settings)
 
 
 class EqualNumbers(maskrl.PolicyGradient):
