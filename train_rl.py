@@ -2,7 +2,7 @@ r"""RL on the one-step student: a quality reward, a speed reward, and only the c
 (MaskFocus, Speed-RL), or the reward's own gradient (MARVAL, stage 2).
 
     python train_rl.py                                    # from nothing: teacher, student, then RL
-    python train_rl.py --student runs/demo/student.pt     # RL on a student that is there
+    python train_rl.py --student runs/demo/student.pt     # RL on an existing student
     python train_rl.py --student runs/demo/student.pt --alpha 0 --no-learn-steps --out runs/quality
     python train_rl.py --student runs/demo/student.pt --action x --out runs/x      # train all of it
     python train_rl.py --student runs/demo/student.pt --action x --method backprop --out runs/marval
@@ -10,102 +10,139 @@ r"""RL on the one-step student: a quality reward, a speed reward, and only the c
     python train_rl.py --student runs/b/student.pt --vae kl16.ckpt --data imagenet/train \
         --reward clip                                     # of a student that makes latents
 
-Where no --student is given, a teacher and a student are made first, as by train_distill.py with the
-same options. Writes policy.pt (and teacher.pt, student.pt), log.jsonl, metrics.json, samples.png,
+Without --student a teacher and a student are trained first, as by train_distill.py with the same
+options. Writes policy.pt (and teacher.pt, student.pt), log.jsonl, metrics.json, samples.png,
 neighbours.png, curves.png and gain.png into --out.
 """
 
-import time
+from functools import partial
 from pathlib import Path
 
-import maskrl
+import torch
+
+from maskrl import PolicyGradient, RewardBackpropagation, rng, to_tokens
+from train_distill import (
+    given_teacher,
+    make_judge,
+    make_reward_net,
+    train_student,
+    train_teacher,
+)
+from workbench.errors import InputError, run_script
+from workbench.files import load_checkpoint
+from workbench.monitors import RLMonitor
+from workbench.options import add_device, add_settings, clip_options, prepare, training_parser
+from workbench.pictures import gain_picture
+from workbench.released import load_model, read_model
+from workbench.report import compare_schedules, report
+from workbench.rewards import ShapeFit, calibrate, check_reward_name, make_reward
+from workbench.settings import MODEL_SETTINGS
 
 
 def parse(argv=None):
-    parser = maskrl.training_parser(__doc__)
-    add = parser.add_argument
-    add(
+    parser = training_parser(__doc__)
+    parser.add_argument(
         "--student",
         type=Path,
         metavar="student.pt",
-        help="a student to start from, instead of making one",
+        help="a student to start from, instead of training one",
     )
-    add(
+    parser.add_argument(
         "--reward",
         default="embedded",
         help="what RL climbs: embedded (a network trained here on the data), fit (exact, for the "
         "shapes), clip, or module:function, a function of yours (default: %(default)s)",
     )
-    maskrl.add_device(parser)
-    maskrl.add_settings(parser)
+    add_device(parser)
+    add_settings(parser)
     return parser.parse_args(argv)
 
 
-def given_models(args, settings, device):
-    """--student, and for the report the teacher: --teacher, or a fitting teacher.pt beside it."""
-    models = {}
+def train_policy(run, student, quality, monitor):
+    """RL on the student; the training, whose `model` is the policy and `reference` the student."""
+    data, settings, device = run.data, run.settings, run.device
+    torch.manual_seed(settings.seed)  # of the first weights of the small networks that RL adds
+    # what the information gain subtracts, so that it sees how images differ
+    mean_image = to_tokens(data.learned.spaced().mean(0, keepdim=True), settings).to(device)
+    method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
+    training = method(student, settings, partial(quality_of_decoded, quality, data), mean_image)
+    occurring = data.labels
+    with run.stage(training) as stage:
+        for step in stage:
+            # there are no images here: RL learns from those that the policy makes
+            generator = rng(settings.seed, "rl", step)
+            prompts = torch.randint(len(occurring), (training.prompts(step),), generator=generator)
+            labels = occurring[prompts].to(device)
+            stage.log(training.update(step, labels, settings.seed))
+            if stage.time_to_measure:
+                stage.log_measured(monitor(training.model))
+    return training
+
+
+def quality_of_decoded(quality, data, images, labels):
+    """The quality of what a generator makes: images, or latents that `data` decodes."""
+    return quality(data.decode(images), labels)
+
+
+def given_models(run):
+    """--student, and for the report the teacher: --teacher, or a fitting teacher.pt next to it."""
+    args, settings, models = run.args, run.settings, {}
     path = args.teacher or args.student.with_name("teacher.pt")
     if path.exists():
-        teacher = maskrl.load_model(path, "teacher", device, settings.heads)
-        if all(
-            getattr(teacher.settings, name) == getattr(settings, name)
-            for name in maskrl.MODEL_SETTINGS
-        ):
+        teacher = load_model(path, "teacher", run.device, settings.heads)
+        if all(getattr(teacher.settings, n) == getattr(settings, n) for n in MODEL_SETTINGS):
             models["teacher"], teacher.settings = teacher, settings
         elif args.teacher:
-            raise maskrl.InputError(f"{path} is not a teacher of {args.student}")
-    models["student"] = maskrl.load_checkpoint(args.student, "student", device)
+            raise InputError(f"{path} is not a teacher of {args.student}")
+    models["student"] = load_checkpoint(args.student, "student", run.device)
     models["student"].settings = settings
     return models
 
 
-def held_out_reward(name, data, critic, device):
+def trained_models(run, reward_net):
+    teacher = given_teacher(run) if run.args.teacher else train_teacher(run)
+    return {"teacher": teacher, "student": train_student(run, teacher, reward_net)}
+
+
+def held_out_reward(name, data, reward_net, device):
     """A reward that is not trained on, to expose reward hacking; None if there is none."""
     if name != "embedded":
-        return critic.quality
+        return reward_net.quality
     if data.name != "shapes":
         return None
-    return maskrl.ShapeFit(data.train.size, device)
+    return ShapeFit(data.train.size, device)
 
 
 def main(argv=None):
     args = parse(argv)
-    maskrl.check_reward_name(args.reward)
+    check_reward_name(args.reward)
     if args.reward == args.features == "clip":
-        raise maskrl.InputError("--features clip: the judge must not look as --reward clip does")
-    clip = maskrl.clip_options(args)
-    heads = getattr(args, "heads", None)
+        raise InputError("--features clip: the judge must not look as --reward clip does")
+    clip, heads = clip_options(args), getattr(args, "heads", None)
     given = [(args.teacher, "teacher"), (args.student, "student")]
-    contents = [maskrl.read_model(path, kind, heads) for path, kind in given if path]
+    contents = [read_model(path, kind, heads) for path, kind in given if path]
     written = ["policy.pt"] if args.student else ["policy.pt", "student.pt", "teacher.pt"]
-    settings, data, device = maskrl.prepare(args, written, contents[-1] if contents else None)
-    models = given_models(args, settings, device) if args.student else None
+    with prepare(args, written, contents[-1] if contents else None) as run:
+        data, settings, device = run.data, run.settings, run.device
+        models = given_models(run) if args.student else None
+        quality = None
+        if args.reward != "embedded":  # first, because a wrong one should show before long work
+            quality = make_reward(args.reward, settings, data, device, clip=clip)
+        judge = make_judge(run)
+        reward_net = make_reward_net(run)
+        quality = quality or make_reward("embedded", settings, data, device, reward_net)
 
-    quality = None
-    if args.reward != "embedded":  # first, for a wrong one should show before long work
-        quality = maskrl.make_reward(args.reward, settings, data, device, clip=clip)
-    judge = maskrl.make_judge(args, settings, data, device)
-    critic = maskrl.train_critic("reward", data.train, settings, device)
-    quality = quality or maskrl.make_reward("embedded", settings, data, device, critic)
-    minutes = {}
-    if models is None:
-        models, minutes = maskrl.teacher_and_student(args, settings, data, device, critic)
-    maskrl.calibrate(critic, models["student"], data)
+        models = models or trained_models(run, reward_net)
+        calibrate(reward_net, models["student"], data)
+        held_out = held_out_reward(args.reward, data, reward_net, device)
+        monitor = RLMonitor(settings, quality, held_out, judge)
+        training = train_policy(run, models["student"], quality, monitor)
+        models["policy"] = training.model
 
-    held_out = held_out_reward(args.reward, data, critic, device)
-    watch = maskrl.Watch(settings, quality, held_out, judge)
-    start = time.perf_counter()
-    training = maskrl.train_policy(
-        models["student"], settings, quality, data, args.out, args.resume, watch
-    )
-    minutes["policy"] = (time.perf_counter() - start) / 60
-    models["policy"] = training.model
-    maskrl.gain_picture(args.out, training, data.labels)
-    schedules = maskrl.compare_schedules(training, quality, judge)
-    return maskrl.report(
-        args.out, settings, data, judge, models, {"rl": schedules, "minutes": minutes}
-    )
+        gain_picture(run.out, training, data.labels)
+        extra = {"rl": compare_schedules(training, quality, judge), "minutes": run.minutes}
+        return report(run.out, settings, data, judge, models, extra)
 
 
 if __name__ == "__main__":
-    maskrl.run(main)
+    run_script(main)

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 import maskrl
+from workbench.errors import run_script
+from workbench.settings import RunSettings
 
 # Tensors of a test are small: spread over all threads, these wait for each other longer than they
 # work, and on a busy machine every step takes many times as long.
@@ -39,7 +41,7 @@ SMALL = {
 
 def tiny(**overrides):
     """Settings of a model small enough for a test: 16 tokens of 12 channels, unless told so."""
-    return maskrl.Settings(**{**SMALL, **overrides})
+    return RunSettings(**{**SMALL, **overrides})
 
 
 def random_model(kind="teacher", **overrides):
@@ -87,6 +89,6 @@ SHORT = (
 def error_of(main, argv, capsys, code=2):
     """The last line that a script, called with wrong input, ends with."""
     with pytest.raises(SystemExit) as stop:
-        maskrl.run(lambda: main([str(a) for a in argv]))
+        run_script(main, [str(a) for a in argv])
     assert stop.value.code == code
     return capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,0 +1,77 @@
+"""What training logs about images that are not the judge's business."""
+
+import pytest
+import torch
+from conftest import tiny
+from helpers_rewards import reward_net, shapes
+
+from maskrl import MAR, rng
+from workbench.judge import Judge
+from workbench.monitors import RLMonitor, ValidationMetric, view_filters
+
+
+def test_noise_and_seams_count_wherever_they_are():
+    """The metric once saw one pixel of every fourth token: noise in all the others changed
+    nothing."""
+    filters = view_filters(32)
+    x = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    view = torch.nn.functional.conv2d(x, filters, stride=filters.shape[-1])
+    assert view.shape == (1, 6, 8, 8)
+    gradient = torch.autograd.grad(view[:, 3:].square().sum() + view.sum(), x)[0]
+    assert (gradient != 0).all()
+    average = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 32, 32, generator=rng(0)), 4)
+    image = average.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    view = torch.nn.functional.conv2d(image, filters, stride=4)
+    torch.testing.assert_close(view[:, :3], average)
+    norms = filters.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand(6))
+
+
+def test_a_pattern_that_averages_to_nothing_is_seen():
+    stripes = torch.ones(1, 3, 32, 32)
+    stripes[..., ::2] = -1
+    view = torch.nn.functional.conv2d(stripes, view_filters(32), stride=4)
+    assert view[:, :3].abs().max() < 1e-6
+    assert view[:, 3:].abs().min() > 1e-3
+
+
+def shapes_model(kind):
+    torch.manual_seed(0)
+    return MAR(tiny(), shapes().classes, kind).eval()
+
+
+def test_the_validation_metric_is_repeatable_and_tells_models_apart():
+    metric = ValidationMetric(reward_net(), shapes(), tiny(), "cpu", n=32)
+    assert torch.equal(metric.labels.unique(), torch.arange(9))
+    student = shapes_model("student")
+    first, again = metric(student), metric(student)
+    assert first == again
+    assert set(first) == {"validation", "reward_features"}
+    assert all(value > 0 for value in first.values())
+    torch.nn.init.normal_(student.head.final_layer.linear.weight)
+    assert metric(student)["validation"] > first["validation"]
+
+
+def test_training_images_have_no_distance_to_themselves():
+    metric = ValidationMetric(reward_net(), shapes(), tiny(), "cpu", n=9)
+    pixels, features = metric.views(shapes().train.spaced())
+    assert torch.equal(pixels, metric.reference[0])
+    assert torch.equal(features, metric.reference[1])
+    assert pixels.shape[1:] == (6 * 8 * 8,)
+    assert features.shape[1:] == (64,)
+
+
+def bright(images, labels):
+    return images.clamp(-1, 1).mean((1, 2, 3)) / 2 + 0.5
+
+
+@pytest.mark.parametrize("held_out", [None, bright])
+def test_rl_monitors_the_reward_the_judge_and_what_is_held_out(held_out):
+    judge = Judge(shapes(), tiny(), torch.device("cpu"))
+    monitor = RLMonitor(tiny(), reward_net().quality, held_out, judge, n=18)
+    assert torch.equal(monitor.labels.unique(), torch.arange(9))
+    metrics = monitor(shapes_model("student"))
+    assert set(metrics) == {"quality_mean", "judge"} | ({"held_out"} if held_out else set())
+    assert 0 < metrics["quality_mean"] < 1
+    assert metrics["judge"] > 0
+    assert monitor(shapes_model("student")) == metrics

@@ -1,0 +1,1 @@
+"""What the scripts stand on; see the table in README.md. Imports maskrl, never the other way."""

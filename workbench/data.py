@@ -1,0 +1,297 @@
+"""Data: the built-in shapes, or a folder with one sub-folder of images per class.
+
+Both become bytes in three parts: `train` (for the generator and the reward network), `judge` (for
+the judge alone) and `test` (real images that the judge compares generated ones with).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskrl import rng
+from workbench.errors import InputError, abbreviate
+from workbench.images import check_class_size, class_folders, load_folder
+from workbench.settings import RunSettings
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes -> floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def identity(images: Tensor) -> Tensor:
+    """Decodes what a generator of pixels makes."""
+    return images
+
+
+@dataclass
+class Split:
+    """Some of the images of a data set, and their labels."""
+
+    stored: Tensor  # uint8 [M, 3, S, S], all images of the data set, perhaps mapped from a file
+    rows: Tensor  # [N], the indices in `stored` of the images in this part
+    labels: Tensor  # [N]
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        """A copy of this part's images, uint8 [N, 3, S, S]; of a large part, `take` some first."""
+        return self.stored[self.rows]
+
+    @property
+    def channels(self) -> int:
+        return self.stored.shape[1]
+
+    @property
+    def size(self) -> int:
+        """S, height and width of an image in pixels."""
+        return self.stored.shape[-1]
+
+    def spaced(self) -> Tensor:
+        """Images in [-1, 1] [n, 3, S, S], every class in proportion: all of them, or 10,000 to
+        20,000 that are evenly spaced; fewer of large images, so that all take at most 4.3 GB.
+
+        They are made once, and kept: do not change them in place."""
+        return self.evenly_spaced_images
+
+    @cached_property
+    def evenly_spaced_images(self) -> Tensor:
+        most = min(10_000, 2**29 // self.stored[0].numel())
+        return to_unit(self.take(slice(None, None, max(1, len(self) // most))).images)
+
+    def take(self, index) -> "Split":
+        """The Split of the images at `index`: a slice, or a tensor of indices or of booleans."""
+        return Split(self.stored, self.rows[index], self.labels[index])
+
+    def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
+        """n random images in [-1, 1] [n, 3, S, S] and their labels [n]; flip: half are mirrored."""
+        index = torch.randint(len(self), (n,), generator=generator)
+        x = to_unit(self.stored[self.rows[index]].to(device))
+        if flip:
+            mirrored = torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
+        return x, self.labels[index].to(device)
+
+    def balanced_half(self, most: int) -> int:
+        """How many images of each class either of the `balanced_halves` has."""
+        counts = self.labels.unique(return_counts=True)[1]
+        return max(2, min(int(counts.min()) // 2, most // len(counts)))
+
+    def balanced_halves(self, most: int, generator) -> tuple["Split", "Split"]:
+        """Two disjoint random halves with equally many images of every class: at most `most` images
+        each, but at least two of each class."""
+        m = self.balanced_half(most)
+        by_class = [(self.labels == y).nonzero().squeeze(1) for y in self.labels.unique()]
+        shuffled = [index[torch.randperm(len(index), generator=generator)] for index in by_class]
+        halves = [index[:m] for index in shuffled], [index[m : 2 * m] for index in shuffled]
+        return self.take(torch.cat(halves[0])), self.take(torch.cat(halves[1]))
+
+
+@dataclass
+class Data:
+    """A data set in three parts, and what its labels mean."""
+
+    name: str  # "shapes", or the folder
+    classes: list[str]  # of the labels; those of a checkpoint may be more than occur here
+    names: dict[str, str]  # {class: what people call it}, from --class-names
+    train: Split
+    judge: Split
+    test: Split
+    cache: Path | None = None  # the folder that keeps the decoded images, if there is one
+    latents: Any = None  # workbench.latents.Latents of `train`, for a generator of latents
+    decode: Callable = identity  # what a generator makes -> images in [-1, 1]
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels that occur, ascending."""
+        return self.train.labels.unique()
+
+    @property
+    def learned(self) -> Any:
+        """What a generator learns: the training images, or their latents."""
+        return self.train if self.latents is None else self.latents
+
+    def labelled_as(self, classes: list[str]) -> "Data":
+        """The same images with labels that index a checkpoint's `classes`.
+
+        InputError unless these include all of the data's own."""
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise InputError(
+                f"--data {self.name} has classes that the checkpoint does not know: "
+                f"{abbreviate(unknown)}; it knows {abbreviate(classes)}. Choose with --classes"
+            )
+        new_labels = torch.tensor([classes.index(name) for name in self.classes])
+        train, judge, test = [
+            replace(part, labels=new_labels[part.labels])
+            for part in (self.train, self.judge, self.test)
+        ]
+        return replace(self, classes=classes, train=train, judge=judge, test=test)
+
+    def measure(self, settings: RunSettings) -> RunSettings:
+        """The settings with mean and scale measured on what is learned, unless scale is given.
+
+        Tokens that are not centred hide what varies behind a constant, and attention then hardly
+        learns to look at them."""
+        if settings.scale:
+            return settings
+        x = self.learned.spaced()
+        mean = round(float(x.mean()), 4)
+        scale = round(float(1 / x.std().clamp(min=1e-3)), 4)
+        return replace(settings, mean=mean, scale=scale)
+
+
+def load_data(
+    settings: RunSettings, name="shapes", classes=None, class_names=None, cache=None, stride=1
+) -> Data:
+    """The built-in shapes, or a folder's images; 60, 20 and 20 % of every class to the three parts.
+
+    classes: a list as --classes has it (None: all). class_names: a file as --class-names has it.
+    cache: a folder to keep decoded images in; None: they stay in memory. stride: pixels per side of
+    a latent, for a generator of latents. How a class is divided depends neither on the seed nor on
+    which other classes there are.
+    InputError if the folder is missing, or a class has fewer than 20 images."""
+    names, cache_folder, size = {}, None, settings.image_size * stride
+    if name == "shapes":
+        if classes or class_names:
+            raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
+        classes, images, labels = load_shapes(settings, size)
+    else:
+        available = class_folders(name)
+        if class_names:
+            names = read_class_names(class_names, available)
+        positions = find_classes(classes, available, names) if classes else range(len(available))
+        classes = [available[y] for y in sorted(set(positions))]
+        images, labels, cache_folder = load_folder(name, classes, size, cache)
+    parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
+    return Data(name, classes, names, *parts, cache_folder)
+
+
+def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
+    """Rows of `labels` [N] for train, judge and test; label -1 is in none of them.
+
+    The run's seed is not used: no stage meets what another one held out."""
+    parts = []
+    generator = rng("split")
+    for y, class_name in enumerate(classes):
+        rows = (labels == y).nonzero().squeeze(1)
+        n = len(rows)
+        if name != "shapes":
+            check_class_size(name, class_name, n)
+            generator = rng("split", class_name)
+        rows = rows[torch.randperm(n, generator=generator)]
+        parts.append(rows.tensor_split((int(0.6 * n), int(0.8 * n))))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+# Shapes -------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230)}
+FORMS = ("circle", "square", "triangle")
+
+
+def shape_masks(x: Tensor, y: Tensor, r: Tensor, size: int) -> Tensor:
+    """The fraction of every pixel that lies inside each of the FORMS [N, 3, size, size].
+
+    x, y, r [N]: centres and radii, in units of the image's side."""
+    grid = (torch.arange(size, device=x.device) + 0.5) / size
+    dx, dy, r = grid - x[:, None, None], grid[:, None] - y[:, None, None], r[:, None, None]
+    # signed distances to the edge, negative inside
+    circle = (dx**2 + dy**2).sqrt() - r
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.88 * r
+    triangle = torch.maximum(dy + 0 * dx, 0.866 * dx.abs() - 0.5 * dy) - 0.6 * r
+    return (0.5 - torch.stack([circle, square, triangle], 1) * size).clamp(0, 1)
+
+
+def draw_shapes(labels: Tensor, size: int, generator=None) -> Tensor:
+    """Antialiased shapes of the classes `labels` [N], as uint8 [N, 3, size, size].
+
+    The class is 3 x colour + form; centres lie within +-0.1 of the middle, radii in 0.22...0.32,
+    and backgrounds are dark greys."""
+    u = torch.rand(len(labels), 4, generator=generator)
+    x, y = 0.5 + 0.1 * (2 * u[:, :2] - 1).T
+    masks = shape_masks(x, y, 0.22 + 0.10 * u[:, 2], size)
+    inside = masks[torch.arange(len(labels)), labels % 3][:, None]
+    colour = torch.tensor(list(COLOURS.values())).float()[labels // 3][:, :, None, None]
+    background = 51 * u[:, 3, None, None, None]
+    return (inside * colour + (1 - inside) * background).round().to(torch.uint8)
+
+
+def load_shapes(settings: RunSettings, size: int) -> tuple[list[str], Tensor, Tensor]:
+    """Class names, images uint8 [N, 3, size, size] and labels [N] of the built-in shapes."""
+    classes = [f"{colour} {form}" for colour in COLOURS for form in FORMS]
+    labels = torch.arange(len(classes)).repeat_interleave(settings.per_class)
+    generator = rng(settings.seed, "shapes")
+    images = [draw_shapes(part, size, generator) for part in labels.split(4096)]
+    return classes, torch.cat(images), labels
+
+
+# Names of classes ---------------------------------------------------------------------------------
+
+
+def read_lines(option: str, path) -> list[str]:
+    """The lines of a text file that an option names; InputError if it cannot be read."""
+    try:
+        return Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path}: {error}") from None
+
+
+def read_class_names(path, classes: list[str]) -> dict[str, str]:
+    """{class: what people call it} from a file with lines such as `n01440764 tench, Tinca tinca`.
+
+    InputError if it names none of the `classes`."""
+    pairs = [line.split(maxsplit=1) for line in read_lines("--class-names", path)]
+    names = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+    if not names.keys() & set(classes):
+        raise InputError(
+            f"--class-names {path} names none of the classes {abbreviate(classes, 3)}; expected "
+            "lines such as 'n01440764 tench, Tinca tinca'"
+        )
+    return names
+
+
+def display_names(classes: list[str], names: dict[str, str]) -> list[str]:
+    """What to call the `classes`: the first of several names; the class itself if it has none."""
+    short_names = {name: synonyms.split(",")[0] for name, synonyms in names.items()}
+    return [short_names.get(name, name) for name in classes]
+
+
+def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) -> list[int]:
+    """Positions in `classes` of those that --classes asks for.
+
+    texts: classes or their `names`, several of them separated by commas, or files with one a line.
+    InputError if there is no such class, or if several have the name."""
+    positions = {}
+    for y, name in enumerate(classes):
+        synonyms = names.get(name, "")
+        for spelling in {synonyms, *map(str.strip, synonyms.split(","))} - {""}:
+            positions.setdefault(spelling, []).append(y)
+    positions |= {name: [y] for y, name in enumerate(classes)}
+    wanted = [name for text in texts for name in split_names(text, positions)]
+    if not wanted:
+        raise InputError("--classes names no class")
+    for name in wanted:
+        if name not in positions:
+            known = abbreviate(classes)
+            raise InputError(f"--classes: there is no class {name!r}; there are: {known}")
+        if len(positions[name]) > 1:
+            several = abbreviate([classes[y] for y in positions[name]])
+            raise InputError(f"--classes: {name!r} may be any of {several}: name one of these")
+    return [positions[name][0] for name in wanted]
+
+
+def split_names(text: str, known) -> list[str]:
+    """The names in one value of --classes: a `known` one, the lines of a file, or a comma list."""
+    if text in known:
+        return [text]
+    parts = read_lines("--classes", text) if os.path.isfile(text) else text.split(",")
+    return [name.strip() for name in parts if name.strip()]

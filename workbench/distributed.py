@@ -1,0 +1,126 @@
+"""Several processes: `torchrun --nproc_per_node=N train_rl.py ...` trains on N GPUs.
+
+All processes run the same program on the same whole batch, with the same random numbers, and hold
+the same weights. Only two calls, which are nearly all of the work, are divided: in `MAR.context`
+and `Head.forward` each process computes 1 / N of the rows, and then all of them gather all rows. So
+every other line (losses, groups, advantages, judges) sees the batch as if there were one process,
+and the results agree up to rounding for any N.
+"""
+
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partialmethod, wraps
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from maskrl import MAR, Head
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+
+
+def rank() -> int:
+    """The number of this process; 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """The device of this process, if torchrun started several; else `device`."""
+    started_by_torchrun = all(os.environ.get(name) for name in TORCHRUN)
+    if not started_by_torchrun or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    MAR.context, Head.forward = divided(MAR.context), divided(Head.forward)
+    if rank():  # one of them speaks for all
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+def divided(method: Callable) -> Callable:
+    """A method of tensors that have a row for each of B things, as its output has: every process
+    computes some of the rows."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        inputs = signature.bind(self, *args, **kwargs).args[1:]
+        B, N = len(inputs[0]), dist.get_world_size()
+        if B == 0:
+            return method(self, *inputs)
+        n = math.ceil(B / N)
+        rows = (torch.arange(n, device=inputs[0].device) + n * rank()) % B  # some twice
+        own = method(self, *(hooked(x, mean_over_processes)[rows] for x in inputs))
+        parts = [torch.empty_like(own) for _ in range(N)]
+        dist.all_gather(parts, own.detach())
+        parts[rank()] = hooked(own, times_processes)
+        return torch.cat(parts)[:B]
+
+    return call
+
+
+def hooked(x: Tensor, hook: Callable) -> Tensor:
+    """x, whose gradient passes through `hook` on its way back."""
+    x = x.view_as(x)  # so that other uses of x do not
+    if x.requires_grad:
+        x.register_hook(hook)
+    return x
+
+
+def times_processes(gradient: Tensor) -> Tensor:
+    """So that the mean over the processes, each of which has its rows', is the whole gradient."""
+    return gradient * dist.get_world_size()
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+@contextmanager
+def average_gradients(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Meanwhile every gradient of the networks' weights is the mean over all processes."""
+    weights = [p for network in networks for p in network.parameters() if p.requires_grad]
+    several = dist.is_initialized()
+    handles = [p.register_post_accumulate_grad_hook(average) for p in weights if several]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def average(p: nn.Parameter) -> None:
+    p.grad = mean_over_processes(p.grad)
+
+
+def agreed(number: int, device) -> int:
+    """The largest `number` of all processes."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether another process ended, or did not answer in time."""
+    named = any(name in str(error) for name in ("gloo", "NCCL", "Connection"))
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or named)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,90 @@
+"""What training logs about the images that a model makes; none of it is the judge's last word."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskrl import MAR, Sampling, generate, rng, to_images
+from workbench.data import Data
+from workbench.judge import Judge, frechet_distance
+from workbench.quality_net import QualityNet
+from workbench.settings import RunSettings
+
+
+def view_filters(size: int) -> Tensor:
+    """Three filters [6, 3, side, side] that average a colour over a cell of an 8x8 grid, and three
+    random ones of the same norm."""
+    side = max(1, size // 8)
+    average = torch.eye(3)[:, :, None, None].expand(3, 3, side, side) / side**2
+    random = torch.randn(average.shape, generator=rng("views"))
+    random = random / random.flatten(1).norm(dim=1)[:, None, None, None] / side
+    return torch.cat([average, random])
+
+
+class ValidationMetric:
+    """Fréchet distances to the training images, of n images of fixed labels, order and noise.
+
+    `validation` is taken on views of the pixels, and the weights with the lowest are kept;
+    `reward_features`, on the features of the reward network, prefers clean images that all look the
+    same to diverse ones. A view has, for each cell of a grid of 8x8, the average colour and three
+    fixed random projections of all its pixels, so that noise and seams count wherever they are."""
+
+    def __init__(self, net: QualityNet, data: Data, settings: RunSettings, device, n: int = 1024):
+        self.net, self.settings, self.decode = net, settings, data.decode
+        evenly = torch.linspace(0, len(data.train) - 1, n).long()
+        self.labels = data.train.labels[evenly].to(device)  # classes in their proportions
+        self.filters = view_filters(data.train.size).to(device)
+        views = [self.views(x.to(device)) for x in data.train.spaced().split(512)]
+        self.reference = [torch.cat(parts) for parts in zip(*views)]
+
+    @torch.no_grad()
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [B, 384] and features [B, 64] of images [B, 3, S, S] in [-1, 1]."""
+        view = F.conv2d(images, self.filters, stride=self.filters.shape[-1])
+        return view.flatten(1), self.net(images)[0]
+
+    def __call__(self, model: MAR, sampling: Sampling | None = None) -> dict[str, float]:
+        sampling = replace(sampling or Sampling(), order="random")  # the masks of training
+        parts = [
+            generate(model, labels, sampling, seed=(self.settings.seed, "validation", i))
+            for i, labels in enumerate(self.labels.split(256))
+        ]
+        views = self.views(self.decode(to_images(torch.cat(parts), self.settings)))
+        distances = [frechet_distance(a, b) for a, b in zip(views, self.reference)]
+        return {"validation": distances[0], "reward_features": distances[1]}
+
+
+class RLMonitor:
+    """What RL logs about a model, on fixed noise without exploration.
+
+    `quality_mean` is the trained reward. To expose reward hacking there are `held_out`, a reward
+    that is not trained on (if there is one), and `judge`, the judge's Fréchet distance. n is small:
+    compare within a run."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        quality: Callable,
+        held_out: Callable | None,
+        judge: Judge,
+        n: int = 512,
+    ):
+        evenly = torch.linspace(0, len(judge.labels) - 1, min(n, len(judge.labels))).long()
+        self.labels = judge.labels[evenly]
+        self.settings, self.quality, self.held_out, self.judge = settings, quality, held_out, judge
+
+    @torch.no_grad()
+    def __call__(self, model: MAR) -> dict[str, float]:
+        tokens = generate(model, self.labels, seed=(self.settings.seed, "monitor"))
+        images = self.judge.decode(to_images(tokens, self.settings))
+        features, _ = self.judge.features(images)
+        metrics = {
+            "quality_mean": float(self.quality(images, self.labels).mean()),
+            "judge": frechet_distance(features, self.judge.references[0]),
+        }
+        if self.held_out:
+            metrics["held_out"] = float(self.held_out(images, self.labels).mean())
+        return metrics

@@ -1,0 +1,388 @@
+"""A run: a folder that belongs to one process at a time, and the stages of training in it.
+
+A stage is interrupted at any moment and loses little: Ctrl-C and SIGTERM let a step finish and save
+it, a checkpoint is written every minute or so, and --resume goes on from the last one to the very
+same weights, because every step draws its noise from (seed, stage, step).
+"""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch import nn
+from tqdm import tqdm
+
+from maskrl import MAR
+from workbench.distributed import agreed, average_gradients, rank
+from workbench.errors import InputError, Stopped, abbreviate
+from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
+from workbench.precision import set_precision
+from workbench.settings import flag
+
+SAVE_SECONDS = 60.0  # from one checkpoint to the next, at least
+SAVE_COST = (
+    20.0  # and at least so many times as long as the last one took to write: MAR-H has 30 GB
+)
+
+
+class Run:
+    """What the stages of a training share: folder, settings, data and device.
+
+    A context manager: meanwhile no other process trains in the folder `out`."""
+
+    def __init__(self, args, settings, data, device):
+        self.args, self.settings, self.data, self.device = args, settings, data, device
+        self.out, self.resume = args.out, args.resume
+        self.minutes = {}  # {stage: minutes that it took here}
+
+    def __enter__(self) -> "Run":
+        self.lock = lock_run_dir(self.out)
+        try:
+            save_run_args(self.args)
+        except InputError:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.lock.release()
+
+    def stage(self, training) -> "Stage":
+        """training: a TeacherTraining, Distillation, PolicyGradient or RewardBackpropagation."""
+        return Stage(self, training)
+
+
+class Stage:
+    """One training of a run, written to out/<kind of model>.pt, out/log.jsonl beside it.
+
+        with run.stage(training) as stage:
+            for step in stage:
+                stage.log(training.update(step, ...))
+                if stage.time_to_measure:
+                    stage.keep_best({"validation": ...})
+
+    Stopped (a KeyboardInterrupt) is raised after a signal, when the step is finished and saved.
+    A FloatingPointError within the block names the stage, the step and the tensors, and leaves a
+    checkpoint of before the step or, if half of the step is done, the last one; from it --resume
+    repeats what led there. InputError if --resume finds a checkpoint of another training."""
+
+    def __init__(self, run: Run, training):
+        self.run, self.training = run, training
+        self.name, self.iters = training.model.kind, training.iters
+        self.path = Path(run.out) / f"{self.name}.pt"
+        # seconds of all updates so far; the lowest validation, and the EMA weights that it is of
+        self.record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
+        self.start = 0
+
+    def __enter__(self) -> "Stage":
+        if self.run.resume and self.path.exists():
+            self.start = restore(self.training, self.path, self.record, self.iters)
+        self.step = self.saved = self.start
+        self.weights_changed = False  # by a step that is not complete
+        trim_log(self.run.out, self.name, self.start)
+        settings, networks = self.run.settings, networks_of(self.training)
+        for network in networks:
+            set_precision(network, settings.precision, settings.checkpointing)
+        self.bar = tqdm(
+            range(self.start, self.iters), self.name, self.iters, initial=self.start, mininterval=1
+        )
+        with ExitStack() as stack:
+            stack.callback(self.bar.close)
+            stack.enter_context(average_gradients(networks))
+            for value in self.training.state.values():
+                if isinstance(value, torch.optim.Optimizer):
+                    stack.callback(value.register_step_post_hook(self.note_change).remove)
+            self.signals = stack.enter_context(held_signals())
+            self.undo = stack.pop_all()
+        self.began = self.saved_at = time.monotonic()
+        self.save_seconds = 0.0
+        return self
+
+    def __exit__(self, _, error, traceback) -> None:
+        with self.undo:
+            if isinstance(error, FloatingPointError):
+                self.save_and_explain(error)
+        if self.start < self.iters:
+            self.run.minutes[self.name] = (time.monotonic() - self.began) / 60
+
+    def __iter__(self) -> Iterator[int]:
+        device = self.training.model.device
+        for self.step in self.bar:
+            self.weights_changed = False
+            self.step_began = time.perf_counter()
+            yield self.step
+            done = self.step + 1
+            if done == self.iters and self.record["weights"]:
+                self.training.ema.load_state_dict(self.record["weights"])
+            stop = agreed(self.first_signal(), device)
+            if done == self.iters or stop or self.time_to_save():
+                self.save(done)
+            if stop:
+                agreed(stop, device)  # no process ends before the file is written
+                where = f"{self.name} is saved in {self.path} after {done} steps"
+                raise Stopped(stop, f"{where}; the same command with --resume continues")
+        stop = agreed(self.first_signal(), device)  # while the last file was written
+        if stop:
+            where = f"{self.name} is complete in {self.path}"
+            raise Stopped(stop, f"{where}; the same command with --resume continues")
+
+    def first_signal(self) -> int:
+        """The first signal that arrived, or 0."""
+        return self.signals[0] if self.signals else 0
+
+    def note_change(self, *_) -> None:
+        self.weights_changed = True
+
+    @property
+    def time_to_measure(self) -> bool:
+        """Whether a tenth of the stage ends with this step."""
+        return (self.step + 1) * 10 // self.iters > self.step * 10 // self.iters
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Note the metrics of this step's update, of some 200 steps in a stage."""
+        self.record["seconds"] += time.perf_counter() - self.step_began
+        if self.step % max(1, self.iters // 200) == 0 or self.step == self.iters - 1:
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
+            self.log_measured(metrics)
+
+    def log_measured(self, values: dict[str, float]) -> None:
+        """Note values in any case."""
+        values = {"seconds": self.record["seconds"]} | values
+        rounded = {name: round(value, 6) for name, value in values.items()}
+        append_log(self.run.out, {"stage": self.name, "step": self.step, **rounded})
+
+    def keep_best(self, values: dict[str, float]) -> None:
+        """Note values; of all EMA weights the stage ends with those of the lowest `validation`."""
+        self.log_measured(values)
+        if values["validation"] < self.record["lowest"]:
+            weights = deepcopy(self.training.ema.state_dict())
+            self.record |= {"lowest": values["validation"], "weights": weights}
+
+    def time_to_save(self) -> bool:
+        waited = time.monotonic() - self.saved_at
+        return waited > max(SAVE_SECONDS, SAVE_COST * self.save_seconds)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint; FloatingPointError, and no file, for weights that are not finite."""
+        began, training = time.monotonic(), self.training
+        weights = [*training.model.state_dict().values(), *training.ema.state_dict().values()]
+        if not all(w.isfinite().all() for w in weights):
+            raise FloatingPointError("the weights are infinite or NaN")
+        state = {name: value.state_dict() for name, value in training.state.items()}
+        state["record"] = self.record
+        unfinished = state if step < self.iters else None
+        write_checkpoint(self.path, training.model, training.ema, step, unfinished)
+        self.saved, self.saved_at = step, time.monotonic()
+        self.save_seconds = self.saved_at - began
+
+    def save_and_explain(self, error: FloatingPointError) -> None:
+        """Raise the error with where it happened and how to go on."""
+        if not self.weights_changed and self.step > self.saved:
+            with suppress(FloatingPointError):  # of weights that an earlier step spoilt
+                self.save(self.step)
+        repeats = "Nothing was saved; the same command repeats what led here"
+        if self.saved:
+            good = f"{self.path} holds the good weights after {self.saved} steps"
+            repeats = f"{good}, and --resume repeats what led here"
+        raise FloatingPointError(
+            f"{self.name}, step {self.step}: {error}{non_finite_tensors(self.training)}. {repeats}. "
+            "If training diverged, start afresh in another --out with a lower learning rate"
+        ) from None
+
+
+def networks_of(training) -> list[MAR]:
+    """All models that a training learns or uses."""
+    return [value for value in vars(training).values() if isinstance(value, MAR)]
+
+
+def non_finite_tensors(training) -> str:
+    """Names of the weights and gradients that are not finite, for a message."""
+    modules = {f"{k}.": v for k, v in training.state.items() if isinstance(v, nn.Module)}
+    names = []
+    for prefix, network in ({"": training.model} | modules).items():
+        for name, p in network.named_parameters():
+            if not p.isfinite().all():
+                names.append(prefix + name)
+            elif p.grad is not None and not p.grad.isfinite().all():
+                names.append(f"the gradient of {prefix}{name}")
+    return f" ({abbreviate(names, 3)})" if names else ""
+
+
+@contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; the
+    same one once more stops at once, unless there are several processes: torchrun passes on to
+    each what all had got already."""
+    noted = []
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield noted
+        return
+    note, numbers = partial(note_signal, noted), (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def note_signal(noted: list[int], number: int, _) -> None:
+    if number in noted and not dist.is_initialized():
+        raise Stopped(number, "at once, by the second signal; --resume repeats a few steps")
+    noted.append(number)
+
+
+# Going on from a checkpoint: only with what has the form of this training's own state.
+
+
+def restore(training, path: Path, record: dict, iters: int) -> int:
+    """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with.
+
+    InputError if it does not fit them."""
+    content = read_checkpoint(path, training.model.kind)
+    step, state = content["step"], content["training"]
+    if step > iters or (state is None) != (step == iters):
+        raise InputError(f"{path} is of step {step} of {iters}: --resume cannot go on with it")
+    try:
+        load_state(training.model, content["model"])
+        load_state(training.ema, content["model_ema"])
+        if state is not None:
+            check_same_form(dict.fromkeys([*training.state, "record"]), dict.fromkeys(state))
+            weights = training.ema.state_dict() if state["record"]["weights"] else {}
+            check_same_form(record | {"weights": weights}, state["record"])
+            record.update(state["record"])
+            for name, value in training.state.items():
+                load_state(value, state[name])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not of this training, or of another version of torch: --resume cannot go "
+            f"on with it ({str(error).splitlines()[0]})"
+        ) from None
+    return step
+
+
+def load_state(value, saved) -> None:
+    """value.load_state_dict(saved), of a network, an optimizer or a learning rate schedule.
+
+    ValueError if `saved` has another form."""
+    form = value.state_dict()
+    if isinstance(value, torch.optim.Optimizer):  # which adds averages of gradients as it steps
+        parameters = [p for group in value.param_groups for p in group["params"]]
+        if len({frozenset(entries) for entries in saved["state"].values()}) > 1:
+            raise ValueError("an optimizer that keeps less of some parameters than of others")
+        form["state"] = {
+            i: {key: torch.zeros(()) if key == "step" else parameters[i] for key in entries}
+            for i, entries in saved["state"].items()
+        }
+    check_same_form(form, saved)
+    for own, group in zip(form.get("param_groups", []), saved.get("param_groups", [])):
+        if own["params"] != group["params"]:
+            raise ValueError("an optimizer of other parameters")
+    value.load_state_dict(saved)
+
+
+def check_same_form(own, saved) -> None:
+    """ValueError unless `saved` has the keys, types and shapes of `own`, and finite tensors."""
+    if isinstance(own, dict):
+        same = isinstance(saved, dict) and own.keys() == saved.keys()
+        pairs = [(own[key], saved[key]) for key in own] if same else []
+    elif isinstance(own, (list, tuple)):
+        same = isinstance(saved, (list, tuple)) and len(own) == len(saved)
+        pairs = zip(own, saved) if same else []
+    elif torch.is_tensor(own):
+        same = torch.is_tensor(saved) and own.shape == saved.shape and saved.isfinite().all()
+        pairs = []
+    else:
+        same, pairs = isinstance(saved, type(own)), []
+    if not same:
+        raise ValueError(f"an unexpected {type(saved).__name__}")
+    for pair in pairs:
+        check_same_form(*pair)
+
+
+# The folder
+
+
+def lock_run_dir(out: Path) -> FileLock:
+    """Make this process the only one that trains in the folder `out`, until the lock is released
+    or the process ends in any way; InputError if another one does."""
+    lock = FileLock(out / ".lock")
+    if rank():  # the first of several processes holds it for all
+        return lock
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another run is at work in --out {out}: wait for it, or stop it first"
+        ) from None
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    return lock
+
+
+def save_run_args(args) -> None:
+    """Keep --data, --classes, --vae, --features and --reward in out/choices.json; InputError where
+    a resumed run has others.
+
+    They name files and code: what the file says is compared with them, and never used."""
+    path = args.out / "choices.json"
+    given = {"data": str(Path(args.data)), "classes": " ".join(args.classes or [])}
+    given |= {"vae": str(args.vae or ""), "features": args.features}
+    if "reward" in args:  # train_distill.py has none
+        given["reward"] = args.reward
+    begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
+    try:
+        kept = json.loads(path.read_text()) if begun else {}
+        kept = {name: str(kept[name]) for name in kept}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it") from None
+    for name in given:
+        if kept.get(name) not in (None, given[name]):
+            raise InputError(
+                f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
+                f"{given[name] or None}: give it again, or another --out"
+            )
+    write_text(path, as_json(kept | given))
+
+
+def read_log(out) -> list[dict]:
+    """The lines of out/log.jsonl, except one cut short by a power failure; none if there is no
+    such file."""
+    path, lines = Path(out) / "log.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def append_log(out, line: dict) -> None:
+    """One more line in out/log.jsonl."""
+    path = Path(os.devnull if rank() else Path(out) / "log.jsonl")
+    try:
+        with open(path, "a") as file:
+            file.write(as_json(line) + "\n")
+            file.flush()
+            if not rank():
+                os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def trim_log(out, stage: str, start: int) -> None:
+    """Take from out/log.jsonl the lines of a stage from step `start` on, which it logs again."""
+    path = Path(out) / "log.jsonl"
+    kept = [line for line in read_log(out) if line["stage"] != stage or line["step"] < start]
+    if path.exists():
+        write_text(path, "".join(as_json(line) + "\n" for line in kept))

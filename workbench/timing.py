@@ -1,0 +1,46 @@
+"""Seconds, read when a GPU has done what it was asked, and of several calls in turns."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from maskrl import MAR, Sampling, generate
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_in_turns(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
+    """Seconds of every call {name: function}, sorted, of all rounds but the first, which warms up.
+
+    The calls take turns, so that a busy moment of the machine slows all of them."""
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = clock(device)
+            call()
+            seconds[name].append(clock(device) - start)
+    return {name: sorted(times[1:]) for name, times in seconds.items()}
+
+
+def lower_median(ordered: list[float]) -> float:
+    """The middle one of sorted numbers; of an even count the lower of the middle two."""
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def time_in_turns(
+    arms: dict[str, tuple[MAR, Sampling]], labels: Tensor, rounds: int = 4
+) -> dict[str, float]:
+    """Median seconds per image of every arm {name: (model, Sampling)}, for images of `labels`."""
+    calls = {
+        name: partial(generate, model, labels, sampling) for name, (model, sampling) in arms.items()
+    }
+    times = seconds_in_turns(calls, rounds, labels.device)
+    return {name: lower_median(seconds) / len(labels) for name, seconds in times.items()}
