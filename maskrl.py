@@ -443,6 +443,8 @@ class Diffusion:
     alphas_bar; the posterior log variance of index 0 is that of index 1. n: 2...1000."""
 
     def __init__(self, n: int = 1000):
+        if not 2 <= n <= 1000:
+            raise ValueError(f"a chain has 2 to 1000 denoising steps, not {n}")
         u = torch.arange(1001, dtype=torch.float64) / 1000
         bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         alphas_bar = (1 - (1 - bar[1:] / bar[:-1]).clamp(max=0.999)).cumprod(0)

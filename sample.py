@@ -14,68 +14,63 @@ A checkpoint carries its own settings. A student or policy draws each token in o
 policy also chooses its own number of unmasking iterations, unless --steps says it.
 """
 
-import argparse
-import time
-from pathlib import Path
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
-import maskrl
-from maskrl import InputError
+from maskrl import Sampling, generate, to_images
+from workbench.bench import bench, bench_judge, bench_models, bench_table
+from workbench.data import display_names, identity, read_class_names
+from workbench.errors import InputError, run_script
+from workbench.files import as_json, write_text
+from workbench.inpaint import read_inpainting
+from workbench.kl16 import load_kl16
+from workbench.latents import autoencoder_for
+from workbench.options import add_device, find_device
+from workbench.pictures import film, picture, pixel_mask, save_picture, write_files
+from workbench.released import load_model
+from workbench.report import hardware
+from workbench.sampling import check_request, check_steps, checked_sampling, class_labels
+from workbench.settings import LIMITS, PRESETS
+from workbench.timing import clock
 
-BATCH = 256  # images that are drawn at once: memory holds no more, however many there are
+BATCH = 256  # images that are drawn at once, so that memory does not grow with --n
 SHOWN = 1024  # images that --out has room for
 
 
-def add_generator(parser):
-    """The options that say what generates."""
+def parse(argv=None):
+    parser = ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("checkpoint", help="teacher.pt, student.pt or policy.pt, or a file in MAR's own format")
-    add(
-        "--vae",
-        metavar="kl16.ckpt",
-        help="the autoencoder of a generator of latents, as MAR's released models are",
-    )
+    add("--vae", metavar="kl16.ckpt", help="the autoencoder of a generator of latents, as MAR's is")
     add("--heads", type=int, help="of a file in MAR's format whose width is not a released one")
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add_generator(parser)
+    add("--classes", nargs="+", metavar="CLASS", help="names or a file of them (default: all)")
+    add("--class-names", metavar="FILE", help="what to call them: lines such as n01440764 tench")
+    add("--n", type=int, default=64, help="number of images, of all classes in turn (default: 64)")
+    add("--out", default="samples.png", help="picture to write (default: samples.png)")
+    add("--files", metavar="FOLDER", help="also write every image into a file of its own")
+    add("--film", metavar="PATH", help="also draw the unmasking of 8 images, as .gif or in a .png")
+    add("--inpaint", metavar="IMAGE", help="complete this image: tokens under --mask are drawn")
     add(
-        "--classes",
-        nargs="+",
-        metavar="CLASS",
-        help="names of classes, apart by spaces or commas, or a file with one a line "
-        "(default: all, in turn)",
+        "--mask",
+        metavar="IMAGE",
+        help="of the shape of --inpaint: a token is drawn if any pixel of it is white",
     )
-    add(
-        "--class-names",
-        metavar="FILE",
-        help="what the classes are called, in lines such as n01440764 tench; for --classes and "
-        "the names of --files",
-    )
-    add("--n", type=int, default=64, help="number of images (default: 64)")
     add(
         "--steps",
         type=steps_or_counts,
         metavar="K",
-        help="unmasking iterations (default: the checkpoint's; a policy chooses), or the counts "
-        "of tokens that they reveal, such as 1,2,3,4,6",
+        help="unmasking iterations, or how many tokens each reveals, such as 1,2,3,4,6 (default: "
+        "the checkpoint's; a policy chooses)",
     )
     add("--denoise-steps", type=int, help="of a teacher's chain (default: the checkpoint's)")
     add(
         "--guidance",
         type=float,
-        help="s of a teacher, in eps = eps_null + s (eps_class - eps_null); "
-        "1 is none (default: the checkpoint's)",
+        help="s of a teacher, in eps = eps_null + s (eps_class - eps_null); 1: none (default: the "
+        "checkpoint's)",
     )
     add(
         "--temperature",
@@ -84,41 +79,34 @@ def parse(argv=None):
         help="factor on the noise of a teacher's chain, or on the z of a one-step generator: below "
         "1 images are cleaner and less varied (default: 1)",
     )
-    add("--out", default="samples.png", help="picture to write (default: samples.png)")
-    add("--files", metavar="FOLDER", help="also write every image into a file of its own")
-    add(
-        "--film",
-        metavar="PATH",
-        help="also draw the unmasking of the first 8 images: a .gif moves, a .png is a strip",
-    )
-    add(
-        "--inpaint",
-        metavar="IMAGE",
-        help="complete this image: the tokens under --mask are drawn, "
-        "the others kept; the picture begins with what was given",
-    )
-    add(
-        "--mask",
-        metavar="IMAGE",
-        help="of --inpaint, and of its shape: a token is drawn if any pixel of it is white",
-    )
     add(
         "--refresh",
         type=int,
         default=1,
         metavar="N",
-        help="all contexts are computed in every Nth iteration and the first few only; 1, the "
-        "default, is exact",
+        help="faster: compute all contexts only at first and in every Nth iteration (default: 1, "
+        "which is exact)",
     )
     add(
         "--order",
-        choices=maskrl.ORDERS,
-        help="in which tokens are revealed: at random, as MAR does, or spread over the image by "
-        "Halton's sequence (default: as the model was made)",
+        choices=LIMITS["order"]["choices"],
+        help="in which tokens are revealed: at random, as in MAR, or spread over the image by "
+        "Halton's sequence (default: the checkpoint's)",
     )
     add("--seed", type=int, default=0)
-    add_bench(parser)
-    maskrl.add_device(parser)
+    add_device(parser)
+    add = parser.add_argument_group("bench").add_argument
+    add(
+        "--bench",
+        nargs="?",
+        const="bench.json",
+        metavar="PATH",
+        help="write the seconds that an image takes in every way: of the checkpoint, and of others "
+        "in its folder, or of a preset's size with random weights (default: bench.json)",
+    )
+    add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
+    add("--rounds", type=int, default=5, metavar="N", help="the first warms up (default: 5)")
+    add("--data", default="shapes", metavar="FOLDER", help="what the judge compares with")
     return parser.parse_args(argv)
 
 
@@ -128,184 +116,83 @@ def steps_or_counts(text):
         counts = tuple(map(int, text.split(",")))
     except ValueError:
         message = f"{text!r} is neither a number nor counts such as 1,2,3,4,6"
-        raise argparse.ArgumentTypeError(message) from None
+        raise ArgumentTypeError(message) from None
     return counts[0] if len(counts) == 1 else counts
-
-
-def add_bench(parser):
-    """The options of the bench."""
-    add = parser.add_argument_group("bench").add_argument
-    add(
-        "--bench",
-        nargs="?",
-        const="bench.json",
-        metavar="PATH",
-        help="time the checkpoint, and teacher.pt, student.pt and policy.pt beside it, in every "
-        "way to sample; or random weights of a preset. Writes PATH (default: bench.json)",
-    )
-    add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
-    add("--rounds", type=int, default=5, metavar="N", help="the first warms up (default: 5)")
-    add("--data", default="shapes", metavar="FOLDER", help="what the judge compares with")
 
 
 def run_bench(args, device):
     """--bench: print the table and write the JSON."""
     if args.rounds < 2 or min(args.batches) < 1:
         raise InputError("--rounds must be at least 2, and --batches at least 1")
-    random = args.checkpoint in maskrl.PRESETS
-    vae = maskrl.load_kl16(args.vae, device) if args.vae else None
-    models, decode = maskrl.bench_models(args.checkpoint, device, vae, args.heads)
-    judge = None
-    if not random:
-        judge = maskrl.bench_judge(models, args.data, vae, device)
+    random = args.checkpoint in PRESETS
+    vae = load_kl16(args.vae, device) if args.vae else None
+    models, decode = bench_models(args.checkpoint, device, vae, args.heads)
+    check_steps(args.steps, next(iter(models.values())).length)
+    judge = None if random else bench_judge(models, args.data, vae, device)
     result = {
         "weights": "random: for speed only" if random else args.checkpoint,
-        "hardware": maskrl.hardware(device),
-        **maskrl.bench(models, decode, judge, args.steps, args.batches, args.rounds),
+        "hardware": hardware(device),
+        **bench(models, decode, judge, args.steps, args.batches, args.rounds),
     }
-    maskrl.write_text(args.bench, maskrl.as_json(result, indent=1))
+    write_text(args.bench, as_json(result, indent=1))
     print(f"{args.bench}; weights: {result['weights']}; {result['hardware']}")
-    print(maskrl.bench_table(result))
-
-
-def check_paths(args):
-    """InputError, before any work, if a picture could not be written."""
-    paths = [path for path in (args.out, args.film) if path is not None]
-    for path in paths:
-        if maskrl.EXTENSIONS.get(Path(path).suffix.lower()) not in Image.SAVE:
-            raise InputError(f"{path}: the name must end in .png, .jpg or another image format")
-    inputs = [path for path in (args.inpaint, args.mask) if path]
-    if len({Path(path).resolve() for path in paths + inputs}) < len(paths + inputs):
-        raise InputError(
-            f"--out {args.out} would overwrite --film, --inpaint or --mask, or they "
-            "name the same file"
-        )
-
-
-def labels_of(texts, model, names, n):
-    """Labels [n] that go through the classes named by --classes, or through all of them."""
-    chosen = range(len(model.classes))
-    if texts:
-        chosen = maskrl.find_classes(texts, model.classes, names)
-    labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
-    return labels.to(model.device), len(chosen)
-
-
-def read(option, path, size):
-    """Pixels uint8 [3, S, S] of the image at `path`, and its width / height.
-
-    size: S; None for as many pixels as the image has."""
-    try:
-        image = maskrl.read_rgb(path)
-    except InputError as error:
-        raise InputError(f"--{option} {error}") from None
-    return maskrl.middle_square(image, size or min(image.size)), image.width / image.height
-
-
-def to_complete(image, mask, settings, vae=None):
-    """Tokens [1, L, D] of --inpaint, and of --mask a mask [L]: true where a pixel is white."""
-    stride = vae.stride if vae else 1
-    pixels, shape = read("inpaint", image, settings.image_size * stride)
-    white, mask_shape = read("mask", mask, None)
-    if abs(shape / mask_shape - 1) > 0.02:
-        raise InputError(
-            f"--mask {mask} is not of the shape of {image}: width / height "
-            f"{mask_shape:.2f}, not {shape:.2f}"
-        )
-    white = (white.float().mean(0, keepdim=True) > 127).float()
-    side = settings.image_size // settings.patch
-    hidden = F.adaptive_max_pool2d(white, side).flatten() > 0
-    if not hidden.any():
-        raise InputError(f"--mask {mask} has no white pixel: nothing to draw")
-    pixels = maskrl.to_unit(pixels[None])
-    if vae:
-        pixels = vae.encode(pixels.to(vae.device), maskrl.rng("inpaint"))
-    return maskrl.to_tokens(pixels, settings), hidden
-
-
-def write_files(folder, images, labels, classes, first=0):
-    """Every image [N, 3, S, S] as folder/<number> <class>.png, numbered from `first`."""
-    for i, (image, label) in enumerate(zip(images, labels.tolist()), first):
-        name = classes[label].replace("/", "_")
-        picture = maskrl.picture(image[None], 1, pixels=1, padding=0)
-        maskrl.save_picture(Path(folder) / f"{i:05} {name}.png", picture)
+    print(bench_table(result))
 
 
 def main(argv=None):
     args = parse(argv)
-    device = maskrl.find_device(args.device, args.threads)
+    device = find_device(args.device, args.threads)
     if args.bench:
         run_bench(args, device)
         return
-    if not 1 <= args.n <= 10**7:
-        raise InputError(f"--n {args.n} must be at least 1 and at most {10**7}")
-    if args.n > SHOWN and not args.files:
-        raise InputError(
-            f"--n {args.n}: a picture shows at most {SHOWN}; more of them need --files"
-        )
-    if bool(args.inpaint) != bool(args.mask):
-        raise InputError("--inpaint and --mask belong together")
-    check_paths(args)
-    model = maskrl.load_model(args.checkpoint, None, device, args.heads)
-    settings = model.settings
-    image_channels = model.channels // settings.patch**2
-    vae = maskrl.autoencoder_for(image_channels, args.vae, device)
-    decode = vae.decode if vae else maskrl.unchanged
-    names = {}
-    if args.class_names:
-        names = maskrl.read_class_names(args.class_names, model.classes)
-    labels, columns = labels_of(args.classes, model, names, args.n)
-    known = None
-    if args.inpaint:
-        given, mask = to_complete(args.inpaint, args.mask, settings, vae)
-        known = given.to(device), mask.to(device)
-    sampling = maskrl.Sampling(
-        args.steps,
-        args.guidance,
-        args.denoise_steps,
-        args.temperature,
-        progress=True,
-        refresh=args.refresh,
-        order=args.order,
-    ).resolve(model)
+    check_request(args, SHOWN)
 
-    shown_names = maskrl.display_names(model.classes, names)
-    grid, written, steps, seconds = [], [args.out], 0, 0.0
+    model = load_model(args.checkpoint, None, device, args.heads)
+    settings = model.settings
+    vae = autoencoder_for(model.channels // settings.patch**2, args.vae, device)
+    decode = vae.decode if vae else identity
+    names = read_class_names(args.class_names, model.classes) if args.class_names else {}
+    labels, columns = class_labels(args.classes, model, names, args.n)
+    file_names = display_names(model.classes, names)
+    given = mask = None
+    if args.inpaint:
+        given, mask = read_inpainting(args.inpaint, args.mask, settings, vae)
+        given, mask = given.to(device), mask.to(device)
+    sampling = Sampling(
+        args.steps, args.guidance, args.denoise_steps, args.temperature, args.order, progress=True
+    )
+    sampling = checked_sampling(model, sampling, args.refresh, mask)
+
+    grid, steps, seconds = [], 0, 0.0
     for first in range(0, args.n, BATCH):
-        start = time.perf_counter()
+        start = clock(device)
         part = labels[first : first + BATCH]
-        tokens, trace = maskrl.generate(
-            model,
-            part,
-            sampling,
-            known=known and (known[0].expand(len(part), -1, -1), known[1]),
-            seed=(args.seed, first) if first else args.seed,
-            trace=True,
-        )
-        seconds += time.perf_counter() - start
+        known = (given.expand(len(part), -1, -1), mask) if args.inpaint else None
+        seed = (args.seed, first) if first else args.seed
+        tokens, trace = generate(model, part, sampling, known=known, seed=seed, trace=True)
+        seconds += clock(device) - start
         steps += int(trace.steps.sum())
-        images = decode(maskrl.to_images(tokens, settings)).cpu()
+        images = decode(to_images(tokens, settings)).cpu()
         if first < SHOWN:
             grid.append(images)
         if args.film and first == 0:
-            maskrl.film(args.film, tokens, trace, settings, decode)
-            written.append(args.film)
+            film(args.film, tokens, trace, settings, decode)
         if args.files:
-            write_files(args.files, images, part, shown_names, first)
-    if args.files:
-        written.append(args.files)
-    if known:  # what was given comes first
-        given = decode(maskrl.to_images(known[0], settings)).cpu()
-        grid.insert(0, torch.where(maskrl.pixel_mask(mask, images.shape[-1]), 0.0, given))
+            write_files(args.files, images, [file_names[y] for y in part], first)
+
+    if args.inpaint:  # the picture begins with what was given
+        given = decode(to_images(given, settings)).cpu()
+        grid.insert(0, torch.where(pixel_mask(mask, images.shape[-1]), 0.0, given))
+    if args.inpaint or columns < 3:
         columns = 8
-    grid = maskrl.picture(torch.cat(grid), columns if columns > 2 else 8)
-    maskrl.save_picture(args.out, grid)
+    save_picture(args.out, picture(torch.cat(grid), columns))
+    written = ", ".join(path for path in (args.out, args.film, args.files) if path)
     print(
-        f"{', '.join(written)}: {args.n} images of a {model.kind}, {steps / args.n:.1f} "
-        f"unmasking iterations x {sampling.denoise_steps} denoising steps, "
-        f"guidance {sampling.guidance:g}, {1000 * seconds / args.n:.1f} ms per image on {device}"
+        f"{written}: {args.n} images of a {model.kind}, {steps / args.n:.1f} unmasking iterations "
+        f"x {sampling.denoise_steps} denoising steps, guidance {sampling.guidance:g}, "
+        f"{1000 * seconds / args.n:.1f} ms per image on {device}"
     )
 
 
 if __name__ == "__main__":
-    maskrl.run(main)
+    run_script(main)

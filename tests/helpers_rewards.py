@@ -1,5 +1,6 @@
 """What the tests of quality_net, judge, monitors, rewards and pretrained share."""
 
+import os
 from functools import cache
 
 import open_clip
@@ -39,13 +40,23 @@ def blocks_of_colour(n, size=16):
     return coarse.repeat_interleave(size // 4, 2).repeat_interleave(size // 4, 3)
 
 
+class Attack:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 class Refused:
     """A function of images and labels, or of images, that raises an error."""
 
     def __init__(self, error):
         self.error = error
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs, **keywords):
         raise self.error
 
 

@@ -1,4 +1,4 @@
-"""What training logs about images that are not the judge's business."""
+"""What is logged during training about the images that a model makes."""
 
 import pytest
 import torch

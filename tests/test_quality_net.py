@@ -1,11 +1,9 @@
 """The reward network and the judge's, and how a resumed run keeps them."""
 
-import os
-
 import pytest
 import torch
 from conftest import tiny
-from helpers_rewards import reward_net, shapes
+from helpers_rewards import Attack, reward_net, shapes
 
 from workbench import quality_net
 from workbench.quality_net import QualityNet, kept_quality_net, train_quality_net
@@ -126,7 +124,7 @@ def test_a_new_run_trains_its_network(tmp_path, trained):
         {"seed": 1},
         {"judge_iters": 6},
         {"flip": True},
-        {"patch": 4},
+        {"patch": 4, "steps": 4},
         {"name": "judge"},
         {"part": "judge"},
     ],
@@ -143,16 +141,6 @@ def test_a_network_that_was_trained_in_another_way_is_trained_again(
     found = kept(path, **change).state_dict()  # which has taken the place of the first
     assert len(trained) == 2
     assert all(torch.equal(found[name], value) for name, value in net.state_dict().items())
-
-
-class Attack:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("damage", ["cut", "junk", "attack", "list", "no weights", "misshapen"])

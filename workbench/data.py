@@ -57,9 +57,8 @@ class Split:
 
     def spaced(self) -> Tensor:
         """Images in [-1, 1] [n, 3, S, S], every class in proportion: all of them, or 10,000 to
-        20,000 that are evenly spaced; fewer of large images, so that all take at most 4.3 GB.
-
-        They are made once, and kept: do not change them in place."""
+        20,000 evenly spaced ones; fewer of large images, so that all take at most 4.3 GB. Computed
+        once and kept: do not change them in place."""
         return self.evenly_spaced_images
 
     @cached_property
@@ -120,9 +119,8 @@ class Data:
         return self.train if self.latents is None else self.latents
 
     def labelled_as(self, classes: list[str]) -> "Data":
-        """The same images with labels that index a checkpoint's `classes`.
-
-        InputError unless these include all of the data's own."""
+        """The same images with labels that index a checkpoint's `classes`; InputError unless these
+        include all of the data's own."""
         unknown = [name for name in self.classes if name not in classes]
         if unknown:
             raise InputError(
@@ -152,14 +150,13 @@ class Data:
 def load_data(
     settings: RunSettings, name="shapes", classes=None, class_names=None, cache=None, stride=1
 ) -> Data:
-    """The built-in shapes, or a folder's images; 60, 20 and 20 % of every class to the three parts.
+    """The built-in shapes, or a folder's images: 60, 20 and 20 % of every class in the three parts.
 
     classes: a list as --classes has it (None: all). class_names: a file as --class-names has it.
-    cache: a folder to keep decoded images in; None: they stay in memory. stride: pixels per side of
-    a latent, for a generator of latents. How a class is divided depends neither on the seed nor on
-    which other classes there are.
-    InputError if the folder is missing, or a class has fewer than 20 images."""
-    names, cache_folder, size = {}, None, settings.image_size * stride
+    cache: a folder to keep decoded images in (None: in memory). stride: pixels per side of a latent
+    if latents are generated. InputError if there is no such folder or class, or too few images."""
+    size = settings.image_size * stride
+    names, cache_folder = {}, None
     if name == "shapes":
         if classes or class_names:
             raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
@@ -178,15 +175,14 @@ def load_data(
 def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
     """Rows of `labels` [N] for train, judge and test; label -1 is in none of them.
 
-    The run's seed is not used: no stage meets what another one held out."""
+    Independent of the seed and of other classes: no stage meets what another one held out."""
     parts = []
-    generator = rng("split")
+    shared = rng("split")
     for y, class_name in enumerate(classes):
         rows = (labels == y).nonzero().squeeze(1)
         n = len(rows)
-        if name != "shapes":
-            check_class_size(name, class_name, n)
-            generator = rng("split", class_name)
+        check_class_size(name, class_name, n)
+        generator = shared if name == "shapes" else rng("split", class_name)
         rows = rows[torch.randperm(n, generator=generator)]
         parts.append(rows.tensor_split((int(0.6 * n), int(0.8 * n))))
     return [torch.cat(part) for part in zip(*parts)]
@@ -199,9 +195,8 @@ FORMS = ("circle", "square", "triangle")
 
 
 def shape_masks(x: Tensor, y: Tensor, r: Tensor, size: int) -> Tensor:
-    """The fraction of every pixel that lies inside each of the FORMS [N, 3, size, size].
-
-    x, y, r [N]: centres and radii, in units of the image's side."""
+    """The fraction of every pixel that lies inside each of the FORMS [N, 3, size, size], with
+    centres x, y [N] and radii r [N] in units of the image's side."""
     grid = (torch.arange(size, device=x.device) + 0.5) / size
     dx, dy, r = grid - x[:, None, None], grid[:, None] - y[:, None, None], r[:, None, None]
     # signed distances to the edge, negative inside
@@ -246,8 +241,7 @@ def read_lines(option: str, path) -> list[str]:
 
 
 def read_class_names(path, classes: list[str]) -> dict[str, str]:
-    """{class: what people call it} from a file with lines such as `n01440764 tench, Tinca tinca`.
-
+    """{class: what people call it} from a file with lines such as `n01440764 tench, Tinca tinca`;
     InputError if it names none of the `classes`."""
     pairs = [line.split(maxsplit=1) for line in read_lines("--class-names", path)]
     names = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
@@ -281,8 +275,7 @@ def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) ->
         raise InputError("--classes names no class")
     for name in wanted:
         if name not in positions:
-            known = abbreviate(classes)
-            raise InputError(f"--classes: there is no class {name!r}; there are: {known}")
+            raise InputError(f"--classes: no class {name!r}; there are: {abbreviate(classes)}")
         if len(positions[name]) > 1:
             several = abbreviate([classes[y] for y in positions[name]])
             raise InputError(f"--classes: {name!r} may be any of {several}: name one of these")

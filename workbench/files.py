@@ -27,8 +27,7 @@ from workbench.precision import set_precision
 from workbench.settings import RunSettings
 
 KINDS = ("teacher", "student", "policy")
-
-# Writing ------------------------------------------------------------------------------------------
+PARTS = {"kind": str, "settings": dict, "classes": list, "step": int}  # and the weights
 
 
 @contextmanager
@@ -65,7 +64,7 @@ def as_json(value, **options) -> str:
     return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
-def without_nan(value):
+def without_nan(value) -> Any:
     """The value, with None for every number in it that is infinite or NaN."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}
@@ -81,8 +80,11 @@ def save_safely(path, content: dict) -> None:
     with writing(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's own, raised while it handles the file's OSError
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        except RuntimeError as error:
+            # what torch makes of an error of the file, or of Ctrl-C while it is written
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+                raise error.__context__ from None
+            raise
 
 
 def write_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=None) -> None:
@@ -91,32 +93,24 @@ def write_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=
     save_safely(path, checkpoint(model, ema) | {"step": step, "training": training})
 
 
-# Reading ------------------------------------------------------------------------------------------
-
-
 def load_safely(path, lazily=False) -> Any:
     """What torch.save wrote to `path`, on the CPU; no code in the file is ever run.
 
     InputError if torch.save did not write it, or if a bit of it has changed. An argparse.Namespace,
     which MAR's own files hold, is read as data; any other class is refused by its name. lazily:
     leave weights on the disk until they are used."""
+    if not os.path.exists(path):
+        raise InputError(f"there is no checkpoint {path}")
     try:
         stat = os.stat(path)
         damage = damage_of(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
-        if damage:
-            raise InputError(f"{path} is damaged: {damage}. Copy or download it again")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, "cpu", weights_only=True, mmap=lazily)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}") from None
-    except InputError:
-        raise
+        if not damage:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, "cpu", weights_only=True, mmap=lazily)
     except Exception as error:
         reason = ", ".join([type(error).__name__, *unsafe_globals(path)])
-        raise InputError(
-            f"{path} is not a checkpoint that can be read safely ({reason}); expected teacher.pt, "
-            "student.pt or policy.pt, or a file in MAR's format"
-        ) from None
+        raise InputError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
+    raise InputError(f"{path} is damaged: {damage}. Copy or download it again")
 
 
 @cache
@@ -128,7 +122,7 @@ def damage_of(path: str, size: int, mtime: int) -> str | None:
         if any(part.compress_type != ZIP_STORED for part in parts):
             return "it is compressed, which torch.save never does"
         if sum(part.file_size for part in parts) > size:
-            return "it claims to hold more than its size"
+            return "its parts are larger than the file"
         damaged = archive.testzip()
     return damaged and f"the checksum of {damaged} is wrong"
 
@@ -151,7 +145,7 @@ def read_checkpoint(path, kind: str | None = None, lazily=False) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a maskrl checkpoint")
     content = {"step": 0, "training": None} | content
-    for name, accepted in {"kind": str, "settings": dict, "classes": list, "step": int}.items():
+    for name, accepted in PARTS.items():
         if not isinstance(content.get(name), accepted):
             raise InputError(
                 f"{path} is not a maskrl checkpoint: its {name} must be of type {accepted.__name__}"
@@ -171,10 +165,8 @@ def settings_of(path, values: dict) -> RunSettings:
     """The RunSettings in a checkpoint; InputError for unknown ones and wrong values."""
     unknown = {str(name) for name in values} - {f.name for f in fields(RunSettings)}
     if unknown:
-        raise InputError(
-            f"{path} has settings that this version does not know: "
-            f"{abbreviate(sorted(unknown), 3)}. If another version made it, train it again"
-        )
+        names = abbreviate(sorted(unknown), 3)
+        raise InputError(f"{path} has settings that this version does not know: {names}")
     try:
         settings = RunSettings(**values)
     except InputError as error:
@@ -208,9 +200,6 @@ def frozen(model: MAR, device) -> MAR:
     """The model on the device, ready for `generate`, in the precision of its RunSettings."""
     set_precision(model, model.settings.precision, model.settings.checkpointing)
     return model.to(device).eval().requires_grad_(False)
-
-
-# Weights ------------------------------------------------------------------------------------------
 
 
 def tensors_of(path, content: dict, part: str) -> dict[str, Tensor]:
@@ -276,7 +265,6 @@ def shape_of(path, weights: dict[str, Tensor], name: str, dimensions: int) -> to
 
 
 def count_blocks(weights: dict[str, Tensor], prefix: str) -> int:
-    """How many different names follow `prefix.`, up to the next dot."""
+    """How many blocks have weights called prefix.<number>.<...>."""
     start = prefix + "."
-    rest = [name.removeprefix(start) for name in weights if name.startswith(start)]
-    return len({name.split(".")[0] for name in rest})
+    return len({name[len(start) :].split(".")[0] for name in weights if name.startswith(start)})

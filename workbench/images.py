@@ -224,7 +224,7 @@ def build_or_load_cache(folder: Path | None, name: str, build: Callable) -> tupl
         return torch.frombuffer(file.getbuffer(), dtype=torch.uint8), metadata
     try:
         if not folder.exists():
-            print(f"{name} are prepared once and kept in {folder}", file=sys.stderr)
+            print(f"{name} are made once and kept in {folder}", file=sys.stderr)
             build_cache(folder, name, build)
         metadata = json.loads((folder / "key.json").read_text())
         return torch.from_numpy(np.memmap(folder / f"{name}.bytes", np.uint8, "c")), metadata

@@ -1,4 +1,4 @@
-"""The judge, by whom reports are written.
+"""The judge, which rates the images of reports.
 
 FID's formula and the k-nearest-neighbour precision and recall, on the features of a network that
 nothing trains on: the judge's own, or a pretrained one. First its sensitivity is checked: a judge
@@ -62,7 +62,7 @@ class Judge:
     compares each of these draws with as many other real images.
     embed: pretrained features, a function of images [B, 3, S, S] in [-1, 1] -> [B, F], in place of
     those of the judge's own network, which tells the class accuracy in any case.
-    net: that network, if it is trained already.
+    net: that network, if it has been trained before.
 
     `sensitivity` is {kind of damage: (weak, strong)}: Fréchet distances of held-out images that
     were damaged in ways that the judge did not learn from. `insensitive_to` lists the kinds that it

@@ -1,4 +1,4 @@
-"""What training logs about the images that a model makes; none of it is the judge's last word."""
+"""What is logged during training about the images that the model makes by then."""
 
 from collections.abc import Callable
 from dataclasses import replace

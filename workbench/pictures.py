@@ -187,8 +187,8 @@ def quality_one(images: Tensor, labels: Tensor) -> Tensor:
 
 
 def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
-    """gain.png: information gain along 16 trajectories of the labels `occurring` of each, and how
-    often each step is critical."""
+    """gain.png in the folder `out`: information gain along the rollouts of 16 prompts, the labels
+    `occurring` in turn, and how often each step is critical."""
     plt, model = pyplot(), training.model
     if not plt:
         return

@@ -1,4 +1,4 @@
-"""Functions of the user's own, which --reward and --features name as module:function."""
+"""The user's own functions, which --reward and --features name as module:function."""
 
 import importlib
 import os

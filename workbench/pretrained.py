@@ -130,7 +130,7 @@ class TorchvisionFeatures:
         model.set_submodule(linear[-1], nn.Identity())
         self.model = model.to(device).eval().requires_grad_(False)
         self.transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        self.transform.resize_size = self.transform.crop_size  # look at the borders, too
+        self.transform.resize_size = self.transform.crop_size  # nothing is cropped
 
     def __call__(self, images: Tensor) -> Tensor:
         parts = [self.model(self.transform((part + 1) / 2)) for part in images.split(64)]
@@ -141,8 +141,8 @@ def pretrained_features(name: str, clip: ClipOptions, device) -> Callable | None
     """The features that --features asks for, images [B, 3, S, S] in [-1, 1] -> [B, F].
 
     None for `own`, CLIP's for `clip`, those before the last layer of a torchvision model for its
-    FILE of weights, or a function of the user's for module:function. InputError unless they are
-    finite numbers in which images differ."""
+    FILE of weights, or the user's own function for module:function. InputError unless they are
+    finite and differ between images."""
     if name == "own":
         return None
     if name == "clip":

@@ -18,7 +18,7 @@ from maskrl import optimizer_step, rng
 from workbench.damage import JUDGE_DAMAGE, REWARD_DAMAGE, damage, patch_in_pixels
 from workbench.data import Split
 from workbench.errors import InputError
-from workbench.files import build_and_load, load_safely, tensors_of, writing
+from workbench.files import build_and_load, load_safely, save_safely, tensors_of
 from workbench.settings import RunSettings
 
 # stem channels, width, kernel of the stem, kernel of the other layers, activation, kinds of damage
@@ -121,8 +121,7 @@ def kept_quality_net(
         except InputError as error:
             print(f"the {name} network is trained again: {error}")
     net = train_quality_net(name, split, settings, device)
-    with writing(path) as file:
-        torch.save({"trained_with": trained_with, "model": net.state_dict()}, file)
+    save_safely(path, {"trained_with": trained_with, "model": net.state_dict()})
     return net
 
 

@@ -110,7 +110,7 @@ class CheckedReward:
 
 
 def check_reward_name(name: str) -> None:
-    """InputError unless --reward is one that there can be."""
+    """InputError unless --reward accepts `name`."""
     if name not in ("embedded", "fit", "clip") and not names_function(name):
         raise InputError(f"--reward {name}: expected embedded, fit, clip or module:function")
 
@@ -123,7 +123,7 @@ def make_reward(
     net: QualityNet | None = None,
     clip: ClipOptions | None = None,
 ) -> CheckedReward:
-    """The reward `name`, tried out on 32 images; net: the reward network, of `embedded` alone.
+    """The reward `name`, tried out on 32 images; net: the reward network, for `embedded` only.
 
     InputError if there is no such reward, or if it does not work."""
     check_reward_name(name)

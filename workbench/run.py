@@ -90,6 +90,7 @@ class Stage:
             self.start = restore(self.training, self.path, self.record, self.iters)
         self.step = self.saved = self.start
         self.weights_changed = False  # by a step that is not complete
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         trim_log(self.run.out, self.name, self.start)
         settings, networks = self.run.settings, networks_of(self.training)
         for network in networks:
@@ -118,11 +119,11 @@ class Stage:
 
     def __iter__(self) -> Iterator[int]:
         device = self.training.model.device
-        for self.step in self.bar:
-            self.weights_changed = False
+        for step in self.bar:
+            self.step, self.weights_changed = step, False
             self.step_began = time.perf_counter()
-            yield self.step
-            done = self.step + 1
+            yield step
+            done = step + 1
             if done == self.iters and self.record["weights"]:
                 self.training.ema.load_state_dict(self.record["weights"])
             stop = agreed(self.first_signal(), device)
@@ -174,7 +175,7 @@ class Stage:
         return waited > max(SAVE_SECONDS, SAVE_COST * self.save_seconds)
 
     def save(self, step: int) -> None:
-        """Write the checkpoint; FloatingPointError, and no file, for weights that are not finite."""
+        """Write the checkpoint; FloatingPointError, and no file, if a weight is infinite or NaN."""
         began, training = time.monotonic(), self.training
         weights = [*training.model.state_dict().values(), *training.ema.state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
@@ -195,9 +196,10 @@ class Stage:
         if self.saved:
             good = f"{self.path} holds the good weights after {self.saved} steps"
             repeats = f"{good}, and --resume repeats what led here"
+        where = f"{self.name}, step {self.step}: {error}{non_finite_tensors(self.training)}"
         raise FloatingPointError(
-            f"{self.name}, step {self.step}: {error}{non_finite_tensors(self.training)}. {repeats}. "
-            "If training diverged, start afresh in another --out with a lower learning rate"
+            f"{where}. {repeats}. If training diverged, start afresh in another --out with a "
+            "lower learning rate"
         ) from None
 
 
@@ -345,8 +347,8 @@ def save_run_args(args) -> None:
     begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
     try:
         kept = json.loads(path.read_text()) if begun else {}
-        kept = {name: str(kept[name]) for name in kept}
-    except (OSError, ValueError, TypeError) as error:
+        kept = {name: str(value) for name, value in kept.items()}
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it") from None
     for name in given:
         if kept.get(name) not in (None, given[name]):

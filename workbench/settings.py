@@ -52,8 +52,6 @@ class RunSettings(maskrl.Settings):
             raise InputError(
                 f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens"
             )
-        if self.action == "z" and (self.rl_tokens != "revealed" or self.rl_epochs != 1):
-            raise InputError("--rl-tokens and --rl-epochs need --action x")
 
 
 COUNT = {"at_least": 1}
@@ -76,7 +74,7 @@ LIMITS = {
     "buffer": {"at_least": 1, "at_most": 4096},
     "head_width": WIDTH,
     "head_depth": DEPTH,
-    "predicts": {"choices": ("x_0", "velocity", "eps")},
+    "predicts": {"choices": ("x_0", "eps")},
     "precision": {"choices": ("fp32", "bf16")},  # never fp16, whose range losses would leave
     "steps": COUNT,
     "order": {"choices": ("random", "halton")},
@@ -105,8 +103,6 @@ LIMITS = {
     "action": {"choices": ("z", "x")},
     "rl_steps": {"choices": ("critical", "random", "first", "all")},
     "critical_steps": COUNT,
-    "rl_tokens": {"choices": ("revealed", "hidden", "fresh")},
-    "rl_epochs": COUNT,
     "explore": {"above": 0},
     "route": {"at_least": 0},
     "clip_ratio": {"above": 0},

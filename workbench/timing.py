@@ -1,6 +1,7 @@
 """Seconds, read when a GPU has done what it was asked, and of several calls in turns."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,27 @@ def clock(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+class Stopwatch:
+    """Seconds `spent` in each of some parts of a program, read by `clock`."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.spent, self.started = device, Counter(), {}
+
+    def start(self, part: str, *_) -> None:
+        """Also a hook that runs before a module."""
+        self.started[part] = clock(self.device)
+
+    def stop(self, part: str, *_) -> None:
+        """Also a hook that runs after a module."""
+        self.spent[part] += clock(self.device) - self.started[part]
+
+    def call(self, part: str, function: Callable, *inputs) -> None:
+        """function(*inputs), as that part."""
+        self.start(part)
+        function(*inputs)
+        self.stop(part)
 
 
 def seconds_in_turns(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:

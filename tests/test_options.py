@@ -1,0 +1,258 @@
+"""The command line of the training scripts, and what is checked before long work."""
+
+import os
+from argparse import Namespace
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHORT, random_model, tiny
+from PIL import Image
+
+from workbench.data import Data, load_data
+from workbench.errors import InputError
+from workbench.files import read_checkpoint, write_checkpoint
+from workbench.options import (
+    add_device,
+    add_settings,
+    check_memory,
+    clip_options,
+    describe,
+    find_device,
+    named_classes,
+    prepare,
+    settings_from,
+    training_parser,
+    usual_preset,
+)
+from workbench.settings import RunSettings, documented_fields, flag, preset
+
+CPU, GPU, APPLE = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+WRITTEN = ["student.pt", "teacher.pt"]
+
+
+def parse(*argv):
+    parser = training_parser("What the script does.")
+    add_device(parser)
+    add_settings(parser)
+    return parser.parse_args([str(a) for a in argv])
+
+
+# Device and threads -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    """Puts back the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("cores, expected", [(None, 1), (1, 1), (2, 1), (8, 4), (16, 8), (96, 8)])
+def test_a_script_takes_half_of_the_cores_and_at_most_eight(monkeypatch, threads, cores, expected):
+    """On all cores of a large machine, small tensors once took several times as long."""
+
+    def cpu_count():
+        return cores
+
+    monkeypatch.setattr(os, "cpu_count", cpu_count)
+    find_device("cpu")
+    assert torch.get_num_threads() == expected
+    find_device("cpu", threads=3)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("n", [0, -1, 2000])
+def test_no_threads_or_too_many_are_refused(n):
+    with pytest.raises(InputError, match=f"--threads {n} must lie in 1"):
+        find_device("cpu", n)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cpu:0", "cuda:x", "cuda:99x", ""])
+def test_a_device_that_is_not_there_is_refused(threads, name):
+    with pytest.raises(InputError, match=f"--device {name}: there is none here; there is .*cpu"):
+        find_device(name)
+
+
+@pytest.mark.parametrize(
+    "cuda, mps, expected", [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")]
+)
+def test_the_first_of_cuda_mps_and_cpu_is_found(monkeypatch, threads, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", [].__len__ if not cuda else [1].__len__)
+    monkeypatch.setattr(torch.backends.mps, "is_available", [].__len__ if not mps else [1].__len__)
+    assert find_device().type == expected
+    assert find_device("cpu").type == "cpu"
+
+
+# Options ------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_an_option_in_a_group_and_its_default_is_said(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for name, value in vars(RunSettings()).items():
+        assert flag(name) in text
+        assert f"(default: {value})" in text
+    for section, _ in documented_fields().values():
+        assert f" {section}: --" in text
+
+
+def test_settings_are_absent_unless_they_are_given():
+    args = vars(parse("--steps", 8, "--no-learn-steps", "--alpha", 1, "--order", "random"))
+    given = {field.name: args[field.name] for field in fields(RunSettings) if field.name in args}
+    assert given == {"steps": 8, "learn_steps": False, "alpha": 1.0, "order": "random"}
+
+
+@pytest.mark.parametrize("argv", [["--image", "8"], ["--order", "up"], ["--steps", "1.5"]])
+def test_an_option_is_written_in_full_and_has_a_value_of_its_kind(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(*argv)
+
+
+def test_options_of_clip_need_something_that_asks_clip():
+    assert clip_options(parse()).model == "ViT-B-32"
+    assert clip_options(parse("--features", "clip", "--clip-model", "RN50")).model == "RN50"
+    with pytest.raises(InputError, match="only --reward clip and --features clip ask CLIP"):
+        clip_options(parse("--clip-model", "RN50"))
+
+
+# Settings from options and checkpoints ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [CPU, GPU, APPLE], ids=str)
+def test_the_shapes_have_their_own_preset_on_every_device(device):
+    """On a GPU they once got that of a folder: hours of training for nine shapes."""
+    assert usual_preset("shapes", device) == "tiny"
+    assert settings_from(parse(), device, None, resume=False) == preset("tiny")
+
+
+def test_a_folder_has_a_larger_preset_on_a_gpu():
+    assert usual_preset("photos", GPU) == "small"
+    assert usual_preset("photos", CPU) == usual_preset("photos", APPLE) == "folder"
+    args = parse("--data", "photos", "--steps", 8)
+    assert settings_from(args, GPU, None, resume=False) == preset("small", steps=8)
+    args = parse("--data", "photos", "--preset", "tiny")
+    assert settings_from(args, GPU, None, resume=False) == preset("tiny")
+
+
+def test_memory_settings_may_change_on_resume():
+    """A run that was out of memory continues with less of it; what is learned may not change."""
+    content = {"kind": "teacher", "settings": tiny()}
+    given = Namespace(preset=None, micro_batch=4, precision="bf16", checkpointing=True)
+    expected = tiny(micro_batch=4, precision="bf16", checkpointing=True)
+    assert settings_from(given, CPU, content, resume=True) == expected
+    with pytest.raises(InputError, match="--batch is fixed by the checkpoint: 8. Another --out"):
+        settings_from(Namespace(preset=None, batch=4), CPU, content, resume=True)
+
+
+def test_a_checkpoint_fixes_what_its_weights_depend_on():
+    content = {"kind": "teacher", "settings": tiny()}
+    args = parse("--guidance", 2, "--batch", 4, "--width", 32)
+    assert settings_from(args, CPU, content, resume=False) == tiny(guidance=2.0, batch=4)
+    with pytest.raises(InputError, match="^--width is fixed by the checkpoint: 32$"):
+        settings_from(parse("--width", 64), CPU, content, resume=False)
+    with pytest.raises(InputError, match="--guidance is fixed by the checkpoint: 1.2"):
+        settings_from(args, CPU, content | {"kind": "student"}, resume=False)
+    with pytest.raises(InputError, match="--preset tiny: the settings come from the teacher"):
+        settings_from(parse("--preset", "tiny"), CPU, content, resume=False)
+    assert settings_from(parse("--preset", "tiny"), CPU, content, resume=True) == tiny()
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def make_folder(path, classes, images=60):
+    for i, name in enumerate(classes):
+        (path / name).mkdir(parents=True)
+        for j in range(images):
+            Image.new("RGB", (8, 8), (40 * i, 4 * j, 0)).save(path / name / f"{j}.png")
+    return str(path)
+
+
+def test_few_images_come_with_what_that_means(tmp_path):
+    data = load_data(tiny(), make_folder(tmp_path / "photos", ["a", "b"]))
+    text = describe(data, tiny(judge_n=2250))
+    assert "72 to train on, 24 for the judge, 24 held out, n = 12 in each row" in text
+    assert "distances are rough" in text and "resized to 8 x 8 pixels (--image-size" in text
+
+
+def test_classes_that_are_only_counted_have_the_names_of_the_folder(tmp_path):
+    """As in MAR's files. Numbers that are names stay names."""
+    folder = make_folder(tmp_path / "photos", ["b", "a"], images=1)
+    data = Data(folder, ["a"], {}, None, None, None)
+    counted = {"classes": ["0", "1"], "classes_counted": True}
+    assert named_classes(counted, data) == ["a", "b"]
+    assert named_classes({"classes": ["0", "1"]}, data) == ["0", "1"]
+    assert named_classes(counted | {"classes": ["0"]}, data) == ["0"]
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused():
+    data = SimpleNamespace(classes=["a"], learned=SimpleNamespace(channels=3))
+    check_memory(tiny(), data, CPU)
+    with pytest.raises(InputError, match=r"takes at least 2\d\d,\d\d\d GiB .* cpu has .*: lower"):
+        check_memory(tiny(width=2**14, depth=200), data, CPU)
+
+
+# A run --------------------------------------------------------------------------------------------
+
+
+def run_of(out, *argv, base=None, written=WRITTEN):
+    return prepare(parse(*SHORT, "--out", out, *argv), written, base)
+
+
+def test_a_run_is_prepared_without_a_trace_in_its_folder(tmp_path, threads, capsys):
+    run = run_of(tmp_path / "out", "--seed", 3)
+    assert run.settings.seed == 3 and run.settings.scale > 0  # measured
+    assert run.out == tmp_path / "out" and not run.out.exists()
+    assert run.device == CPU and len(run.data.classes) == 9
+    said = capsys.readouterr().out
+    assert said.startswith("settings: image_size=8, patch=2") and "9 classes; images: 108" in said
+    with run:
+        assert run.out.exists()
+
+
+def test_a_run_that_was_begun_is_continued_only_on_request(tmp_path, threads, capsys):
+    out = tmp_path / "out"
+    assert run_of(out, "--resume").resume
+    assert f"nothing to resume in {out}: starting afresh" in capsys.readouterr().out
+    out.mkdir()
+    run = run_of(out)
+    model = random_model(**vars(replace(run.settings, seed=5)))
+    model.classes = run.data.classes
+    model.class_emb = torch.nn.Embedding(9, 32)
+    write_checkpoint(out / "teacher.pt", model)
+    with pytest.raises(InputError, match="teacher.pt exists: --resume continues it, another --out"):
+        run_of(out)
+    run = run_of(out, "--resume", "--seed", 5)
+    assert run.settings == model.settings
+    assert "nothing to resume" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="--seed is fixed by the checkpoint: 5. Another --out"):
+        run_of(out, "--resume", "--seed", 6)
+
+
+def test_a_run_that_was_begun_with_a_given_teacher_needs_it_again(tmp_path, threads):
+    out = tmp_path / "out"
+    write_checkpoint(out / "student.pt", random_model("student"))
+    with pytest.raises(InputError, match="begun with another teacher.pt: give it again by --teach"):
+        run_of(out, "--resume")
+
+
+def test_who_starts_from_a_checkpoint_has_its_settings_and_classes(tmp_path, threads):
+    settings, classes = tiny(), [*load_data(tiny()).classes, "a class that is not in the data"]
+    model = random_model()
+    model.settings, model.classes = settings, classes
+    write_checkpoint(tmp_path / "teacher.pt", model)
+    base = read_checkpoint(tmp_path / "teacher.pt")
+    options = ["--out", tmp_path / "out", "--device", "cpu", "--threads", 1, "--gsim-iters", 7]
+    run = prepare(parse(*options), WRITTEN, base)
+    assert run.settings == replace(settings, gsim_iters=7)
+    assert run.data.classes == classes and run.data.labels.tolist() == list(range(9))
+
+
+def test_a_folder_at_which_another_run_is_at_work_is_refused_at_once(tmp_path, threads):
+    with run_of(tmp_path / "out"):
+        with pytest.raises(InputError, match="another run is at work in --out"):
+            run_of(tmp_path / "out")

@@ -1,0 +1,100 @@
+"""What sample.py is asked for, checked before it draws: an InputError names the option."""
+
+import math
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskrl import MAR, Sampling
+from workbench.data import find_classes
+from workbench.errors import InputError
+from workbench.images import EXTENSIONS
+from workbench.lazymar import LazyContexts
+
+
+def class_labels(
+    texts: list[str] | None, model: MAR, names: dict[str, str], n: int
+) -> tuple[Tensor, int]:
+    """Labels [n] that go through the classes named by --classes, or all if texts is None; and how
+    many classes these are. names: {class: what it is called}."""
+    chosen = range(len(model.classes))
+    if texts:
+        chosen = find_classes(texts, model.classes, names)
+    labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+    return labels.to(model.device), len(chosen)
+
+
+def checked_sampling(
+    model: MAR, sampling: Sampling, refresh: int = 1, mask: Tensor | None = None
+) -> Sampling:
+    """`sampling` resolved for the model. InputError where the two do not go together.
+
+    refresh: contexts are all computed in every refresh-th iteration; 1 is exact. mask: true for the
+    tokens [L] to be drawn (None: all)."""
+    check_steps(sampling.steps, model.length if mask is None else int(mask.sum()))
+    check_chain(model, sampling)
+    temperature, guidance = sampling.temperature, sampling.guidance or 0.0
+    if not (0 <= temperature < math.inf and 0 <= guidance < math.inf):
+        raise InputError("--temperature and --guidance must be numbers from 0 up")
+    if refresh < 1:
+        raise InputError(f"--refresh {refresh} must be at least 1, which is exact")
+    if refresh > 1:
+        sampling = replace(sampling, contexts=partial(LazyContexts, every=refresh))
+    return sampling.resolve(model)
+
+
+def check_steps(steps: int | tuple[int, ...] | None, to_draw: int) -> None:
+    """InputError unless `to_draw` tokens can be revealed in so many steps, or by these counts."""
+    if isinstance(steps, tuple):
+        if min(steps) < 1 or sum(steps) != to_draw:
+            raise InputError(f"--steps {steps} must be counts that sum to {to_draw}")
+    elif steps is not None and not 1 <= steps <= to_draw:
+        raise InputError(f"--steps {steps} must lie in 1...{to_draw}, the number of tokens to draw")
+
+
+def check_chain(model: MAR, sampling: Sampling) -> None:
+    """InputError unless the model can take so many denoising steps, under this guidance."""
+    steps = sampling.denoise_steps
+    if model.kind != "teacher" and steps not in (None, 1):
+        raise InputError(
+            f"--denoise-steps {steps}: a {model.kind} takes one step; only a teacher walks a chain"
+        )
+    if steps is not None and not 1 <= steps <= 1000:
+        raise InputError(
+            f"--denoise-steps {steps}: a denoising chain has 2...1000 steps (1 is the one-step "
+            "generator)"
+        )
+    if (model.kind != "teacher" or steps == 1) and sampling.guidance not in (None, 1):
+        raise InputError(
+            "--guidance needs a teacher's chain: a one-step student has its guidance baked in"
+        )
+
+
+def check_request(args: Namespace, shown: int) -> None:
+    """InputError for options of sample.py that do not go together, or that --out has no room for.
+
+    shown: images that --out has room for. --out and --film must be pictures that can be written,
+    and must not replace each other, --inpaint or --mask."""
+    if not 1 <= args.n <= 10**7:
+        raise InputError(f"--n {args.n} must be at least 1 and at most {10**7}")
+    if args.n > shown and not args.files:
+        raise InputError(
+            f"--n {args.n}: a picture shows at most {shown}; more of them need --files"
+        )
+    if bool(args.inpaint) != bool(args.mask):
+        raise InputError("--inpaint and --mask belong together")
+    pictures = [path for path in (args.out, args.film) if path is not None]
+    for path in pictures:
+        if EXTENSIONS.get(Path(path).suffix.lower()) not in Image.SAVE:
+            raise InputError(f"{path}: the name must end in .png, .jpg or another image format")
+    paths = pictures + [path for path in (args.inpaint, args.mask) if path]
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise InputError(
+            f"--out {args.out} would overwrite --film, --inpaint or --mask, or they "
+            "name the same file"
+        )

@@ -1,0 +1,90 @@
+"""train_rl.py on two folders of images that nobody drew for us; make_folders.py makes them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import train_rl
+from workbench.errors import InputError
+from workbench.run import read_log
+from workbench.studies.records import ASSETS, provenance
+from workbench.studies.study import Study
+
+FOLDERS = Path("runs/folders")
+
+
+class Folder(Study):
+    """A run of train_rl.py on the folder of the study's name."""
+
+    columns = (
+        *("frechet", "accuracy", "precision", "recall", "diversity", "nearest", "quality"),
+        *("reward", "steps", "image_ms", "train_minutes"),
+    )
+    options: tuple = ()
+    verdict = (
+        "The student's distance is {0[student / teacher][frechet]} times the teacher's. The "
+        "learned schedule fails here: it takes {0[policy][steps]} iterations for a reward of "
+        "{0[policy][reward]}, where 16 fixed ones have {0[policy's generator, K = 16][reward]}. It "
+        "was measured with an earlier action, x.",
+    )
+
+    def measure(self, lab, only=()):
+        out = lab.out / self.name
+        if not (out / "metrics.json").exists():  # which a run writes last
+            self.run(out, lab)
+        metrics = json.loads((out / "metrics.json").read_text())
+        if lab.seed == 0:
+            shutil.copy(out / "samples.png", ASSETS / f"{self.name}_samples.png")
+        at_most = f"student, fixed K = {metrics['settings']['steps']}"
+        rewards = {"student": metrics["rl"][at_most], "policy": metrics["rl"]["after"]}
+        seconds = {line["stage"]: line["seconds"] for line in read_log(out)}
+        origin = {"minutes": 0.0} | provenance(lab.device)
+        rows = {}
+        for name, row in metrics["rows"].items():
+            rows[name] = row | origin
+            if name in rewards:
+                rows[name] |= {key: rewards[name][key] for key in ("quality", "reward")}
+            if name in seconds:
+                rows[name]["train_minutes"] = seconds[name] / 60
+            if "seconds_per_image" in row:
+                rows[name]["image_ms"] = 1000 * row["seconds_per_image"]
+        rows["real"] |= {key: metrics[key] for key in ("sensitivity", "insensitive_to")}
+        for name, row in metrics["rl"].items():
+            if name.startswith("policy, fixed K") and row["steps"] >= 8:
+                rows[name.replace("policy, fixed", "policy's generator,")] = row | origin
+        return rows
+
+    def run(self, out, lab):
+        folder = FOLDERS / self.name
+        if not folder.is_dir():
+            raise InputError(f"there is no {folder}: workbench/studies/make_folders.py makes it")
+        where = ("--data", folder, "--out", out, "--resume", "--seed", lab.seed)
+        machine = ("--device", lab.device, "--threads", torch.get_num_threads())
+        train_rl.main([str(word) for word in (*where, *machine, *self.options)])
+
+
+class Emoji(Folder):
+    title = "A folder: emoji"
+    question = (
+        "3,160 emoji of two vendors in five classes, by `python train_rl.py --data "
+        "runs/folders/emoji --flip`, at the defaults for a folder without a GPU: 32×32 pixels, 64 "
+        "tokens. Each row of the judge has only 100 images, so that distances are rough."
+    )
+    options = ("--flip",)
+    picture = ("emoji_samples.png", "animals, faces, flags, hands and people, seed 0")
+
+
+class Letters(Folder):
+    title = "A folder: letters"
+    question = (
+        "The letters A, B, E, G, K, M, R and S of 1,582 fonts, 12,656 images, by `python "
+        "train_rl.py --data runs/folders/letters --teacher-iters 6000 --gsim-iters 600 --rl-iters "
+        "25`, half of the defaults for a folder without a GPU."
+    )
+    options = (
+        *("--teacher-iters", "6000", "--gsim-iters", "600"),
+        *("--rl-iters", "25", "--schedule-iters", "25"),
+    )
+    picture = ("letters_samples.png", "the eight letters, seed 0")

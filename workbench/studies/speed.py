@@ -1,0 +1,204 @@
+"""Attention caching, and which idea makes an image how much faster."""
+
+import time
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from unittest import mock
+
+import torch
+
+from maskrl import Sampling, class_and_null_context, generate, guided, reveal_counts
+from workbench import bench, timing
+from workbench.data import identity
+from workbench.lazymar import LazyContexts
+from workbench.report import generate_many
+from workbench.studies.lab import Lab
+from workbench.studies.records import ASSETS
+from workbench.studies.study import Study
+
+
+@contextmanager
+def seconds_of_one_core(device):
+    """On one CPU thread the clock of the bench counts what this process has of the core, so that
+    other work of the machine is not counted; elsewhere it counts all seconds."""
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        yield
+        return
+    with mock.patch.object(timing, "clock", process_seconds):
+        with mock.patch.object(bench, "clock", process_seconds):
+            yield
+
+
+def process_seconds(device):
+    return time.process_time()
+
+
+class Speed(Study):
+    title = "Attention caching (LazyMAR)"
+    question = (
+        "Between refreshes, in every Nth iteration and the first few, only the tokens just "
+        "revealed and those about to be are computed; a refresh of 1 is exact. *Quality*: students "
+        "of 64 tokens in K iterations. *Speed*: random weights of the sizes of `small` and MAR-B "
+        "in float32, 256 tokens, 64 iterations, one image at a time, in milliseconds of one core."
+    )
+    seeds = "0,1,2"
+    settings = {"patch": 2, "teacher_iters": 2000}
+    columns = ("frechet", "precision", "recall", "image_ms", "lowest_ms", "highest_ms")
+    iterations, kept = (16, 32, 64), (1, 4, 8)  # of the students
+    refreshes = (1, 4, 8, 16)  # of the random weights
+    sizes = {"small": 4, "mar_b": 2}  # and rounds, of which the first warms up; of seed 0
+    random_steps = 64
+    verdict = (
+        "At a refresh in every 4th, 8th and 16th iteration an image by the size of MAR-B takes "
+        "{0[mar_b, refresh 1 / mar_b, refresh 4][image_ms]}, "
+        "{0[mar_b, refresh 1 / mar_b, refresh 8][image_ms]} and "
+        "{0[mar_b, refresh 1 / mar_b, refresh 16][image_ms]} times less. The fewer tokens an "
+        "iteration reveals, the less it costs in distance.",
+    )
+
+    def measure(self, lab, only=()):
+        small_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
+        rows = {}
+        for K, n in product(self.iterations, self.kept):
+            row = f"student, K = {K}, refresh {n}"
+            if not only or row.startswith(only):
+                rows[row] = small_tokens.result(row, partial(self.judge, small_tokens, K, n))
+        for size, rounds in self.sizes.items():
+            if lab.seed == 0 and (not only or size.startswith(only)):
+                times = lab.result(f"speed, {size}", partial(self.times, size, rounds, lab.device))
+                figures = times.pop("refresh")
+                times["minutes"] /= len(figures)
+                rows |= {f"{size}, refresh {n}": times | row for n, row in figures.items()}
+        return rows
+
+    @staticmethod
+    def judge(lab, K, n):
+        sampling = Sampling(K, contexts=partial(LazyContexts, every=n))
+        images, steps = generate_many(
+            lab.student, lab.judge.labels, sampling, lab.seed, "student"
+        )
+        return {**lab.judge(images), "steps": float(steps.float().mean())}
+
+    def times(self, size, rounds, device):
+        """{"refresh": {n: milliseconds per image}} of random weights."""
+        models, _ = bench.random_models(size, device, vae=None)
+        calls = {}
+        for n in self.refreshes:
+            sampling = Sampling(self.random_steps, contexts=partial(LazyContexts, every=n))
+            calls[n] = partial(generate, models["student"], [0], sampling)
+        with seconds_of_one_core(device):
+            seconds = timing.seconds_in_turns(calls, rounds, device)
+        rows = {n: milliseconds(s[0], timing.lower_median(s), s[-1]) for n, s in seconds.items()}
+        return {"refresh": rows}
+
+
+def milliseconds(low, middle, high) -> dict:
+    return {"image_ms": 1000 * middle, "lowest_ms": 1000 * low, "highest_ms": 1000 * high}
+
+
+class Bench(Study):
+    title = "Which idea makes an image how much faster"
+    question = (
+        "`sample.py --bench`, in milliseconds of one core: one image at a time, median and range, "
+        "and the best of the batches of 1, 8 and 32. *demo*: the checkpoints of `make demo` or, if "
+        "there are none in --out, those of the tutorial. *mar_b*: random weights of MAR-B's size, "
+        "256 tokens, 64 iterations, before the autoencoder; of the teachers, who take minutes for "
+        "an image, every 16th iteration. *Times as fast*: as the teacher of 100 steps; of a "
+        "factor: what it does alone."
+    )
+    columns = (
+        *("image_ms", "lowest_ms", "highest_ms", "best_ms", "best_batch", "steps", "transformer"),
+        *("head", "decoding", "faster", "frechet"),
+    )
+    batches, rounds = (1, 8, 32), 5
+    size, random_steps, stride = "mar_b", 64, 16
+    verdict = (
+        "The factors do not simply multiply: behind a cache, whose contexts are those of the "
+        "iteration before, the demo's policy takes {0[demo, all together][steps]} iterations "
+        "instead of {0[demo, student + schedule][steps]}, and the first three iterations compute "
+        "everything.",
+    )
+
+    def measure(self, lab, only=()):
+        rows = {}
+        for key, measure in (("demo", self.demo), (self.size, self.random)):
+            if not only or key.startswith(only):
+                with seconds_of_one_core(lab.device):
+                    result = lab.result(f"bench, {key}", partial(measure, lab))
+                figures = result.pop("rows")
+                result["minutes"] /= len(figures)
+                rows |= {f"{key}, {name}": result | row for name, row in figures.items()}
+        return rows
+
+    def demo(self, lab):
+        """The bench of the checkpoints in the lab's folder, or of the tutorial's."""
+        folder = lab.out if (lab.out / "policy.pt").exists() else ASSETS / "tutorial"
+        models, decode = bench.bench_models(folder / "teacher.pt", lab.device, vae=None)
+        return bench_rows(
+            bench.bench(models, decode, lab.judge, None, self.batches, self.rounds)
+        )
+
+    def random(self, lab):
+        """The same of random weights; a teacher of this size takes minutes for an image, so that
+        only every `stride`-th of its iterations is timed."""
+        models, _ = bench.random_models(self.size, lab.device, vae=None)
+        arms = bench.bench_arms(models, self.random_steps)
+        bench.make_images(*arms["all together"], 1, identity, iter([0]))  # warms up
+        rows = {}
+        for name, (model, sampling) in arms.items():
+            is_teacher = model.kind == "teacher"
+            seconds_of = self.teacher_seconds if is_teacher else self.student_seconds
+            seconds, shares = seconds_of(model, sampling)
+            rows[name] = {"seconds": {1: [seconds] * 3}, "shares": shares, "steps": sampling.steps}
+        return bench_rows({"rows": rows, "factors": bench.factors(rows, 1)})
+
+    @staticmethod
+    def student_seconds(model, sampling) -> tuple[float, dict]:
+        """Seconds of one image, and the shares of its parts."""
+        start = timing.clock(model.device)
+        shares, _ = bench.shares(model, sampling, 1, identity)
+        return timing.clock(model.device) - start, shares
+
+    @torch.no_grad()
+    def teacher_seconds(self, model, sampling) -> tuple[float, dict]:
+        """The same, of contexts and chains, from one real iteration of every `stride`."""
+        chains, hidden = sampling.chains(sampling.steps), model.length
+        label = torch.zeros(1, dtype=torch.long, device=model.device)
+        tokens = torch.randn(1, model.length, model.channels, device=model.device)
+        position = torch.arange(model.length, device=model.device)[None]
+        watch = timing.Stopwatch(model.device)
+        for k, count in enumerate(reveal_counts(model.length, sampling.steps)):
+            if k % self.stride == self.stride // 2:
+                inputs = model, tokens, position < hidden, label
+                c, c_null = watch.call("transformer", class_and_null_context, *inputs)
+                head = guided(model.head, c[0, :count], c_null[0, :count], 2.0)
+                z = torch.randn_like(tokens[0, :count])
+                watch.call("head", chains[k].sample, head, z, None)
+            hidden -= count
+        spent = {part: self.stride * watch.spent[part] for part in bench.PARTS}
+        total = sum(spent.values())
+        return total, {part: seconds / total for part, seconds in spent.items()}
+
+
+def bench_rows(result: dict) -> dict:
+    """{"rows": {arm or factor: figures}} of what bench.bench returns, one image at a time."""
+    rows = {}
+    slowest = result["rows"]["teacher, 100 steps"]["seconds"][1][1]
+    for name, row in result["rows"].items():
+        low, middle, high = row["seconds"][1]
+        medians = {batch: seconds[1] for batch, seconds in row["seconds"].items()}
+        best = min(medians, key=medians.get)
+        rows[name] = {
+            "image_ms": 1000 * middle,
+            "steps": row["steps"],
+            "faster": slowest / middle,
+            **{part: 100 * share for part, share in row["shares"].items()},
+            **({"frechet": row["frechet"]} if "frechet" in row else {}),
+        }
+        if len(medians) > 1:  # timed more than once
+            rows[name] |= milliseconds(low, middle, high)
+            rows[name] |= {"best_ms": 1000 * medians[best], "best_batch": best}
+    for name in ("one step", "cache", "schedule", "product"):
+        rows[f"factor: {name}"] = {"faster": result["factors"][name]}
+    return {"rows": rows}
