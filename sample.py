@@ -178,7 +178,7 @@ def main(argv=None):
         if args.film and first == 0:
             film(args.film, tokens, trace, settings, decode)
         if args.files:
-            write_files(args.files, images, [file_names[y] for y in part], first)
+            write_files(args.files, images, [file_names[y] for y in part.tolist()], first)
 
     if args.inpaint:  # the picture begins with what was given
         given = decode(to_images(given, settings)).cpu()

@@ -1,4 +1,4 @@
-"""Damage to the bytes and to the contents of files."""
+"""Damage to the bytes of a file, and checkpoints in which one value is something else."""
 
 import math
 from copy import deepcopy
@@ -30,7 +30,7 @@ def stretched(data, dice):
     return data[:i] + dice.randbytes(dice.choice([1, 64, 1000])) + data[i:]
 
 
-DAMAGE = (flipped, overwritten, cut, with_a_gap, stretched)  # each of (bytes, random.Random)
+DAMAGE = (flipped, overwritten, cut, with_a_gap, stretched)  # of (bytes, random.Random)
 
 NUMBERS = (True, -1, 0, 3, 10**6, 2**63, 10**30, 0.5, math.nan, math.inf, -1e30)
 CONTAINERS = ([], [1], {}, {"a": 1}, (), {3: 4}, ["a"] * 3)
@@ -59,7 +59,7 @@ def paths_in(value, path=()):
 
 
 def changed(content, dice):
-    """A content with one value replaced, deleted or added; and which one."""
+    """A copy of the content with one value replaced, deleted or added; and which one."""
     content = deepcopy(content)
     *above, last = dice.choice([path for path in paths_in(content) if path])
     holder = content

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny
 
 from maskrl import MAR
+from workbench.errors import InputError
 from workbench.kl16 import KL16, KL16_SCALE
 from workbench.released import numbered
 
@@ -50,3 +52,17 @@ def official() -> dict:
     content = torch.load(DATA / "mar_A.pth", weights_only=True)
     ema = {name: 1.01 * value for name, value in content["model"].items()}
     return {"model": dict(content["model"]), "model_ema": ema}
+
+
+def refusal(path, function, *args, **kwargs) -> str:
+    """The message of the InputError of function(*args, **kwargs), which names the path, in one
+    line."""
+    with pytest.raises(InputError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def without(weights, name) -> dict:
+    return {key: value for key, value in weights.items() if key != name}

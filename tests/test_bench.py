@@ -1,4 +1,4 @@
-"""The bench (section 20): the arms, their times, and what a checkpoint's folder gives."""
+"""The bench: the arms, their times, and what a checkpoint's folder gives."""
 
 import json
 import time
@@ -10,6 +10,14 @@ from conftest import error_of, random_model, tiny
 import maskrl
 import sample
 from maskrl import Sampling
+from workbench import bench as bench_module
+from workbench.bench import CACHED, PARTS, bench, bench_arms, bench_table, factors, shares
+from workbench.data import identity, load_data
+from workbench.files import write_checkpoint
+from workbench.lazymar import LazyContexts
+from workbench.report import generate_many
+from workbench.settings import PRESETS
+from workbench.timing import Stopwatch, lower_median, seconds_in_turns, time_in_turns
 
 CPU = ("--device", "cpu", "--threads", 1)
 
@@ -24,70 +32,114 @@ def models_of(*kinds):
 @pytest.fixture
 def folder(tmp_path):
     """teacher.pt, student.pt and policy.pt of the shapes, with random weights."""
-    classes, _, _ = maskrl.load_shapes(tiny(), 8)
+    classes = load_data(tiny()).classes
     for kind in ("teacher", "student", "policy"):
         model = maskrl.MAR(tiny(steps=3), classes, kind)
         if kind == "policy":
             maskrl.add_schedule(model)
             torch.nn.init.zeros_(model.schedule.net[-1].bias)
             model.schedule.net[-1].bias.data[-1] = 1.0  # all at once
-        maskrl.save_checkpoint(tmp_path / f"{kind}.pt", model)
+        write_checkpoint(tmp_path / f"{kind}.pt", model)
     return tmp_path
 
 
+# Times --------------------------------------------------------------------------------------------
+
+
+def test_calls_are_timed_in_turns_and_the_first_round_is_left_out():
+    said = []
+
+    def a():
+        said.append("a")
+
+    def b():
+        said.append("b")
+
+    seconds = seconds_in_turns({"a": a, "b": b}, 3, torch.device("cpu"))
+    assert said == ["a", "b"] * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_timing_takes_the_median_and_leaves_out_the_first_round(student, monkeypatch):
+    """The first round of each arm is its warm-up."""
+    readings = iter([0, 9, 0, 3, 0, 1, 0, 2])
+
+    def perf_counter():
+        return next(readings)
+
+    monkeypatch.setattr("workbench.timing.time.perf_counter", perf_counter)
+    arms = {"student": (student, Sampling(steps=1))}
+    assert time_in_turns(arms, torch.tensor([0, 1])) == {"student": 2 / 2}
+
+
+@pytest.mark.parametrize("ordered, middle", [([4], 4), ([1, 2], 1), ([1, 2, 3], 2), ([1] * 4, 1)])
+def test_the_median_is_one_of_the_numbers(ordered, middle):
+    assert lower_median(ordered) == middle
+
+
+def test_a_stopwatch_adds_what_each_part_takes(monkeypatch):
+    readings = iter([0, 1, 5, 7, 10, 14])
+
+    def perf_counter():
+        return next(readings)
+
+    monkeypatch.setattr("workbench.timing.time.perf_counter", perf_counter)
+    watch = Stopwatch(torch.device("cpu"))
+    for part in ("a", "b", "a"):
+        watch.call(part, abs, -1)
+    assert watch.spent == {"a": 5, "b": 2}
+
+
+# The arms -----------------------------------------------------------------------------------------
+
+
 def test_there_is_an_arm_for_each_idea_that_the_models_allow():
-    arms = maskrl.bench_arms(models_of("teacher", "student", "policy"), None)
+    arms = bench_arms(models_of("teacher", "student", "policy"), None)
     assert list(arms) == [
         *("teacher, 100 steps", "teacher, 25 steps", "annealed teacher"),
         *("student", "student + cache", "student + schedule", "all together"),
     ]
-    assert list(maskrl.bench_arms(models_of("teacher"), None)) == list(arms)[:3]
+    assert list(bench_arms(models_of("teacher"), None)) == list(arms)[:3]
 
 
 def test_an_arm_adds_its_own_idea_and_nothing_else():
     models = models_of("teacher", "student", "policy")
     teacher, student, policy = models.values()
-    arms = maskrl.bench_arms(models, 8)
-    assert arms == {
+    assert bench_arms(models, 8) == {
         "teacher, 100 steps": (teacher, Sampling(8, denoise_steps=100)),
         "teacher, 25 steps": (teacher, Sampling(8, denoise_steps=25)),
         "annealed teacher": (teacher, Sampling(8, denoise_steps=(50, 5))),
         "student": (student, Sampling(8)),
-        "student + cache": (student, Sampling(8, refresh=8)),
+        "student + cache": (student, Sampling(8, contexts=CACHED)),
         "student + schedule": (policy, Sampling()),
-        "all together": (policy, Sampling(refresh=8)),
+        "all together": (policy, Sampling(contexts=CACHED)),
     }
+    assert (CACHED.func, CACHED.keywords) == (LazyContexts, {"every": 8})
     del models["policy"]
-    arms = maskrl.bench_arms(models, 8)
+    arms = bench_arms(models, 8)
     assert arms["student + schedule"] == (student, Sampling(2))
-    assert arms["all together"] == (student, Sampling(2, refresh=8))
+    assert arms["all together"] == (student, Sampling(2, contexts=CACHED))
 
 
 def test_without_a_policy_the_schedule_is_a_quarter_of_the_iterations():
     models = models_of("student")
     for steps, fewer in ((None, 2), (16, 4), (2, 1), ((1, 2, 3, 10), 1)):
-        arms = maskrl.bench_arms(models, steps)
+        arms = bench_arms(models, steps)
         taken = [sampling.steps for _, sampling in arms.values()]
         assert taken == [steps, steps, fewer, fewer]
+
+
+# The figures --------------------------------------------------------------------------------------
 
 
 def test_factors_are_ratios_of_medians_and_multiply():
     seconds = {"teacher, 100 steps": 60.0, "student": 3.0, "student + cache": 2.0}
     seconds |= {"student + schedule": 1.0, "all together": 0.8}
     rows = {name: {"seconds": {1: [0.0, median, 99.0]}} for name, median in seconds.items()}
-    found = maskrl.factors(rows, 1)
     expected = {"one step": 20, "cache": 1.5, "schedule": 3, "product": 90, "all together": 75}
-    assert found == pytest.approx(expected)
+    assert factors(rows, 1) == pytest.approx(expected)
     del rows["teacher, 100 steps"]
-    assert maskrl.factors(rows, 1) == {}
-
-
-def test_calls_are_timed_in_turns_and_the_first_round_is_left_out():
-    said = []
-    calls = {name: lambda name=name: said.append(name) for name in "ab"}
-    seconds = maskrl.seconds_in_turns(calls, 3, torch.device("cpu"))
-    assert said == ["a", "b"] * 3
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+    assert factors(rows, 1) == {}
 
 
 def test_seconds_are_lowest_median_and_highest_per_image_decoded(student, monkeypatch):
@@ -97,8 +149,11 @@ def test_seconds_are_lowest_median_and_highest_per_image_decoded(student, monkey
         assert images.shape == (2, 3, 8, 8)
         time.sleep(next(pauses))
 
-    monkeypatch.setattr(maskrl, "bench_arms", lambda models, steps: {"a": (student, Sampling(1))})
-    result = maskrl.bench({"student": student}, slow, batches=(2,), rounds=4)
+    def one_arm(models, steps):
+        return {"a": (student, Sampling(1))}
+
+    monkeypatch.setattr(bench_module, "bench_arms", one_arm)
+    result = bench({"student": student}, slow, batches=(2,), rounds=4)
     assert result["rows"]["a"]["seconds"][2] == pytest.approx([0.05, 0.1, 0.2], abs=0.04)
     assert next(pauses, None) is None
 
@@ -108,11 +163,10 @@ def test_every_round_draws_other_images_and_all_arms_the_same(monkeypatch):
 
     def watched(model, labels, *rest, seed, **options):
         drawn.append((tuple(labels.tolist()), seed))
-        return generate(model, labels, *rest, seed=seed, **options)
+        return maskrl.generate(model, labels, *rest, seed=seed, **options)
 
-    generate = maskrl.generate
-    monkeypatch.setattr(maskrl, "generate", watched)
-    rows = maskrl.bench(models_of("student"), steps=1, batches=(2,), rounds=3)["rows"]
+    monkeypatch.setattr(bench_module, "generate", watched)
+    rows = bench(models_of("student"), steps=1, batches=(2,), rounds=3)["rows"]
     rounds = [((0, 1), 0), ((1, 2), 1), ((2, 0), 2)]
     for i, images in enumerate(rounds):
         assert drawn[i * len(rows) : (i + 1) * len(rows)] == [images] * len(rows)
@@ -120,50 +174,58 @@ def test_every_round_draws_other_images_and_all_arms_the_same(monkeypatch):
 
 def test_shares_and_factors_are_those_of_the_first_batch_size():
     sizes = []
-    models = models_of("teacher", "student")
-    result = maskrl.bench(models, lambda x: sizes.append(len(x)), None, 1, (1, 3), rounds=2)
+
+    def decode(images):
+        sizes.append(len(images))
+
+    result = bench(models_of("teacher", "student"), decode, None, 1, (1, 3), rounds=2)
     arms = len(result["rows"])
     assert sizes == [1] * 2 * arms + [3] * 2 * arms + [1] * arms
-    first, other = (maskrl.factors(result["rows"], batch) for batch in (1, 3))
+    first, other = (factors(result["rows"], batch) for batch in (1, 3))
     assert result["factors"] == first != other
 
 
 def test_a_distance_is_of_the_images_of_its_own_arm():
     models = models_of("teacher", "student")
-    labels = torch.arange(6) % 3
 
     class Judge:
+        labels = torch.arange(6) % 3
+
         def __call__(self, images):
             return {"frechet": float(images.square().mean())}
 
     judge = Judge()
-    judge.labels = labels
-    rows = maskrl.bench(models, judge=judge, steps=4, batches=(1,), rounds=2)["rows"]
+    rows = bench(models, judge=judge, steps=4, batches=(1,), rounds=2)["rows"]
     expected = {}
-    for name, (model, sampling) in maskrl.bench_arms(models, 4).items():
-        images, _ = maskrl.generate_many(model, labels, sampling, model.settings.seed, name)
+    for name, (model, sampling) in bench_arms(models, 4).items():
+        images, _ = generate_many(model, judge.labels, sampling, model.settings.seed, name)
         expected[name] = judge(images)["frechet"]
     assert {name: row["frechet"] for name, row in rows.items()} == expected
     assert len(set(expected.values())) == 6  # a single iteration is never cached
 
 
+@pytest.mark.parametrize("contexts", [None, CACHED], ids=["exact", "cached"])
 @pytest.mark.parametrize("slow", ["transformer", "head", "decoding"])
-def test_the_slow_part_has_the_share(student, slow):
+def test_the_slow_part_has_the_share(student, slow, contexts):
     def pause(*_):
         time.sleep(0.05)
 
-    inside = {"transformer": student.decoder_blocks[0], "head": student.head.input_proj}
+    def slow_decode(images):
+        time.sleep(0.25)
+
+    # of a part that every iteration computes, with a cache too
+    inside = {"transformer": student.decoder_blocks[0].mlp, "head": student.head.input_proj}
     if slow in inside:
         inside[slow].register_forward_hook(pause)
-    decode = (lambda images: time.sleep(0.2)) if slow == "decoding" else maskrl.unchanged
-    parts, steps = maskrl.shares(student, Sampling(4), 2, decode)
-    assert steps == 4
-    assert parts.keys() == set(maskrl.PARTS)
+    decode = slow_decode if slow == "decoding" else identity
+    parts, steps = shares(student, Sampling(5, contexts=contexts), 2, decode)
+    assert steps == 5
+    assert parts.keys() == set(PARTS)
     assert parts[slow] > 0.5 and min(parts.values()) > 0 and sum(parts.values()) < 1
 
 
 def test_shares_leave_the_model_as_it_was(student):
-    maskrl.shares(student, Sampling(4), 2, maskrl.unchanged)
+    shares(student, Sampling(4), 2, identity)
     assert not any(module._forward_hooks for module in student.modules())
     assert not any(module._forward_pre_hooks for module in student.modules())
 
@@ -174,15 +236,18 @@ def test_the_table_shows_the_median_the_range_the_best_batch_and_the_product():
         "shares": {"transformer": 0.5, "head": 0.25, "decoding": 0.125},
         **{"steps": 7.0, "frechet": 1.5},
     }
-    factors = {"one step": 2, "cache": 3, "schedule": 4, "product": 24, "all together": 20}
-    _, line, last = maskrl.bench_table({"rows": {"an arm": row}, "factors": factors}).splitlines()
+    product = {"one step": 2, "cache": 3, "schedule": 4, "product": 24, "all together": 20}
+    _, line, last = bench_table({"rows": {"an arm": row}, "factors": product}).splitlines()
     assert line.split() == [
         *("an", "arm", "0.2", "(0.1-0.4)", "0.03", "(8)", "7.0", "50%", "25%", "12%", "1.50"),
     ]
     assert last.endswith("one step 2.0 x cache 3.00 x schedule 4.00 = 24; measured all together 20")
 
 
-def test_the_bench_of_a_checkpoint_judges_it_and_what_lies_beside_it(folder, tmp_path, capsys):
+# sample.py --bench --------------------------------------------------------------------------------
+
+
+def test_the_bench_of_a_checkpoint_judges_it_and_the_others_in_its_folder(folder, tmp_path, capsys):
     path = tmp_path / "bench.json"
     argv = [folder / "student.pt", "--bench", path, "--rounds", 2, "--batches", 2, *CPU]
     sample.main([str(a) for a in argv])
@@ -195,8 +260,22 @@ def test_the_bench_of_a_checkpoint_judges_it_and_what_lies_beside_it(folder, tmp
     assert "measured all together" in capsys.readouterr().out
 
 
+def test_models_of_other_classes_or_sizes_are_left_out(folder):
+    other = maskrl.MAR(tiny(steps=3), ["a", "b"], "teacher")
+    write_checkpoint(folder / "teacher.pt", other)
+    models, decode = bench_module.bench_models(folder / "student.pt", torch.device("cpu"), None)
+    assert models.keys() == {"student", "policy"}
+    assert decode is identity
+
+
+def test_models_of_other_data_are_not_judged(capsys):
+    models = models_of("student")
+    assert bench_module.bench_judge(models, "shapes", None, torch.device("cpu")) is None
+    assert "these are not the classes of --data" in capsys.readouterr().out
+
+
 def test_the_bench_of_a_preset_says_that_its_weights_are_random(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(maskrl.PRESETS, "tiny", {"image_size": 8, "patch": 2, "width": 32})
+    monkeypatch.setitem(PRESETS, "tiny", {"image_size": 8, "patch": 2, "width": 32})
     path = tmp_path / "bench.json"
     argv = ["tiny", "--bench", path, "--steps", 1, "--rounds", 2, "--batches", 1, *CPU]
     sample.main([str(a) for a in argv])
@@ -206,7 +285,22 @@ def test_the_bench_of_a_preset_says_that_its_weights_are_random(tmp_path, monkey
     assert "random: for speed only" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_random_models_share_weights_and_are_bfloat16_where_that_is_fast(kind):
+    """Most CPUs only emulate it."""
+    with torch.device("meta"):
+        models, _ = bench_module.random_models("small", torch.device(kind), None)
+    teacher, student = models["teacher"], models["student"]
+    assert (teacher.kind, student.kind) == ("teacher", "student")
+    assert student.z_proj.weight is teacher.z_proj.weight
+    assert ("context" in vars(teacher)) == (kind == "meta")
+    assert student.settings.precision == ("fp32" if kind == "cpu" else "bf16")
+
+
 def test_wrong_options_of_the_bench_end_in_one_line(tmp_path, capsys):
     for option in (("--rounds", 1), ("--batches", 0)):
         said = error_of(sample.main, ["tiny", "--bench", *option, *CPU], capsys)
         assert "--rounds must be at least 2, and --batches at least 1" in said
+    argv = ["tiny", "--bench", tmp_path / "bench.json", "--steps", 99, *CPU]
+    assert "--steps 99 must lie in 1...16" in error_of(sample.main, argv, capsys)
+    assert not (tmp_path / "bench.json").exists()

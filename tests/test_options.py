@@ -10,6 +10,7 @@ import torch
 from conftest import SHORT, random_model, tiny
 from PIL import Image
 
+from maskrl import MAR
 from workbench.data import Data, load_data
 from workbench.errors import InputError
 from workbench.files import read_checkpoint, write_checkpoint
@@ -77,11 +78,18 @@ def test_a_device_that_is_not_there_is_refused(threads, name):
 
 
 @pytest.mark.parametrize(
-    "cuda, mps, expected", [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")]
+    "cuda, mps, expected",
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
 def test_the_first_of_cuda_mps_and_cpu_is_found(monkeypatch, threads, cuda, mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", [].__len__ if not cuda else [1].__len__)
-    monkeypatch.setattr(torch.backends.mps, "is_available", [].__len__ if not mps else [1].__len__)
+    def cuda_is_available():
+        return cuda
+
+    def mps_is_available():
+        return mps
+
+    monkeypatch.setattr(torch.cuda, "is_available", cuda_is_available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", mps_is_available)
     assert find_device().type == expected
     assert find_device("cpu").type == "cpu"
 
@@ -192,7 +200,7 @@ def test_classes_that_are_only_counted_have_the_names_of_the_folder(tmp_path):
 def test_a_model_that_does_not_fit_the_memory_is_refused():
     data = SimpleNamespace(classes=["a"], learned=SimpleNamespace(channels=3))
     check_memory(tiny(), data, CPU)
-    with pytest.raises(InputError, match=r"takes at least 2\d\d,\d\d\d GiB .* cpu has .*: lower"):
+    with pytest.raises(InputError, match=r"takes at least 2\d,\d{3} GiB .* cpu has .*: lower"):
         check_memory(tiny(width=2**14, depth=200), data, CPU)
 
 
@@ -220,9 +228,7 @@ def test_a_run_that_was_begun_is_continued_only_on_request(tmp_path, threads, ca
     assert f"nothing to resume in {out}: starting afresh" in capsys.readouterr().out
     out.mkdir()
     run = run_of(out)
-    model = random_model(**vars(replace(run.settings, seed=5)))
-    model.classes = run.data.classes
-    model.class_emb = torch.nn.Embedding(9, 32)
+    model = MAR(replace(run.settings, seed=5), run.data.classes)
     write_checkpoint(out / "teacher.pt", model)
     with pytest.raises(InputError, match="teacher.pt exists: --resume continues it, another --out"):
         run_of(out)
@@ -242,9 +248,7 @@ def test_a_run_that_was_begun_with_a_given_teacher_needs_it_again(tmp_path, thre
 
 def test_who_starts_from_a_checkpoint_has_its_settings_and_classes(tmp_path, threads):
     settings, classes = tiny(), [*load_data(tiny()).classes, "a class that is not in the data"]
-    model = random_model()
-    model.settings, model.classes = settings, classes
-    write_checkpoint(tmp_path / "teacher.pt", model)
+    write_checkpoint(tmp_path / "teacher.pt", MAR(settings, classes))
     base = read_checkpoint(tmp_path / "teacher.pt")
     options = ["--out", tmp_path / "out", "--device", "cpu", "--threads", 1, "--gsim-iters", 7]
     run = prepare(parse(*options), WRITTEN, base)

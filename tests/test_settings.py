@@ -104,8 +104,8 @@ def test_names_of_settings_are_those_of_fields():
 def test_every_setting_has_a_comment_which_is_its_help():
     texts = help_texts()
     assert set(texts) == {field.name for field in FIELDS}
-    assert texts["judge_n"] == "images in a row of the judge's table"
-    assert texts["scale"] == "0: scale and mean are measured"  # the run's own
+    assert texts["judge_n"] == "images for each row of the judge's table"
+    assert texts["scale"] == "0: scale and mean are measured on the training images"
     assert all(len(text) > 3 for text in texts.values())
 
 

@@ -52,6 +52,18 @@ def run(folder, tmp_path_factory):
     return out, train_rl.main(argv)
 
 
+def no_monitor(model):
+    return {}
+
+
+def no_validation(*_):
+    return one_for_all
+
+
+def one_for_all(model):
+    return {"validation": 1.0}
+
+
 # A whole run --------------------------------------------------------------------------------------
 
 
@@ -159,7 +171,7 @@ def test_what_is_held_out_is_not_what_is_trained(run):
     assert held_out("clip", shapes) == reward_net.quality
 
 
-def test_images_and_noise_of_a_step_are_not_drawn_from_the_same_numbers(run, monkeypatch):
+def test_what_is_drawn_for_one_step_is_never_drawn_from_the_same_numbers(tmp_path, monkeypatch):
     """Two generators with one seed would tie the label that is dropped to the image that is
     drawn."""
     seeds, manual_seed = [], torch.Generator.manual_seed
@@ -169,16 +181,18 @@ def test_images_and_noise_of_a_step_are_not_drawn_from_the_same_numbers(run, mon
             seeds.append(seed)
             return manual_seed(self, seed)
 
+    def quality(images, labels):
+        return images.mean((1, 2, 3)).sigmoid()
+
+    settings = tiny(batch=4, teacher_iters=1, gsim_iters=1, rl_iters=1)
+    args = Namespace(out=tmp_path, resume=False)
+    run = run_module.Run(args, settings, load_data(settings), torch.device("cpu"))
+    monkeypatch.setattr(train_distill, "ValidationMetric", no_validation)
     monkeypatch.setattr(torch, "Generator", Watched)
-    data, settings = load_data(tiny()), tiny(batch=4, teacher_iters=1, gsim_iters=1, rl_iters=1)
-    training = maskrl.TeacherTraining(settings, data.classes)
-    distillation = maskrl.Distillation(training.ema, settings)
-    images, labels = data.learned.batch(4, maskrl.rng(0, "images"))
-    seeds.clear()
-    for stage, update in (("teacher", training.update), ("gsim", distillation.update)):
-        maskrl.rng(settings.seed, f"{stage} images", 0)
-        update(0, maskrl.to_tokens(images, settings), labels, settings.seed)
-    assert len(set(seeds)) == len(seeds) > 3
+    teacher = train_distill.train_teacher(run)
+    student = train_distill.train_student(run, teacher, None)
+    train_rl.train_policy(run, student, quality, no_monitor)
+    assert len(seeds) == len(set(seeds)) > 8
 
 
 def test_a_class_whose_name_is_no_utf_8_goes_through_all_stages(tmp_path):
@@ -211,9 +225,6 @@ def test_at_the_end_the_schedule_learns_alone_from_four_times_the_prompts(tmp_pa
     def quality(images, labels):
         seen.append(len(labels))
         return images.mean((1, 2, 3)).sigmoid()
-
-    def no_monitor(model):
-        return {}
 
     def flat(module):
         return torch.cat([p.flatten() for p in module.parameters()])

@@ -1,20 +1,23 @@
 """The tutorial as it is committed; .ci/run executes it."""
 
 import ast
+import importlib
 import inspect
 import json
 import math
 import re
 from pathlib import Path
 
-import make_tutorial_checkpoints
 import pytest
 import torch
 
 import maskrl
+from workbench.files import load_checkpoint, write_checkpoint
+from workbench.studies.make_checkpoints import shrink
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "tutorial.ipynb"
+PACKAGES = ("maskrl", "workbench")
 
 
 def cells(kind):
@@ -47,10 +50,10 @@ def test_it_is_a_valid_notebook():
 
 def test_it_and_its_checkpoints_are_small():
     assert NOTEBOOK.stat().st_size <= 3_000_000
-    for kind in maskrl.KINDS:
+    for kind in ("teacher", "student", "policy"):
         path = ROOT / "assets" / "tutorial" / f"{kind}.pt"
         assert path.stat().st_size <= 1_600_000
-        assert maskrl.load_checkpoint(path, kind).kind == kind
+        assert load_checkpoint(path, kind).kind == kind
 
 
 def test_it_was_executed_once_from_top_to_bottom_without_errors():
@@ -62,22 +65,25 @@ def test_it_was_executed_once_from_top_to_bottom_without_errors():
     assert pictures >= 30
 
 
-def test_it_uses_only_what_there_is():
+def test_it_uses_only_existing_names_of_maskrl_and_the_workbench():
     for cell in cells("code"):
         for node in ast.walk(ast.parse(source(cell))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 if node.value.id == "maskrl":
                     assert hasattr(maskrl, node.attr), f"maskrl.{node.attr}"
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
+                module = importlib.import_module(node.module)
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{node.module}.{name.name}"
 
 
 def test_the_source_that_it_shows_is_the_present_one():
     shown = shown_sources()
     assert len(shown) > 15
-    module = flat(inspect.getsource(maskrl))
     for text in shown:
-        match = re.fullmatch(r"From `maskrl\.([\w.]+)`:\n```python\n(.*)\n```", text, re.S)
-        thing, code = match.groups()
-        assert flat(code) in module, thing
+        pattern = r"From `(maskrl|workbench\.\w+)\.([\w.]+)`:\n```python\n(.*)\n```"
+        module, thing, code = re.fullmatch(pattern, text, re.S).groups()
+        assert flat(code) in flat(inspect.getsource(importlib.import_module(module))), thing
 
 
 def test_every_exercise_has_a_check_and_a_folded_answer():
@@ -103,7 +109,8 @@ def answers():
 def function_in(answer):
     """The function that an answer defines, run in the names of the notebook's first cell."""
     code = re.search(r"```python\n(.*?)```", answer, re.S).group(1)
-    names = {"torch": torch, "math": math, "BASE": maskrl.BASE}
+    names = {"torch": torch, "math": math}
+    names |= {"alpha_sigma": maskrl.alpha_sigma, "q_sample": maskrl.q_sample}
     exec(code, names)
     return names[re.match(r"def (\w+)", code).group(1)]
 
@@ -111,7 +118,7 @@ def function_in(answer):
 def test_the_folded_answers_are_right():
     given = answers()
     x_0, eps, t = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([10, 200, 400, 600, 800])
-    clean = function_in(given[1])(maskrl.BASE.q_sample(x_0, t, eps), t, eps)
+    clean = function_in(given[1])(maskrl.q_sample(x_0, t, eps), t, eps)
     torch.testing.assert_close(clean, x_0, atol=1e-4, rtol=0)
     for length, steps in ((16, 8), (256, 64), (5, 1)):
         assert function_in(given[2])(length, steps) == maskrl.reveal_counts(length, steps)
@@ -156,11 +163,11 @@ def test_every_section_ends_with_a_summary_of_three_sentences_and_every_figure_h
 def test_a_small_copy_of_a_checkpoint_generates_nearly_the_same(tmp_path, model):
     model.kind = "student"
     full, small = tmp_path / "student.pt", tmp_path / "small" / "student.pt"
-    maskrl.save_checkpoint(full, model)
+    write_checkpoint(full, model)
     small.parent.mkdir()
-    size = make_tutorial_checkpoints.shrink(full, small)
+    size = shrink(full, small)
     assert size == small.stat().st_size < 0.6 * full.stat().st_size
-    copy = maskrl.load_checkpoint(small, "student")
+    copy = load_checkpoint(small, "student")
     labels, sampling = torch.arange(3), maskrl.Sampling(steps=4)
     a, b = (maskrl.generate(m, labels, sampling) for m in (model, copy))
     torch.testing.assert_close(a, b, atol=0.02 * float(a.std()), rtol=0)

@@ -183,7 +183,7 @@ def curves(out) -> None:
 
 def quality_one(images: Tensor, labels: Tensor) -> Tensor:
     """A quality [B] for rollouts whose reward does not matter."""
-    return torch.ones(len(labels))
+    return torch.ones_like(labels, dtype=torch.float32)
 
 
 def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:

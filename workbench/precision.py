@@ -1,10 +1,10 @@
 """Matrix products in bfloat16, and blocks that are computed twice to save memory, for any MAR.
 
-With bf16 all matrix products inside MAR.context are in bfloat16, the projection of the tokens
-(`z_proj`) among them, and all inside Head.hidden. The two layers of the head that touch x_t and the
-prediction, `input_proj` and `final_layer.linear`, stay in float32, for eps is made of the
-difference of both. Weights, residuals, norms and gradients are float32 in any case, and so are
-optimisers and EMA.
+With bf16, all matrix products inside MAR.context are in bfloat16, including the projection of the
+tokens (`z_proj`), and so are all inside Head.hidden. The two layers of the head that touch x_t and
+the prediction, `input_proj` and `final_layer.linear`, stay in float32, because eps is computed from
+the difference of the two. Weights, residuals, norms, gradients, optimisers and EMA are float32 in
+any case.
 """
 
 import torch
@@ -15,10 +15,10 @@ from maskrl import MAR
 
 
 class Wrapper:
-    """Stands in front of a method of one module, as an attribute of that instance.
+    """Called in place of a method of one module, as an attribute of that instance.
 
-    It keeps the module, not the bound method, so that in a deep copy of the module it is in front
-    of the copy's method."""
+    It keeps the module and not the bound method, so that the wrapper in a deep copy of the module
+    calls the method of the copy."""
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
@@ -37,8 +37,7 @@ class InBFloat16(Wrapper):
 
 
 class Checkpointed(Wrapper):
-    """The method, of which only the inputs are kept for the backward pass, which computes all else
-    again."""
+    """The method, whose backward pass keeps only the inputs and computes everything else again."""
 
     def __call__(self, *args, **kwargs) -> Tensor:
         if torch.is_grad_enabled():
@@ -49,7 +48,7 @@ class Checkpointed(Wrapper):
 def set_precision(model: MAR, precision: str = "fp32", checkpointing: bool = False) -> None:
     """Let `model` compute in "fp32" or "bf16", its blocks with or without checkpointing.
 
-    Deep copies made later compute in the same way. Another call replaces what this one set."""
+    Deep copies that are made later compute in the same way. Another call replaces this one."""
     in_precision = {"fp32": None, "bf16": InBFloat16}[precision]
     wrap(model, "context", in_precision)
     wrap(model.head, "hidden", in_precision)
@@ -58,7 +57,7 @@ def set_precision(model: MAR, precision: str = "fp32", checkpointing: bool = Fal
 
 
 def wrap(module: nn.Module, name: str, wrapper: type[Wrapper] | None) -> None:
-    """Put the wrapper in front of a method of this instance (None: the method as it is)."""
+    """Put a wrapper around a method of this instance (None: take it away)."""
     if wrapper is None:
         vars(module).pop(name, None)
     else:

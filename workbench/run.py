@@ -28,12 +28,10 @@ from workbench.distributed import agreed, average_gradients, rank
 from workbench.errors import InputError, Stopped, abbreviate
 from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
 from workbench.precision import set_precision
-from workbench.settings import flag
+from workbench.settings import RunSettings, flag
 
-SAVE_SECONDS = 60.0  # from one checkpoint to the next, at least
-SAVE_COST = (
-    20.0  # and at least so many times as long as the last one took to write: MAR-H has 30 GB
-)
+SAVE_SECONDS = 60.0  # from one checkpoint to the next, at least,
+SAVE_COST = 20.0  # and so many times as long as it took to write the last one: MAR-H has 30 GB
 
 
 class Run:
@@ -41,7 +39,7 @@ class Run:
 
     A context manager: meanwhile no other process trains in the folder `out`."""
 
-    def __init__(self, args, settings, data, device):
+    def __init__(self, args, settings: RunSettings, data, device: torch.device):
         self.args, self.settings, self.data, self.device = args, settings, data, device
         self.out, self.resume = args.out, args.resume
         self.minutes = {}  # {stage: minutes that it took here}
@@ -64,7 +62,7 @@ class Run:
 
 
 class Stage:
-    """One training of a run, written to out/<kind of model>.pt, out/log.jsonl beside it.
+    """One training of a run, which writes out/<kind of model>.pt and out/log.jsonl.
 
         with run.stage(training) as stage:
             for step in stage:
@@ -72,13 +70,15 @@ class Stage:
                 if stage.time_to_measure:
                     stage.keep_best({"validation": ...})
 
-    Stopped (a KeyboardInterrupt) is raised after a signal, when the step is finished and saved.
-    A FloatingPointError within the block names the stage, the step and the tensors, and leaves a
-    checkpoint of before the step or, if half of the step is done, the last one; from it --resume
-    repeats what led there. InputError if --resume finds a checkpoint of another training."""
+    After Ctrl-C or SIGTERM it raises Stopped when the step is finished and saved. To a
+    FloatingPointError in the block it adds the stage, the step and the tensors, and it leaves a
+    checkpoint from before the step or, if half of the step is done, the last one: from there
+    --resume repeats what led to it. InputError if --resume finds a checkpoint of another
+    training."""
 
     def __init__(self, run: Run, training):
         self.run, self.training = run, training
+        self.networks = [value for value in vars(training).values() if isinstance(value, MAR)]
         self.name, self.iters = training.model.kind, training.iters
         self.path = Path(run.out) / f"{self.name}.pt"
         # seconds of all updates so far; the lowest validation, and the EMA weights that it is of
@@ -92,15 +92,15 @@ class Stage:
         self.weights_changed = False  # by a step that is not complete
         self.path.parent.mkdir(parents=True, exist_ok=True)
         trim_log(self.run.out, self.name, self.start)
-        settings, networks = self.run.settings, networks_of(self.training)
-        for network in networks:
+        settings = self.run.settings
+        for network in self.networks:
             set_precision(network, settings.precision, settings.checkpointing)
         self.bar = tqdm(
             range(self.start, self.iters), self.name, self.iters, initial=self.start, mininterval=1
         )
         with ExitStack() as stack:
             stack.callback(self.bar.close)
-            stack.enter_context(average_gradients(networks))
+            stack.enter_context(average_gradients(self.networks))
             for value in self.training.state.values():
                 if isinstance(value, torch.optim.Optimizer):
                     stack.callback(value.register_step_post_hook(self.note_change).remove)
@@ -118,7 +118,6 @@ class Stage:
             self.run.minutes[self.name] = (time.monotonic() - self.began) / 60
 
     def __iter__(self) -> Iterator[int]:
-        device = self.training.model.device
         for step in self.bar:
             self.step, self.weights_changed = step, False
             self.step_began = time.perf_counter()
@@ -126,21 +125,21 @@ class Stage:
             done = step + 1
             if done == self.iters and self.record["weights"]:
                 self.training.ema.load_state_dict(self.record["weights"])
-            stop = agreed(self.first_signal(), device)
+            stop = self.agreed_signal()
             if done == self.iters or stop or self.time_to_save():
                 self.save(done)
             if stop:
-                agreed(stop, device)  # no process ends before the file is written
+                self.agreed_signal()  # no process ends before the file is written
                 where = f"{self.name} is saved in {self.path} after {done} steps"
                 raise Stopped(stop, f"{where}; the same command with --resume continues")
-        stop = agreed(self.first_signal(), device)  # while the last file was written
+        stop = self.agreed_signal()  # that arrived while the last file was written
         if stop:
             where = f"{self.name} is complete in {self.path}"
             raise Stopped(stop, f"{where}; the same command with --resume continues")
 
-    def first_signal(self) -> int:
-        """The first signal that arrived, or 0."""
-        return self.signals[0] if self.signals else 0
+    def agreed_signal(self) -> int:
+        """The signal that stops all processes, or 0."""
+        return agreed(self.signals[0] if self.signals else 0, self.training.model.device)
 
     def note_change(self, *_) -> None:
         self.weights_changed = True
@@ -151,20 +150,20 @@ class Stage:
         return (self.step + 1) * 10 // self.iters > self.step * 10 // self.iters
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Note the metrics of this step's update, of some 200 steps in a stage."""
+        """Log the metrics of this step's update; of some 200 steps in a stage, and the last."""
         self.record["seconds"] += time.perf_counter() - self.step_began
         if self.step % max(1, self.iters // 200) == 0 or self.step == self.iters - 1:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
             self.log_measured(metrics)
 
     def log_measured(self, values: dict[str, float]) -> None:
-        """Note values in any case."""
+        """Log values at any step."""
         values = {"seconds": self.record["seconds"]} | values
         rounded = {name: round(value, 6) for name, value in values.items()}
         append_log(self.run.out, {"stage": self.name, "step": self.step, **rounded})
 
     def keep_best(self, values: dict[str, float]) -> None:
-        """Note values; of all EMA weights the stage ends with those of the lowest `validation`."""
+        """Log values; in the end `ema` gets the weights that had the lowest `validation`."""
         self.log_measured(values)
         if values["validation"] < self.record["lowest"]:
             weights = deepcopy(self.training.ema.state_dict())
@@ -177,8 +176,7 @@ class Stage:
     def save(self, step: int) -> None:
         """Write the checkpoint; FloatingPointError, and no file, if a weight is infinite or NaN."""
         began, training = time.monotonic(), self.training
-        weights = [*training.model.state_dict().values(), *training.ema.state_dict().values()]
-        if not all(w.isfinite().all() for w in weights):
+        if not all(p.isfinite().all() for network in self.networks for p in network.parameters()):
             raise FloatingPointError("the weights are infinite or NaN")
         state = {name: value.state_dict() for name, value in training.state.items()}
         state["record"] = self.record
@@ -190,7 +188,7 @@ class Stage:
     def save_and_explain(self, error: FloatingPointError) -> None:
         """Raise the error with where it happened and how to go on."""
         if not self.weights_changed and self.step > self.saved:
-            with suppress(FloatingPointError):  # of weights that an earlier step spoilt
+            with suppress(FloatingPointError):  # if an earlier step spoilt the weights
                 self.save(self.step)
         repeats = "Nothing was saved; the same command repeats what led here"
         if self.saved:
@@ -201,11 +199,6 @@ class Stage:
             f"{where}. {repeats}. If training diverged, start afresh in another --out with a "
             "lower learning rate"
         ) from None
-
-
-def networks_of(training) -> list[MAR]:
-    """All models that a training learns or uses."""
-    return [value for value in vars(training).values() if isinstance(value, MAR)]
 
 
 def non_finite_tensors(training) -> str:
@@ -245,9 +238,6 @@ def note_signal(noted: list[int], number: int, _) -> None:
     noted.append(number)
 
 
-# Going on from a checkpoint: only with what has the form of this training's own state.
-
-
 def restore(training, path: Path, record: dict, iters: int) -> int:
     """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with.
 
@@ -267,9 +257,10 @@ def restore(training, path: Path, record: dict, iters: int) -> int:
             for name, value in training.state.items():
                 load_state(value, state[name])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
         raise InputError(
             f"{path} is not of this training, or of another version of torch: --resume cannot go "
-            f"on with it ({str(error).splitlines()[0]})"
+            f"on with it ({reason})"
         ) from None
     return step
 
@@ -311,9 +302,6 @@ def check_same_form(own, saved) -> None:
         raise ValueError(f"an unexpected {type(saved).__name__}")
     for pair in pairs:
         check_same_form(*pair)
-
-
-# The folder
 
 
 def lock_run_dir(out: Path) -> FileLock:
@@ -371,13 +359,14 @@ def read_log(out) -> list[dict]:
 
 def append_log(out, line: dict) -> None:
     """One more line in out/log.jsonl."""
-    path = Path(os.devnull if rank() else Path(out) / "log.jsonl")
+    if rank():  # the first of several processes writes for all
+        return
+    path = Path(out) / "log.jsonl"
     try:
         with open(path, "a") as file:
             file.write(as_json(line) + "\n")
             file.flush()
-            if not rank():
-                os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
+            os.fsync(file.fileno())  # on the disk before the checkpoint that comes after it
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -21,21 +21,21 @@ class RunSettings(maskrl.Settings):
     Raises InputError, naming the option, for a value of the wrong type or outside its LIMITS."""
 
     # tokens
-    scale: float = 0.0  # 0: scale and mean are measured
+    scale: float = 0.0  # 0: scale and mean are measured on the training images
     # data
     per_class: int = 3000  # images of each built-in shape
     flip: bool = False  # mirror training images at random (not for digits or letters)
-    seed: int = 0  # of shapes, weights and noise
+    seed: int = 0  # seed of the shapes, weights and noise
     # memory and speed
-    precision: str = "fp32"  # of the hidden layers' matrix products
-    checkpointing: bool = False  # compute blocks twice in training, to save memory
+    precision: str = "fp32"  # number format of the hidden layers' matrix products
+    checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
     # training the teacher
     batch: int = 64  # images per update of teacher and student
     # RL
-    method: str = "grpo"  # policy gradient, or backprop: the reward's own gradient
+    method: str = "grpo"  # grpo: policy gradient; backprop: the reward's own gradient
     # reward network and judge
     judge_iters: int = 400  # updates of the reward network and of the judge
-    judge_n: int = 2250  # images in a row of the judge's table
+    judge_n: int = 2250  # images for each row of the judge's table
 
     def __post_init__(self):
         for field in fields(self):

@@ -19,9 +19,9 @@ class Cost(Study):
     columns = ("ms",)
     rounds = 8
     verdict = (
-        "With x, critical steps save {0[RL update, x, all / RL update, x, critical][ms]} times. "
-        "With z updates cost next to nothing, and to find the critical steps costs more than they "
-        "save.",
+        "With x an update on all steps takes {0[RL update, x, all / RL update, x, critical][ms]} "
+        "times as long as one on the critical steps. With z updates cost next to nothing, and "
+        "finding the critical steps costs more than they save.",
     )
 
     def measure(self, lab, only=()):

@@ -9,7 +9,8 @@ import torch
 import train_rl
 from workbench.errors import InputError
 from workbench.run import read_log
-from workbench.studies.records import ASSETS, provenance
+from workbench.studies import records
+from workbench.studies.records import provenance
 from workbench.studies.study import Study
 
 FOLDERS = Path("runs/folders")
@@ -36,7 +37,7 @@ class Folder(Study):
             self.run(out, lab)
         metrics = json.loads((out / "metrics.json").read_text())
         if lab.seed == 0:
-            shutil.copy(out / "samples.png", ASSETS / f"{self.name}_samples.png")
+            shutil.copy(out / "samples.png", records.ASSETS / f"{self.name}_samples.png")
         at_most = f"student, fixed K = {metrics['settings']['steps']}"
         rewards = {"student": metrics["rl"][at_most], "policy": metrics["rl"]["after"]}
         seconds = {line["stage"]: line["seconds"] for line in read_log(out)}

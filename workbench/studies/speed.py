@@ -14,7 +14,7 @@ from workbench.data import identity
 from workbench.lazymar import LazyContexts
 from workbench.report import generate_many
 from workbench.studies.lab import Lab
-from workbench.studies.records import ASSETS
+from workbench.studies import records
 from workbench.studies.study import Study
 
 
@@ -74,7 +74,7 @@ class Speed(Study):
 
     @staticmethod
     def judge(lab, K, n):
-        sampling = Sampling(K, contexts=partial(LazyContexts, every=n))
+        sampling = Sampling(K, contexts=refreshed(n))
         images, steps = generate_many(
             lab.student, lab.judge.labels, sampling, lab.seed, "student"
         )
@@ -85,12 +85,17 @@ class Speed(Study):
         models, _ = bench.random_models(size, device, vae=None)
         calls = {}
         for n in self.refreshes:
-            sampling = Sampling(self.random_steps, contexts=partial(LazyContexts, every=n))
+            sampling = Sampling(self.random_steps, contexts=refreshed(n))
             calls[n] = partial(generate, models["student"], [0], sampling)
         with seconds_of_one_core(device):
             seconds = timing.seconds_in_turns(calls, rounds, device)
         rows = {n: milliseconds(s[0], timing.lower_median(s), s[-1]) for n, s in seconds.items()}
         return {"refresh": rows}
+
+
+def refreshed(every: int):
+    """Sampling's contexts with a refresh in every so many iterations; 1: without a cache."""
+    return None if every == 1 else partial(LazyContexts, every=every)
 
 
 def milliseconds(low, middle, high) -> dict:
@@ -133,7 +138,7 @@ class Bench(Study):
 
     def demo(self, lab):
         """The bench of the checkpoints in the lab's folder, or of the tutorial's."""
-        folder = lab.out if (lab.out / "policy.pt").exists() else ASSETS / "tutorial"
+        folder = lab.out if (lab.out / "policy.pt").exists() else records.ASSETS / "tutorial"
         models, decode = bench.bench_models(folder / "teacher.pt", lab.device, vae=None)
         return bench_rows(
             bench.bench(models, decode, lab.judge, None, self.batches, self.rounds)
@@ -170,11 +175,13 @@ class Bench(Study):
         watch = timing.Stopwatch(model.device)
         for k, count in enumerate(reveal_counts(model.length, sampling.steps)):
             if k % self.stride == self.stride // 2:
-                inputs = model, tokens, position < hidden, label
-                c, c_null = watch.call("transformer", class_and_null_context, *inputs)
+                watch.start("transformer")
+                c, c_null = class_and_null_context(model, tokens, position < hidden, label)
+                watch.stop("transformer")
+                watch.start("head")
                 head = guided(model.head, c[0, :count], c_null[0, :count], 2.0)
-                z = torch.randn_like(tokens[0, :count])
-                watch.call("head", chains[k].sample, head, z, None)
+                chains[k].sample(head, torch.randn_like(tokens[0, :count]), None)
+                watch.stop("head")
             hidden -= count
         spent = {part: self.stride * watch.spent[part] for part in bench.PARTS}
         total = sum(spent.values())

@@ -1,0 +1,151 @@
+"""Statements about sections 8 and 9 of maskrl.py: critical steps and policies."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import maskrl
+from maskrl import (
+    Sampling,
+    SchedulePolicy,
+    Settings,
+    critical_steps,
+    generate,
+    information_gain,
+    rng,
+    schedule_state,
+    select_steps,
+    total_reward,
+)
+
+# 8 Critical steps ---------------------------------------------------------------------------------
+
+
+def predictions_at(degrees):
+    """Predictions [1, T, 2] at these angles to the final image (1, 0)."""
+    angles = torch.tensor(degrees).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], 1)[None]
+
+
+def test_information_gain_of_a_trace_made_by_hand():
+    """Predictions at 90, 60 and 0 degrees to the final image: S = 0, 1/2, 1, and 1 at the end."""
+    final, predictions = torch.tensor([[1.0, 0.0]]), predictions_at([90.0, 60.0, 0.0])
+    expected = torch.tensor([[0.5, 0.5, 0.0]])
+    torch.testing.assert_close(information_gain(predictions, final), expected)
+    shifted = information_gain(predictions + 4.0, final + 4.0, mean=4.0)
+    torch.testing.assert_close(shifted, expected, atol=1e-5, rtol=0)
+
+
+def test_a_step_back_is_as_critical_as_a_step_forward():
+    """V_k = |S_{k+1} - S_k|: from 0 to 60 degrees S falls by 1/2, which the last step restores."""
+    gain = information_gain(predictions_at([0.0, 60.0]), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(gain, torch.tensor([[0.5, 0.5]]))
+
+
+def test_critical_steps_are_chosen_per_sample_and_never_beyond_a_shorter_row():
+    none = -math.inf
+    gain = torch.tensor([[0.1, 0.5, 0.3, 0.0], [0.9, 0.2, none, none], [0.0, 0.1, 0.2, 0.3]])
+    expected = [[1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1]]
+    assert critical_steps(gain, 3).int().tolist() == expected
+    final, valid = torch.randn(2, 5), torch.tensor([[True, True, True], [True, False, False]])
+    gain = information_gain(torch.randn(2, 3, 5), final, valid)
+    assert gain[1, 1:].tolist() == [none] * 2
+    assert critical_steps(gain, 2).sum(1).tolist() == [2, 1]
+
+
+def test_only_the_chosen_number_of_steps_is_optimised(student, settings):
+    s, sampling = settings(critical_steps=3, steps=8), Sampling(steps=8)
+    tokens, trace = generate(student, [0, 1, 2], sampling, trace="predictions")
+
+    def selected(name):
+        return select_steps(trace, tokens, replace(s, rl_steps=name), 0.0, rng(0))
+
+    assert selected("all").all()
+    assert selected("first").int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]] * 3
+    assert selected("random").sum(1).tolist() == [3, 3, 3]
+    critical = selected("critical")
+    assert critical.sum(1).tolist() == [3, 3, 3]
+    gain = information_gain(trace.predictions, tokens)
+    least_chosen = gain.masked_fill(~critical, 9).min(1).values
+    most_left_out = gain.masked_fill(critical, -9).max(1).values
+    assert (least_chosen >= most_left_out).all()
+
+
+@pytest.mark.parametrize("rl_steps", ["critical", "random", "first", "all"])
+def test_only_steps_that_an_image_took_are_optimised(policy, settings, rl_steps):
+    """Under a learned schedule images take different numbers of steps; each has K_c optimised, or
+    all if it took fewer."""
+    s = settings(critical_steps=6, rl_steps=rl_steps)
+    labels, sampling = torch.arange(12) % 3, Sampling(greedy=False)
+    tokens, trace = generate(policy, labels, sampling, trace="predictions")
+    assert trace.steps.min() < 6 < trace.steps.max()
+    steps = select_steps(trace, tokens, s, 0.0, rng(0))
+    assert not (steps & (trace.counts == 0)).any()
+    expected = trace.steps if rl_steps == "all" else trace.steps.clamp(max=6)
+    assert torch.equal(steps.sum(1), expected)
+
+
+def test_an_unknown_way_to_select_steps_is_refused(student):
+    """It was once taken for the first steps."""
+    tokens, trace = generate(student, [0, 1], Sampling(steps=4), trace="predictions")
+    with pytest.raises(KeyError, match="critcal"):
+        select_steps(trace, tokens, Settings(rl_steps="critcal"), 0.0, rng(0))
+
+
+# 9 Policies ---------------------------------------------------------------------------------------
+
+
+def test_the_schedule_sees_the_mean_context_of_hidden_tokens_and_their_fraction():
+    c, mask = torch.randn(2, 4, 3), torch.tensor([[True, False, True, False], [False] * 4])
+    state = schedule_state(c, mask)
+    torch.testing.assert_close(state[0], torch.cat([c[0, [0, 2]].mean(0), torch.tensor([0.5])]))
+    assert state[1].tolist() == [0, 0, 0, 0]  # nothing is hidden, and nothing is divided by 0
+
+
+def test_probabilities_of_all_schedules_sum_to_one():
+    """Every way to reveal 7 tokens, with a policy whose choice depends on what was done so far."""
+    policy = SchedulePolicy(width=4, length=7, max_steps=7)
+    torch.nn.init.normal_(policy.net[-1].weight)
+    assert policy.counts.tolist() == [1, 2, 3, 4, 6, 7]
+
+    def total(history, left):
+        if not left:
+            return 1.0
+        state = torch.randn(1, 5, generator=rng(history))
+        p = policy.log_probs(state, torch.tensor([left])).exp()[0]
+        counts = policy.count(torch.arange(6), torch.full((6,), left))
+        possible = [a for a in range(6) if p[a] > 0]
+        return sum(p[a].item() * total((*history, a), left - int(counts[a])) for a in possible)
+
+    assert abs(total((), 7) - 1) < 1e-5
+
+
+def test_a_schedule_starts_in_favour_of_small_counts_and_never_chooses_an_impossible_one():
+    policy = SchedulePolicy(width=4, length=16, max_steps=8)
+    assert policy.counts.tolist() == [2, 4, 6, 8, 12, 16]
+    log_probs = policy.log_probs(torch.zeros(3, 5), torch.tensor([16, 4, 1]))
+    impossible = [[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
+    assert log_probs.isinf().int().tolist() == impossible
+    times_count = log_probs[0].exp() * policy.counts  # in proportion to 1 / count
+    torch.testing.assert_close(times_count, times_count[:1].expand(6))
+
+
+@pytest.mark.parametrize("length, K", [(16, 8), (16, 16), (256, 64), (16, 5)])
+def test_the_longest_schedule_has_at_most_K_steps(length, K):
+    policy = SchedulePolicy(width=4, length=length, max_steps=K)
+    assert math.ceil(length / int(policy.counts[0])) <= K
+
+
+def test_speed_is_one_for_one_step_and_falls_evenly():
+    speed = maskrl.speed(torch.tensor([1, 4, 16]), 16)
+    torch.testing.assert_close(speed, torch.tensor([1.0, 13 / 16, 1 / 16]))
+
+
+def test_a_product_pays_nothing_for_fast_and_wrong(settings):
+    """A sum would: measured, it was exploited within 150 updates. Speeds are 1, 1/4 and 1/16."""
+    quality, steps = torch.tensor([0.0, 0.64, 1.0]), torch.tensor([1, 13, 16])
+    reward = total_reward(quality, steps, settings(steps=16, alpha=0.5))
+    torch.testing.assert_close(reward, torch.tensor([0.0, 0.32, 0.25]))
+    assert torch.equal(total_reward(quality, steps, settings(alpha=0.0)), quality)

@@ -1,0 +1,235 @@
+"""assets/results.md and the README's tables, made of assets/results/*.json."""
+
+import re
+import statistics
+
+from workbench.settings import flag
+from workbench.studies.action import Action
+from workbench.studies.budget import released_table, small_table
+from workbench.studies.cost import Cost
+from workbench.studies.critical import Critical
+from workbench.studies.folders import Emoji, Letters
+from workbench.studies.gsim import Gsim
+from workbench.studies import records
+from workbench.studies.records import command, read_result
+from workbench.studies.schedule import Schedule
+from workbench.studies.speed import Bench, Speed
+from workbench.studies.story import Distil, Story
+from workbench.studies.study import Study
+from workbench.studies.temperature import Temperature
+from workbench.studies.variance import Variance
+
+README = records.ROOT / "README.md"
+STUDIES = {
+    study.name: study
+    for study in (
+        *(Story(), Distil(), Gsim(), Variance(), Action(), Critical(), Schedule()),
+        *(Temperature(), Cost(), Speed(), Bench(), Emoji(), Letters()),
+    )
+}
+FIGURES = {  # key -> title of the column, decimals (None: text)
+    "frechet": ("Fréchet distance", 2),
+    "accuracy": ("class accuracy", 3),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "diversity": ("diversity", 3),
+    "nearest": ("nearest", 2),
+    "quality": ("quality", 3),
+    "gained": ("gained", 3),
+    "drift": ("times the distance at the start", 2),
+    "held_out": ("held-out reward", 3),
+    "reward": ("reward", 3),
+    "steps": ("iterations", 1),
+    "image_ms": ("ms per image", 2),
+    "lowest_ms": ("lowest", 2),
+    "highest_ms": ("highest", 2),
+    "best_ms": ("ms in the best batch", 2),
+    "best_batch": ("batch", 0),
+    "transformer": ("transformer, %", 0),
+    "head": ("head, %", 0),
+    "decoding": ("decoding, %", 0),
+    "faster": ("times as fast", 2),
+    "ms": ("ms", 1),
+    "train_minutes": ("minutes of training", 1),
+    "kl": ("KL", 3),
+    "frac_not_prefix": ("not simply the first", 2),
+    "tokens": ("tokens", 1),
+    "graph_mb": ("graph, MB", 0),
+    "seconds": ("seconds of RL", 0),
+    "vector": ("counts", None),
+    "margin": ("margin", 4),
+    "margin_error": ("its error", 4),
+    "total": ("variance, all steps", 4),
+    "correlation": ("correlation", 2),
+    "critical": ("critical", 2),
+    "first": ("first", 2),
+    "random": ("random", 2),
+    "best": ("best", 2),
+    "held_out_correlation": ("held-out: correlation", 2),
+    "held_out_critical": ("critical", 2),
+    "held_out_first": ("first", 2),
+}
+HEADER = """# Results
+
+Made by `python -m workbench.studies` from `assets/results/*.json`; do not edit. The command under a
+title measures that study again. Figures are medians, with the range in brackets if there is more
+than one seed; data, judge, weights and noise all differ between seeds.
+
+*Fréchet distance*: FID's formula on the features of a classifier that nothing trains on, so that
+only numbers of this page compare; *precision* and *recall* by 3 nearest neighbours; *diversity*
+within classes and *nearest*, the distance to the nearest training image: 1 is as real held-out
+images. *Quality*: by the reward network, which RL climbs; *reward*: quality × speed^0.5; *held-out
+reward*: the exact fit to a shape of the class, on which nothing trains. *ms per image*: in batches
+of 32.
+"""
+
+
+def median(runs: dict, key: str) -> float:
+    """The median of a figure over {seed: figures}; KeyError if there is none."""
+    values = [figures[key] for figures in runs.values() if key in figures]
+    if not values:
+        raise KeyError(key)
+    return statistics.median(values)
+
+
+class Figures:
+    """What a verdict may quote of rows {row name: {seed: figures}}, as text:
+
+    {0[A][ms]}      the median, with the decimals of the table
+    {0[A / B][ms]}  the ratio of the medians
+    {0[A < B][ms]}  on how many seeds it is lower in A than in B; {0[A > B][ms]}: higher"""
+
+    def __init__(self, rows: dict):
+        self.rows = rows
+
+    def __getitem__(self, name: str) -> "Quoted":
+        left, sign, right = re.fullmatch(r"(.+?)(?: ([/<>]) (.+))?", name).groups()
+        return Quoted(self.rows[left], sign, self.rows[right] if sign else None)
+
+
+class Quoted:
+    """One row of Figures, or two that are compared."""
+
+    def __init__(self, a: dict, sign: str | None, b: dict | None):
+        self.a, self.sign, self.b = a, sign, b
+
+    def __getitem__(self, key: str) -> str:
+        if self.sign is None:
+            return f"{median(self.a, key):.{FIGURES[key][1]}f}"
+        if self.sign == "/":
+            return f"{median(self.a, key) / median(self.b, key):.1f}"
+        seeds = self.a.keys() & self.b.keys()
+        pairs = [(self.a[seed][key], self.b[seed][key]) for seed in seeds]
+        count = sum(a < b if self.sign == "<" else a > b for a, b in pairs)
+        return f"{count} of {len(seeds)} seeds"
+
+
+def sentences(study: Study, rows: dict) -> str:
+    """The verdict, figures filled in."""
+    said = []
+    for sentence in study.verdict:
+        try:
+            said.append(sentence.format(Figures(rows)))
+        except KeyError:
+            continue
+    return " ".join(said)
+
+
+def table(rows: dict, columns, with_seeds=True) -> str:
+    """Markdown: median and range over the seeds of {row name: {seed: figures}}."""
+    titles = [*(["seeds"] if with_seeds else []), *(FIGURES[key][0] for key in columns)]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    for name, runs in rows.items():
+        seeds = [str(len(runs))] if with_seeds else []
+        lines.append(f"| {' | '.join([name, *seeds, *(cell(runs, key) for key in columns)])} |")
+    return "\n".join(lines)
+
+
+def cell(runs: dict, key: str) -> str:
+    values = [figures[key] for figures in runs.values() if key in figures]
+    if not values:
+        return ""
+    _, decimals = FIGURES[key]
+    if decimals is None:
+        return "; ".join(sorted(set(values)))
+    text = f"{statistics.median(values):.{decimals}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{decimals}f}–{max(values):.{decimals}f})"
+    return text
+
+
+def as_option(name: str, value) -> str:
+    """A setting as it is given on the command line."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(name).replace("--", "--no-", 1)
+    return f"{flag(name)} {value:g}" if isinstance(value, float) else f"{flag(name)} {value}"
+
+
+def section(study: Study, content: dict) -> str:
+    """A study in results.md."""
+    rows, settings = content["rows"], content["settings"]
+    origin = [
+        f"`{command(study.name, rows)}`",
+        content["hardware"],
+        f"torch {content['versions']['torch']}",
+        f"commit {content['commit']}",
+        f"{content['minutes']:.0f} minutes",
+    ]
+    different = ", ".join(f"`{as_option(name, value)}`" for name, value in settings.items())
+    parts = [f"## {study.title}", study.question, " · ".join(origin)]
+    parts += [f"Other than in the demo: {different}."] if different else []
+    parts += [table(rows, study.columns), sentences(study, rows), study.note]
+    if study.picture and (records.ASSETS / study.picture[0]).exists():
+        file, caption = study.picture
+        parts.append(f"![{study.title}]({file})\n\n*{caption[0].upper()}{caption[1:]}.*")
+    return "\n\n".join(part for part in parts if part)
+
+
+def results_markdown() -> str:
+    """All of results.md."""
+    contents = {name: read_result(name) for name in STUDIES}
+    sections = [section(STUDIES[name], content) for name, content in contents.items() if content]
+    return "\n\n".join([HEADER.strip(), *sections]) + "\n"
+
+
+# README.md: what stands between <!-- NAME --> and <!-- /NAME --> is made here
+
+README_ROWS = (
+    *("real", "teacher", "one-step start", "student", "policy"),
+    *(f"policy's generator, K = {K}" for K in (8, 6, 4)),
+)
+README_COLUMNS = ("frechet", "precision", "quality", "held_out", "reward", "steps", "image_ms")
+
+
+def readme_table() -> str:
+    """The README's one table of results; empty before the story is measured."""
+    story = read_result("story")
+    if not story:
+        return ""
+    shown = {name: story["rows"][name] for name in README_ROWS if name in story["rows"]}
+    return table(shown, README_COLUMNS, with_seeds=False)
+
+
+BLOCKS = {
+    "results": readme_table,
+    "budget of small": small_table,
+    "budget of MAR": released_table,
+}
+
+
+def with_tables(readme: str) -> str:
+    """README.md with those of the BLOCKS that it marks as they now are."""
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin in readme:
+            before, rest = readme.split(begin)
+            _, after = rest.split(end)
+            readme = f"{before}{begin}{make()}\n{end}{after}"
+    return readme
+
+
+def render():
+    """Write both files."""
+    (records.ASSETS / "results.md").write_text(results_markdown())
+    README.write_text(with_tables(README.read_text()))
+    print(f"{records.ASSETS / 'results.md'}, and the tables of {README}")
