@@ -68,8 +68,8 @@ class Settings:
     scale: float = 1.0  # makes the variance of the tokens 1
     # model
     width: int = 96  # W, a multiple of 4 and of heads
-    depth: int = 2  # blocks of the encoder, and of the decoder
-    decoder_depth: int = 0  # of the decoder, if not depth (0)
+    depth: int = 2  # blocks of the encoder (and of the decoder)
+    decoder_depth: int = 0  # blocks of the decoder; 0: as many as depth
     heads: int = 4  # attention heads
     buffer: int = 4  # copies of the class embedding in front of the tokens
     head_width: int = 128  # width of the diffusion head, an MLP
@@ -911,6 +911,8 @@ class Contexts:
     def before(self, k: int, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """k: the iteration; tokens [B, L, D], mask [B, L]."""
         unfinished = mask.any(1)
+        # one index for all that follows: a boolean one would be searched at each use
+        unfinished = slice(None) if unfinished.all() else unfinished.nonzero()[:, 0]
         c = torch.zeros(*mask.shape, self.model.settings.width, device=mask.device)
         c_null = torch.zeros_like(c) if self.guided else None
         inputs = tokens[unfinished], mask[unfinished], self.labels[unfinished]

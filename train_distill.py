@@ -10,7 +10,7 @@
     torchrun --nproc_per_node=4 train_distill.py --data photos/         # on 4 GPUs
 
 Writes teacher.pt, student.pt, log.jsonl, metrics.json, samples.png, neighbours.png and curves.png
-into --out.
+into --out; and reward.pt and judge.pt, networks that --resume does not train again.
 """
 
 import torch

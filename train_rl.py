@@ -12,7 +12,7 @@ r"""RL on the one-step student: a quality reward, a speed reward, and only the c
 
 Without --student a teacher and a student are trained first, as by train_distill.py with the same
 options. Writes policy.pt (and teacher.pt, student.pt), log.jsonl, metrics.json, samples.png,
-neighbours.png, curves.png and gain.png into --out.
+neighbours.png, curves.png and gain.png into --out; and reward.pt and judge.pt, as that one does.
 """
 
 from functools import partial

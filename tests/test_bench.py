@@ -285,16 +285,16 @@ def test_the_bench_of_a_preset_says_that_its_weights_are_random(tmp_path, monkey
     assert "random: for speed only" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["cpu", "meta"])
-def test_random_models_share_weights_and_are_bfloat16_where_that_is_fast(kind):
+@pytest.mark.parametrize("device, low", [("cpu", False), ("meta", True)])
+def test_random_models_share_weights_and_are_bfloat16_where_that_is_fast(device, low, monkeypatch):
     """Most CPUs only emulate it."""
-    with torch.device("meta"):
-        models, _ = bench_module.random_models("small", torch.device(kind), None)
+    monkeypatch.setitem(PRESETS, "small", {"image_size": 8, "patch": 2, "precision": "bf16"})
+    models, _ = bench_module.random_models("small", torch.device(device), None)
     teacher, student = models["teacher"], models["student"]
     assert (teacher.kind, student.kind) == ("teacher", "student")
     assert student.z_proj.weight is teacher.z_proj.weight
-    assert ("context" in vars(teacher)) == (kind == "meta")
-    assert student.settings.precision == ("fp32" if kind == "cpu" else "bf16")
+    assert all(("context" in vars(model)) == low for model in (teacher, student))
+    assert student.settings.precision == ("bf16" if low else "fp32")
 
 
 def test_wrong_options_of_the_bench_end_in_one_line(tmp_path, capsys):

@@ -182,7 +182,7 @@ def torchrun(script, argv, output):
             [sys.executable, *command, root / script, *map(str, argv)], stdout=file, stderr=file
         )
     try:
-        at_work(argv[argv.index("--out") + 1], lines=2)
+        at_work(argv[argv.index("--out") + 1], lines=1)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
         yield launcher, [int(number) for number in children.split()]
         launcher.wait(60)

@@ -183,9 +183,10 @@ def bench_table(result: dict) -> str:
     lines = [header + f"{'Fréchet':>10}"]
     for name, row in result["rows"].items():
         low, middle, high = row["seconds"][first]
-        best = min(row["seconds"], key=lambda batch: row["seconds"][batch][1])
+        medians = {batch: times[1] for batch, times in row["seconds"].items()}
+        best = min(medians, key=medians.get)
         line = f"{name:20}{middle:10.4g}{f'({low:.4g}-{high:.4g})':>18}"
-        line += f"{row['seconds'][best][1]:12.4g}{f'({best})':>7}{row['steps']:12.1f}"
+        line += f"{medians[best]:12.4g}{f'({best})':>7}{row['steps']:12.1f}"
         line += "".join(f"{row['shares'][part]:13.0%}" for part in PARTS)
         line += f"{row['frechet']:10.2f}" if "frechet" in row else f"{'-':>10}"
         lines.append(line)

@@ -21,7 +21,7 @@ from workbench.studies.lab import Lab
 from workbench.studies.tables import STUDIES, render, sentences, table
 
 
-def parse(argv=None):
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m workbench.studies",
         usage="%(prog)s [STUDY...] [options]",
@@ -41,7 +41,7 @@ def parse(argv=None):
     return args
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     args = parse(argv)
     if not args.studies:
         render()

@@ -4,28 +4,8 @@ from functools import partial
 
 import torch
 
+from workbench.studies.budget import SavedBytes
 from workbench.studies.study import Reinforcements
-
-
-class SavedBytes:
-    """Counts what autograd keeps for a backward pass, every storage once.
-
-    sizes: {address: bytes}. Use as torch.autograd.graph.saved_tensors_hooks(s.pack, s.unpack)."""
-
-    def __init__(self):
-        self.sizes = {}
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @staticmethod
-    def unpack(tensor):
-        return tensor
-
-    def total(self) -> int:
-        return sum(self.sizes.values())
 
 
 class Action(Reinforcements):
@@ -55,27 +35,27 @@ class Action(Reinforcements):
         "backprop, x": {"method": "backprop", "action": "x"},
     }
     verdict = (
-        "x trains the whole generator and climbs faster, in {0[x / z][seconds]} times the time: its "
-        "quality is above that of z on {0[x > z][quality]}. The held-out reward of z is above that "
-        "of x on {0[z > x][held_out]}, its precision on {0[z > x][precision]}.",
+        "x trains the whole generator and climbs faster, in {0[x / z][seconds]} times the time: "
+        "its quality is above that of z on {0[x > z][quality]} seeds. The held-out reward of z is "
+        "above that of x on {0[z > x][held_out]}, its precision on {0[z > x][precision]}.",
         "The reward's own gradient climbs fastest, and hacks it: the distance is above that of the "
-        "start on {0[backprop, z > start][frechet]} with z and {0[backprop, x > start][frechet]} "
-        "with x.",
+        "start on {0[backprop, z > start][frechet]} seeds with z and "
+        "{0[backprop, x > start][frechet]} with x.",
     )
     picture = ("action.png", "the course of RL")
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         rows = {"start": partial(lab.judged, "student", steps=self.settings["steps"])}
         for name, overrides in self.arms.items():
             rows[name] = partial(self.arm, lab, name, self.settings | overrides)
         return rows
 
-    def arm(self, lab, name, overrides):
+    def arm(self, lab, name, overrides) -> dict:
         graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
         return lab.reinforcement(f"action {name}", **overrides) | {"graph_mb": graph["graph_mb"]}
 
     @staticmethod
-    def graph(lab, overrides):
+    def graph(lab, overrides) -> dict:
         """MB that autograd keeps for one update, weights included."""
         training, labels = lab.rl_training(**overrides)
         saved = SavedBytes()

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 from maskrl import Distillation, rng, to_tokens
@@ -24,13 +25,13 @@ class Cost(Study):
         "finding the critical steps costs more than they save.",
     )
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         times = lab.result("cost", partial(self.times, lab))
         rows = {name: times | {"ms": ms, "minutes": 0.0} for name, ms in times["ms"].items()}
         rows["GSIM update"]["minutes"] = times["minutes"]
         return rows
 
-    def times(self, lab):
+    def times(self, lab) -> dict:
         updates = {"GSIM update": self.gsim_update(lab)}
         for action in ("z", "x"):
             for how in ("critical", "all"):
@@ -47,7 +48,7 @@ class Cost(Study):
         return {"ms": {name: statistics.median(ms[1:]) for name, ms in rounds.items()}}
 
     @staticmethod
-    def gsim_update(lab):
+    def gsim_update(lab) -> Callable:
         """update(i), on one batch."""
         generator = rng(lab.seed, "cost")
         images, labels = lab.data.train.batch(lab.settings.batch, generator, lab.device)

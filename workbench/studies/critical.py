@@ -11,8 +11,6 @@ from maskrl import PolicyGradient, rng, rollout, select_steps
 from workbench.studies.lab import Lab
 from workbench.studies.study import Reinforcements
 
-HOW = ("critical", "random", "first", "all")
-
 
 class Critical(Reinforcements):
     title = "RL on which steps? (MaskFocus)"
@@ -26,6 +24,7 @@ class Critical(Reinforcements):
     )
     seeds = "0,1,2"
     lab_settings = {"patch": 2, "teacher_iters": 2000}
+    how = ("critical", "random", "first", "all")
     settings = {
         "steps": 6,
         "critical_steps": 2,
@@ -40,29 +39,29 @@ class Critical(Reinforcements):
     )
     verdict = (
         "In 6 iterations critical steps gain more than random ones on "
-        "{0[critical > random][gained]}, than as many tokens of any step on "
+        "{0[critical > random][gained]} seeds, than as many tokens of any step on "
         "{0[critical > equal numbers][gained]}, than all on {0[critical > all][gained]}, and than "
         "the first, which need no look at the finished image, on {0[critical > first][gained]}.",
         "In half of the updates they gain more than all steps on "
-        "{0[critical, halfway > all][gained]}.",
+        "{0[critical, halfway > all][gained]} seeds.",
         "It is not free: the distance becomes {0[critical][drift]} times the student's, on all "
         "steps {0[all][drift]} times. In 16 and 32 iterations there is little to gain.",
     )
     picture = ("critical.png", "the course of RL in 6 iterations")
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         small_tokens = Lab(lab.out.parent / "patch2", lab.seed, lab.device, **self.lab_settings)
         return super().measure(small_tokens, only)
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         rows = self.arms(lab, {})
         for overrides in self.more_steps:
             rows |= self.arms(lab, overrides, f", K = {overrides['steps']}")
         return rows
 
-    def arms(self, lab, overrides, suffix=""):
+    def arms(self, lab, overrides, suffix="") -> dict:
         settings = self.settings | {"rl_steps": "critical"} | overrides
-        arms = {how: {"rl_steps": how} for how in HOW}
+        arms = {how: {"rl_steps": how} for how in self.how}
         arms |= {"equal numbers": {}, "critical, halfway": {"rl_iters": settings["rl_iters"] // 2}}
         rows = {f"start{suffix}": partial(lab.judged, "student", steps=settings["steps"])}
         for name, own in arms.items():
@@ -70,7 +69,7 @@ class Critical(Reinforcements):
             rows[name + suffix] = partial(self.arm, lab, name + suffix, settings | own, method)
         return rows
 
-    def arm(self, lab, name, overrides, method):
+    def arm(self, lab, name, overrides, method) -> dict:
         counted = lab.result(f"tokens, {name}", partial(self.tokens, lab, overrides))
         start = lab.judged("student", steps=overrides["steps"])
         with mock.patch.object(train_rl, "PolicyGradient", method):
@@ -82,7 +81,7 @@ class Critical(Reinforcements):
         }
 
     @staticmethod
-    def tokens(lab, overrides):
+    def tokens(lab, overrides) -> dict:
         """Tokens per image that count in the first update."""
         training, labels = lab.rl_training(**overrides)
         settings, generator = training.model.settings, rng(lab.seed, "tokens", device=lab.device)
@@ -91,15 +90,15 @@ class Critical(Reinforcements):
         steps = select_steps(trace, rollouts.tokens, settings, mean_image, generator)
         return {"tokens": float((trace.counts * steps).sum(1).float().mean())}
 
-    def draw(self, rows, path):
-        arms = (*HOW, "equal numbers")
+    def draw(self, rows, path) -> None:
+        arms = (*self.how, "equal numbers")
         super().draw({name: rows[name] for name in arms if name in rows}, path)
 
 
 class EqualNumbers(PolicyGradient):
     """The control of critical steps: as many tokens of every rollout, but of any step."""
 
-    def noise_update(self, rollouts, A, steps):
+    def noise_update(self, rollouts, A, steps) -> dict[str, float]:
         counts = (rollouts.trace.counts * steps).sum(1, keepdim=True)
         generator = rng("equal", counts.sum(), device=counts.device)
         order = torch.rand(rollouts.trace.order.shape, generator=generator, device=counts.device)

@@ -25,13 +25,13 @@ class Folder(Study):
     )
     options: tuple = ()
     verdict = (
-        "The student's distance is {0[student / teacher][frechet]} times the teacher's. The "
-        "learned schedule fails here: it takes {0[policy][steps]} iterations for a reward of "
-        "{0[policy][reward]}, where 16 fixed ones have {0[policy's generator, K = 16][reward]}. It "
-        "was measured with an earlier action, x.",
+        "The student's distance is {0[student / teacher][frechet]} times the teacher's.",
+        "The learned schedule, measured with an earlier action, x, fails here: it takes "
+        "{0[policy][steps]} iterations for a reward of {0[policy][reward]}, where 16 fixed ones "
+        "have {0[policy's generator, K = 16][reward]}.",
     )
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         out = lab.out / self.name
         if not (out / "metrics.json").exists():  # which a run writes last
             self.run(out, lab)
@@ -57,7 +57,7 @@ class Folder(Study):
                 rows[name.replace("policy, fixed", "policy's generator,")] = row | origin
         return rows
 
-    def run(self, out, lab):
+    def run(self, out, lab) -> None:
         folder = FOLDERS / self.name
         if not folder.is_dir():
             raise InputError(f"there is no {folder}: workbench/studies/make_folders.py makes it")

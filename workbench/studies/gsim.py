@@ -3,14 +3,15 @@
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from maskrl import (
     Diffusion,
     Distillation,
     class_and_null_context,
+    gsim_terms,
     guidance_scale,
     guided,
-    gsim_terms,
     one_step,
     optimizer_step,
     random_mask,
@@ -22,7 +23,7 @@ from maskrl import (
 from workbench.studies.study import Study
 
 
-def L1_alone(*args):
+def L1_alone(*args) -> Tensor:
     L1, _ = gsim_terms(*args)
     return L1
 
@@ -30,7 +31,7 @@ def L1_alone(*args):
 class Regression(Distillation):
     """What GSIM replaces: |g(z, c) - x_0|^2, with x_0 from the teacher's chain begun at z."""
 
-    def update(self, step, x, labels, seed):
+    def update(self, step, x, labels, seed) -> dict[str, float]:
         teacher, student, settings = self.teacher, self.model, self.model.settings
         generator = rng(seed, "regression", step, device=x.device)
         ratio = torch.rand(len(x), generator=generator, device=x.device)
@@ -68,17 +69,17 @@ class Gsim(Study):
         "regression": Regression,
     }
     verdict = (
-        "Both terms are closer than L1 alone on {0[L1 + L2 < L1 alone][frechet]}, and than "
+        "Both terms are closer than L1 alone on {0[L1 + L2 < L1 alone][frechet]} seeds, and than "
         "regression, whose images are much alike, on {0[L1 + L2 < regression][frechet]}.",
     )
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         rows = {"teacher": partial(lab.judged, "teacher")}
         for name in self.arms:
             rows[name] = partial(lab.result, f"GSIM, {name}", partial(self.distil, lab, name))
         return rows
 
-    def distil(self, lab, name):
+    def distil(self, lab, name) -> dict:
         """The row of a student at its last weights."""
         run = lab.run(f"GSIM/{name}", **self.settings)
         settings = run.settings

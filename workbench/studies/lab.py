@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import train_rl
 from maskrl import MAR, PolicyGradient, RewardBackpropagation, Sampling, to_tokens, total_reward
@@ -16,9 +17,11 @@ from train_distill import make_judge, make_reward_net, train_student, train_teac
 from train_rl import train_policy
 from workbench.data import load_data
 from workbench.errors import InputError
+from workbench.judge import Judge
 from workbench.monitors import RLMonitor
+from workbench.quality_net import QualityNet
 from workbench.report import generate_many, nearest
-from workbench.rewards import ShapeFit, calibrate, make_reward
+from workbench.rewards import CheckedReward, ShapeFit, calibrate, make_reward
 from workbench.run import Run, read_log
 from workbench.settings import preset
 from workbench.studies.records import provenance, rounded
@@ -37,7 +40,7 @@ class Lab:
         self.settings = self.data.measure(settings)
         self.check_settings()
 
-    def check_settings(self):
+    def check_settings(self) -> None:
         """InputError if the folder holds what other settings made."""
         path, settings = self.out / "settings.json", asdict(self.settings)
         if path.exists() and json.loads(path.read_text()) != settings:
@@ -55,39 +58,39 @@ class Lab:
     # networks and models
 
     @cached_property
-    def reward_net(self):
+    def reward_net(self) -> QualityNet:
         return make_reward_net(self.run())
 
     @cached_property
-    def quality(self):
+    def quality(self) -> CheckedReward:
         """The reward, by the reward network."""
         calibrate(self.reward_net, self.student, self.data)
         return make_reward("embedded", self.settings, self.data, self.device, self.reward_net)
 
     @cached_property
-    def held_out(self):
+    def held_out(self) -> ShapeFit:
         """The reward that nothing is trained on."""
         return ShapeFit(self.settings.image_size, self.device)
 
     @cached_property
-    def judge(self):
+    def judge(self) -> Judge:
         return make_judge(self.run())
 
     @cached_property
-    def untrained(self):
+    def untrained(self) -> MAR:
         torch.manual_seed(self.seed + 1)
         return MAR(self.settings, self.data.classes, "student").to(self.device)
 
     @cached_property
-    def teacher(self):
+    def teacher(self) -> MAR:
         return train_teacher(self.run())
 
     @cached_property
-    def student(self):
+    def student(self) -> MAR:
         return train_student(self.run(), self.teacher, self.reward_net)
 
     @cached_property
-    def policy(self):
+    def policy(self) -> MAR:
         return self.reinforced(self.run()).model
 
     def reinforced(self, run: Run) -> PolicyGradient:
@@ -102,7 +105,7 @@ class Lab:
         student.settings = settings
         return student
 
-    def rl_training(self, **overrides):
+    def rl_training(self, **overrides) -> tuple[PolicyGradient, Tensor]:
         """A PolicyGradient or RewardBackpropagation at its start, and labels for an update."""
         settings = replace(self.settings, **overrides)
         method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
@@ -117,7 +120,7 @@ class Lab:
         seconds = [line["seconds"] for line in read_log(self.out) if line["stage"] == stage]
         return seconds[-1] / 60
 
-    def evenly(self, n: int):
+    def evenly(self, n: int) -> Tensor:
         """n of the judge's labels, classes in their proportions."""
         labels = self.judge.labels
         return labels[torch.linspace(0, len(labels) - 1, n).long()]
@@ -138,7 +141,7 @@ class Lab:
         return self.out / "rows" / f"{key}.json"
 
     def judged(self, kind: str, **sampling) -> dict:
-        """The row of the teacher, student, policy or untrained model, under Sampling(**sampling)."""
+        """The row of the teacher, student, policy or untrained model; sampling: of Sampling."""
         key = ", ".join([kind, *(f"{name} {value}" for name, value in sampling.items())])
         if not self.path(key).exists():
             getattr(self, kind)  # if it is trained here, that is not counted as the row's minutes
@@ -177,7 +180,7 @@ class Lab:
         }
 
     @torch.no_grad()
-    def rewards(self, reward, images):
+    def rewards(self, reward, images) -> Tensor:
         """The reward of images [n, 3, S, S] of the judge's labels: [n], on the CPU."""
         pairs = zip(images.split(500), self.judge.labels.split(500))
         return torch.cat([reward(x.to(self.device), labels).cpu() for x, labels in pairs])
@@ -207,9 +210,7 @@ def rl_log(out, start: dict) -> dict:
     lines = [line for line in read_log(out) if line["stage"] == "policy"]
     monitored = {line["step"]: line for line in [start, *lines] if "judge" in line}
     updates = {line["step"]: line for line in lines if "kl" in line}
-    curve = {
-        key: [line[key] for line in monitored.values()] for key in ("seconds", *MONITORED)
-    }
+    curve = {key: [line[key] for line in monitored.values()] for key in ("seconds", *MONITORED)}
     curve["updates"] = [step + 1 for step in monitored]
     curve["kl_updates"] = [step + 1 for step in updates]
     curve["kl"] = [line["kl"] for line in updates.values()]

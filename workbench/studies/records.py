@@ -1,16 +1,18 @@
-"""assets/results/NAME.json: the figures of a study, row by row and seed by seed, and their origin."""
+"""assets/results/NAME.json: the figures of a study by row and seed, and where they come from."""
 
 import json
 import platform
-import re
 import subprocess
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 import torchvision
+
+from workbench.report import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "assets"
@@ -26,16 +28,6 @@ def provenance(device) -> dict:
     }
 
 
-def hardware(device) -> str:
-    """The name of the GPU, or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    names = re.findall(r"model name\s*: (.+)", text) or [platform.machine()]
-    return f"{names[0]}, {torch.multiprocessing.cpu_count()} cores"
-
-
 def commit() -> str:
     """The checkout's short hash, with a + if a Python file differs from it."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
@@ -44,7 +36,7 @@ def commit() -> str:
     return head + "+" * bool(changed)
 
 
-def rounded(value):
+def rounded(value) -> Any:
     """The same JSON with six decimals."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}

@@ -4,7 +4,7 @@ from copy import deepcopy
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskrl import Noise, Sampling, add_schedule, generate, rng, to_images, total_reward
 from workbench.damage import partners
@@ -26,17 +26,18 @@ class Schedule(Study):
         *("steps", "vector"),
     )
     cosine = (8, 6, 5, 4)
+    lengths = range(3, 9)  # of the count vectors
     searched = 225  # images of each candidate; the best ten are compared on six times as many
     verdict = (
         "The learned schedule's reward is above the best vector's on "
-        "{0[learned > vector][reward]}. It adapts to the image: shuffled within a class it is "
-        "above the vector's on {0[shuffled > vector][reward]}.",
+        "{0[learned > vector][reward]} seeds. It adapts to the image: shuffled within a class it "
+        "is above the vector's on {0[shuffled > vector][reward]}.",
         "Four iterations are not free: the distance is {0[learned / student][frechet]} times the "
         "student's in 16. In random orders it is {0[learned, random order / learned][frechet]} "
         "times that in Halton's.",
     )
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         rows = {
             "student": partial(self.fixed, lab, lab.student, Sampling()),
             "untrained": partial(self.untrained, lab),
@@ -50,19 +51,19 @@ class Schedule(Study):
             rows[f"cosine, K = {K}"] = partial(self.fixed, lab, lab.policy, Sampling(K))
         return {name: partial(lab.result, f"schedule, {name}", f) for name, f in rows.items()}
 
-    def fixed(self, lab, model, sampling):
+    def fixed(self, lab, model, sampling) -> dict:
         return self.figures(lab, *self.images(lab, model, sampling))
 
-    def untrained(self, lab):
+    def untrained(self, lab) -> dict:
         model = deepcopy(lab.policy)
         add_schedule(model)
         return self.fixed(lab, model, Sampling(greedy=False))
 
-    def vector(self, lab):
+    def vector(self, lab) -> dict:
         counts = self.best_vector(lab)
         return self.fixed(lab, lab.policy, Sampling(counts)) | {"vector": str(counts)}
 
-    def shuffled(self, lab):
+    def shuffled(self, lab) -> dict:
         """Each image with the counts that were chosen for another one of its class."""
         model, parts = deepcopy(lab.policy), []
         for i, (labels, seed) in enumerate(self.batches(lab, lab.judge.labels)):
@@ -73,7 +74,7 @@ class Schedule(Study):
             parts.append(generate(model, labels, Sampling(), noise, trace=True))
         return self.figures(lab, *self.together(lab, parts))
 
-    def images(self, lab, model, sampling, labels=None, name="schedule"):
+    def images(self, lab, model, sampling, labels=None, name="schedule") -> tuple[Tensor, Tensor]:
         """Images and iterations of `labels`, on noise that is the same for every model."""
         labels = lab.judge.labels if labels is None else labels
         parts = [
@@ -83,17 +84,17 @@ class Schedule(Study):
         return self.together(lab, parts)
 
     @staticmethod
-    def batches(lab, labels):
+    def batches(lab, labels) -> list:
         """The labels in parts, and a seed for each part."""
         return [(y, (lab.seed, i)) for i, y in enumerate(labels.split(450))]
 
     @staticmethod
-    def together(lab, parts):
+    def together(lab, parts) -> tuple[Tensor, Tensor]:
         tokens = torch.cat([tokens for tokens, _ in parts])
         steps = torch.cat([trace.steps for _, trace in parts])
         return to_images(tokens, lab.settings).cpu(), steps.cpu()
 
-    def figures(self, lab, images, steps):
+    def figures(self, lab, images, steps) -> dict:
         quality = lab.rewards(lab.quality, images)
         reward = total_reward(quality, steps, lab.settings)
         margin = reward - self.reward_of_best(lab)
@@ -108,7 +109,7 @@ class Schedule(Study):
             "steps_std": float(steps.float().std()),
         }
 
-    def reward_of_best(self, lab):
+    def reward_of_best(self, lab) -> Tensor:
         """The reward of each image by the best vector [n]."""
         images, steps = self.images(lab, lab.policy, Sampling(self.best_vector(lab)))
         return total_reward(lab.rewards(lab.quality, images), steps, lab.settings)
@@ -116,9 +117,9 @@ class Schedule(Study):
     def best_vector(self, lab) -> tuple[int, ...]:
         return tuple(lab.result("schedule, search", partial(self.search, lab))["counts"])
 
-    def search(self, lab):
+    def search(self, lab) -> dict:
         """The counts of highest reward on noise that no row is measured on."""
-        candidates = ascending(lab.settings.length, range(3, 9))
+        candidates = ascending(lab.settings.length, self.lengths)
         for n, keep in ((self.searched, 10), (6 * self.searched, 1)):
             rewards = {counts: self.mean_reward(lab, counts, n) for counts in candidates}
             candidates = sorted(candidates, key=rewards.get, reverse=True)[:keep]
@@ -140,10 +141,10 @@ class GivenCounts(nn.Module):
         super().__init__()
         self.steps = iter(counts.T)
 
-    def select(self, states, hidden, generator=None):
+    def select(self, states, hidden, generator=None) -> Tensor:
         return next(self.steps, hidden)
 
-    def count(self, actions, hidden):
+    def count(self, actions, hidden) -> Tensor:
         return torch.minimum(actions, hidden)
 
 

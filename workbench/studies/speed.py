@@ -1,6 +1,7 @@
 """Attention caching, and which idea makes an image how much faster."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -8,18 +9,17 @@ from unittest import mock
 
 import torch
 
-from maskrl import Sampling, class_and_null_context, generate, guided, reveal_counts
+from maskrl import Sampling, generate
 from workbench import bench, timing
-from workbench.data import identity
 from workbench.lazymar import LazyContexts
 from workbench.report import generate_many
-from workbench.studies.lab import Lab
 from workbench.studies import records
+from workbench.studies.lab import Lab
 from workbench.studies.study import Study
 
 
 @contextmanager
-def seconds_of_one_core(device):
+def seconds_of_one_core(device) -> Iterator[None]:
     """On one CPU thread the clock of the bench counts what this process has of the core, so that
     other work of the machine is not counted; elsewhere it counts all seconds."""
     if device.type != "cpu" or torch.get_num_threads() > 1:
@@ -30,8 +30,13 @@ def seconds_of_one_core(device):
             yield
 
 
-def process_seconds(device):
+def process_seconds(device) -> float:
     return time.process_time()
+
+
+def refreshed(every: int) -> Callable | None:
+    """Sampling's contexts with a refresh in every so many iterations; 1: without a cache."""
+    return None if every == 1 else partial(LazyContexts, every=every)
 
 
 class Speed(Study):
@@ -44,20 +49,20 @@ class Speed(Study):
     )
     seeds = "0,1,2"
     settings = {"patch": 2, "teacher_iters": 2000}
-    columns = ("frechet", "precision", "recall", "image_ms", "lowest_ms", "highest_ms")
+    columns = ("frechet", "precision", "recall", "image_ms")
     iterations, kept = (16, 32, 64), (1, 4, 8)  # of the students
     refreshes = (1, 4, 8, 16)  # of the random weights
     sizes = {"small": 4, "mar_b": 2}  # and rounds, of which the first warms up; of seed 0
     random_steps = 64
     verdict = (
-        "At a refresh in every 4th, 8th and 16th iteration an image by the size of MAR-B takes "
+        "At a refresh in every 4th, 8th and 16th iteration an image by the size of MAR-B is "
         "{0[mar_b, refresh 1 / mar_b, refresh 4][image_ms]}, "
         "{0[mar_b, refresh 1 / mar_b, refresh 8][image_ms]} and "
-        "{0[mar_b, refresh 1 / mar_b, refresh 16][image_ms]} times less. The fewer tokens an "
+        "{0[mar_b, refresh 1 / mar_b, refresh 16][image_ms]} times as fast. The fewer tokens an "
         "iteration reveals, the less it costs in distance.",
     )
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         small_tokens = Lab(lab.out.parent / "speed", lab.seed, lab.device, **self.settings)
         rows = {}
         for K, n in product(self.iterations, self.kept):
@@ -67,21 +72,20 @@ class Speed(Study):
         for size, rounds in self.sizes.items():
             if lab.seed == 0 and (not only or size.startswith(only)):
                 times = lab.result(f"speed, {size}", partial(self.times, size, rounds, lab.device))
-                figures = times.pop("refresh")
-                times["minutes"] /= len(figures)
-                rows |= {f"{size}, refresh {n}": times | row for n, row in figures.items()}
+                milliseconds = times.pop("milliseconds")
+                times["minutes"] /= len(milliseconds)
+                for n, ms in milliseconds.items():
+                    rows[f"{size}, refresh {n}"] = times | {"image_ms": ms}
         return rows
 
     @staticmethod
-    def judge(lab, K, n):
+    def judge(lab, K, n) -> dict:
         sampling = Sampling(K, contexts=refreshed(n))
-        images, steps = generate_many(
-            lab.student, lab.judge.labels, sampling, lab.seed, "student"
-        )
+        images, steps = generate_many(lab.student, lab.judge.labels, sampling, lab.seed, "student")
         return {**lab.judge(images), "steps": float(steps.float().mean())}
 
-    def times(self, size, rounds, device):
-        """{"refresh": {n: milliseconds per image}} of random weights."""
+    def times(self, size, rounds, device) -> dict:
+        """{"milliseconds": {refresh: per image}} of random weights."""
         models, _ = bench.random_models(size, device, vae=None)
         calls = {}
         for n in self.refreshes:
@@ -89,35 +93,24 @@ class Speed(Study):
             calls[n] = partial(generate, models["student"], [0], sampling)
         with seconds_of_one_core(device):
             seconds = timing.seconds_in_turns(calls, rounds, device)
-        rows = {n: milliseconds(s[0], timing.lower_median(s), s[-1]) for n, s in seconds.items()}
-        return {"refresh": rows}
-
-
-def refreshed(every: int):
-    """Sampling's contexts with a refresh in every so many iterations; 1: without a cache."""
-    return None if every == 1 else partial(LazyContexts, every=every)
-
-
-def milliseconds(low, middle, high) -> dict:
-    return {"image_ms": 1000 * middle, "lowest_ms": 1000 * low, "highest_ms": 1000 * high}
+        return {"milliseconds": {n: 1000 * timing.lower_median(s) for n, s in seconds.items()}}
 
 
 class Bench(Study):
     title = "Which idea makes an image how much faster"
     question = (
-        "`sample.py --bench`, in milliseconds of one core: one image at a time, median and range, "
-        "and the best of the batches of 1, 8 and 32. *demo*: the checkpoints of `make demo` or, if "
-        "there are none in --out, those of the tutorial. *mar_b*: random weights of MAR-B's size, "
-        "256 tokens, 64 iterations, before the autoencoder; of the teachers, who take minutes for "
-        "an image, every 16th iteration. *Times as fast*: as the teacher of 100 steps; of a "
-        "factor: what it does alone."
+        "`sample.py --bench`, in milliseconds of one core: one image at a time, and the best of "
+        "the batches of 1, 8 and 32. *demo*: the checkpoints of `make demo` or, if there are none "
+        "in --out, those of the tutorial. *mar_b*: random weights of MAR-B's size, 256 tokens, 64 "
+        "iterations, before the autoencoder, timed once (here the teachers in every 16th iteration "
+        "alone). *Times as fast*: as the teacher of 100 steps; of a factor: what it does alone."
     )
     columns = (
-        *("image_ms", "lowest_ms", "highest_ms", "best_ms", "best_batch", "steps", "transformer"),
-        *("head", "decoding", "faster", "frechet"),
+        *("image_ms", "best_ms", "best_batch", "steps", "transformer", "head", "faster"),
+        "frechet",
     )
     batches, rounds = (1, 8, 32), 5
-    size, random_steps, stride = "mar_b", 64, 16
+    size, random_steps = "mar_b", 64
     verdict = (
         "The factors do not simply multiply: behind a cache, whose contexts are those of the "
         "iteration before, the demo's policy takes {0[demo, all together][steps]} iterations "
@@ -125,7 +118,7 @@ class Bench(Study):
         "everything.",
     )
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         rows = {}
         for key, measure in (("demo", self.demo), (self.size, self.random)):
             if not only or key.startswith(only):
@@ -136,76 +129,33 @@ class Bench(Study):
                 rows |= {f"{key}, {name}": result | row for name, row in figures.items()}
         return rows
 
-    def demo(self, lab):
+    def demo(self, lab) -> dict:
         """The bench of the checkpoints in the lab's folder, or of the tutorial's."""
         folder = lab.out if (lab.out / "policy.pt").exists() else records.ASSETS / "tutorial"
         models, decode = bench.bench_models(folder / "teacher.pt", lab.device, vae=None)
-        return bench_rows(
-            bench.bench(models, decode, lab.judge, None, self.batches, self.rounds)
-        )
+        return bench_rows(bench.bench(models, decode, lab.judge, None, self.batches, self.rounds))
 
-    def random(self, lab):
-        """The same of random weights; a teacher of this size takes minutes for an image, so that
-        only every `stride`-th of its iterations is timed."""
+    def random(self, lab) -> dict:
+        """The same of random weights, one image at a time; the first of two rounds warms up."""
         models, _ = bench.random_models(self.size, lab.device, vae=None)
-        arms = bench.bench_arms(models, self.random_steps)
-        bench.make_images(*arms["all together"], 1, identity, iter([0]))  # warms up
-        rows = {}
-        for name, (model, sampling) in arms.items():
-            is_teacher = model.kind == "teacher"
-            seconds_of = self.teacher_seconds if is_teacher else self.student_seconds
-            seconds, shares = seconds_of(model, sampling)
-            rows[name] = {"seconds": {1: [seconds] * 3}, "shares": shares, "steps": sampling.steps}
-        return bench_rows({"rows": rows, "factors": bench.factors(rows, 1)})
-
-    @staticmethod
-    def student_seconds(model, sampling) -> tuple[float, dict]:
-        """Seconds of one image, and the shares of its parts."""
-        start = timing.clock(model.device)
-        shares, _ = bench.shares(model, sampling, 1, identity)
-        return timing.clock(model.device) - start, shares
-
-    @torch.no_grad()
-    def teacher_seconds(self, model, sampling) -> tuple[float, dict]:
-        """The same, of contexts and chains, from one real iteration of every `stride`."""
-        chains, hidden = sampling.chains(sampling.steps), model.length
-        label = torch.zeros(1, dtype=torch.long, device=model.device)
-        tokens = torch.randn(1, model.length, model.channels, device=model.device)
-        position = torch.arange(model.length, device=model.device)[None]
-        watch = timing.Stopwatch(model.device)
-        for k, count in enumerate(reveal_counts(model.length, sampling.steps)):
-            if k % self.stride == self.stride // 2:
-                watch.start("transformer")
-                c, c_null = class_and_null_context(model, tokens, position < hidden, label)
-                watch.stop("transformer")
-                watch.start("head")
-                head = guided(model.head, c[0, :count], c_null[0, :count], 2.0)
-                chains[k].sample(head, torch.randn_like(tokens[0, :count]), None)
-                watch.stop("head")
-            hidden -= count
-        spent = {part: self.stride * watch.spent[part] for part in bench.PARTS}
-        total = sum(spent.values())
-        return total, {part: seconds / total for part, seconds in spent.items()}
+        return bench_rows(bench.bench(models, steps=self.random_steps, batches=(1,), rounds=2))
 
 
 def bench_rows(result: dict) -> dict:
     """{"rows": {arm or factor: figures}} of what bench.bench returns, one image at a time."""
-    rows = {}
-    slowest = result["rows"]["teacher, 100 steps"]["seconds"][1][1]
+    rows, slowest = {}, result["rows"]["teacher, 100 steps"]["seconds"][1][1]
     for name, row in result["rows"].items():
-        low, middle, high = row["seconds"][1]
         medians = {batch: seconds[1] for batch, seconds in row["seconds"].items()}
         best = min(medians, key=medians.get)
         rows[name] = {
-            "image_ms": 1000 * middle,
+            "image_ms": 1000 * medians[1],
+            "best_ms": 1000 * medians[best],
+            "best_batch": best,
             "steps": row["steps"],
-            "faster": slowest / middle,
+            "faster": slowest / medians[1],
             **{part: 100 * share for part, share in row["shares"].items()},
             **({"frechet": row["frechet"]} if "frechet" in row else {}),
         }
-        if len(medians) > 1:  # timed more than once
-            rows[name] |= milliseconds(low, middle, high)
-            rows[name] |= {"best_ms": 1000 * medians[best], "best_batch": best}
     for name in ("one step", "cache", "schedule", "product"):
         rows[f"factor: {name}"] = {"faster": result["factors"][name]}
     return {"rows": rows}

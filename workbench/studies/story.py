@@ -37,22 +37,22 @@ class Story(Generators):
     verdict = (
         "One step in place of a chain of 100 makes an image {0[teacher / student][image_ms]} times "
         "as fast. The student's distance is below the teacher's on "
-        "{0[student < teacher][frechet]}, its precision and its held-out reward are below the "
-        "teacher's on {0[student < teacher][precision]} and {0[student < teacher][held_out]}.",
+        "{0[student < teacher][frechet]} seeds, its precision and its held-out reward are on "
+        "{0[student < teacher][precision]} and {0[student < teacher][held_out]}.",
         "The learned schedule's reward is above that of the same generator in 8, 6 and 4 fixed "
         "iterations on {0[policy > policy's generator, K = 8][reward]}, "
         "{0[policy > policy's generator, K = 6][reward]} and "
-        "{0[policy > policy's generator, K = 4][reward]}.",
+        "{0[policy > policy's generator, K = 4][reward]} seeds.",
         "In 8 fixed iterations that generator has a higher quality than the student in 16 on "
-        "{0[policy's generator, K = 8 > student][quality]}.",
+        "{0[policy's generator, K = 8 > student][quality]} seeds.",
     )
     picture = ("samples.png", "the same classes and noise in the same places, seed 0")
     shown = ("teacher", "one-step start", "student", "policy")
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         return {"real": partial(lab.result, "real", lab.real), **super().rows(lab)}
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         rows = super().measure(lab, only)
         for kind in ("teacher", "student", "policy"):
             if kind in rows:
@@ -61,7 +61,7 @@ class Story(Generators):
             self.draw_samples(lab, rows)
         return rows
 
-    def draw_samples(self, lab, rows):
+    def draw_samples(self, lab, rows) -> None:
         """samples.png of the scripts, of two images per class."""
         labels = torch.arange(len(lab.data.classes), device=lab.device).repeat(2)
         pairs = [(lab.judge.labels == y).nonzero().flatten()[:2] for y in labels.unique()]

@@ -35,7 +35,7 @@ class Study:
         rows = self.rows(lab).items()
         return {name: measure() for name, measure in rows if not only or name.startswith(only)}
 
-    def draw(self, rows: dict, path):
+    def draw(self, rows: dict, path) -> None:
         """The picture of {row name: {seed: figures}}."""
 
 
@@ -44,13 +44,13 @@ class Generators(Study):
 
     arms: dict = {}
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         return {
             name: partial(lab.judged, kind, **sampling)
             for name, (kind, sampling) in self.arms.items()
         }
 
-    def measure(self, lab, only=()):
+    def measure(self, lab, only=()) -> dict:
         rows = super().measure(lab, only)
         timed = [name for name in rows if name in self.arms]
         key = f"ms, {self.name}, {len(timed)} arms"
@@ -59,7 +59,7 @@ class Generators(Study):
             rows[name]["image_ms"] = times[name]
         return rows
 
-    def milliseconds(self, lab, names):
+    def milliseconds(self, lab, names) -> dict:
         arms = {}
         for name in names:
             kind, sampling = self.arms[name]
@@ -73,7 +73,7 @@ class Reinforcements(Study):
 
     titles = dict(zip(MONITORED, ("trained reward", "held-out reward", "Fréchet distance")))
 
-    def draw(self, rows, path):
+    def draw(self, rows, path) -> None:
         trained = {
             name: [run["curve"] for run in runs.values()]
             for name, runs in rows.items()
@@ -91,7 +91,7 @@ class Reinforcements(Study):
         save_figure(path, figure)
 
 
-def subplots(titles, rows=1):
+def subplots(titles, rows=1) -> tuple:
     """A figure with titled panels, and these panels; (None, []) without matplotlib."""
     plt, columns = pyplot(), len(titles) // rows
     if not plt:
@@ -103,7 +103,7 @@ def subplots(titles, rows=1):
     return figure, list(axes.flat)
 
 
-def plot_range(axis, x, curves: list, label: str):
+def plot_range(axis, x, curves: list, label: str) -> None:
     """The mean of the seeds' curves over x, and their range."""
     of_point = list(zip(*curves))
     axis.plot(x, [statistics.mean(v) for v in of_point], ".-", linewidth=1, label=label)

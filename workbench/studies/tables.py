@@ -4,13 +4,13 @@ import re
 import statistics
 
 from workbench.settings import flag
+from workbench.studies import records
 from workbench.studies.action import Action
 from workbench.studies.budget import released_table, small_table
 from workbench.studies.cost import Cost
 from workbench.studies.critical import Critical
 from workbench.studies.folders import Emoji, Letters
 from workbench.studies.gsim import Gsim
-from workbench.studies import records
 from workbench.studies.records import command, read_result
 from workbench.studies.schedule import Schedule
 from workbench.studies.speed import Bench, Speed
@@ -27,47 +27,38 @@ STUDIES = {
         *(Temperature(), Cost(), Speed(), Bench(), Emoji(), Letters()),
     )
 }
-FIGURES = {  # key -> title of the column, decimals (None: text)
-    "frechet": ("Fréchet distance", 2),
-    "accuracy": ("class accuracy", 3),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "diversity": ("diversity", 3),
-    "nearest": ("nearest", 2),
-    "quality": ("quality", 3),
-    "gained": ("gained", 3),
-    "drift": ("times the distance at the start", 2),
-    "held_out": ("held-out reward", 3),
-    "reward": ("reward", 3),
-    "steps": ("iterations", 1),
-    "image_ms": ("ms per image", 2),
-    "lowest_ms": ("lowest", 2),
-    "highest_ms": ("highest", 2),
-    "best_ms": ("ms in the best batch", 2),
-    "best_batch": ("batch", 0),
-    "transformer": ("transformer, %", 0),
-    "head": ("head, %", 0),
-    "decoding": ("decoding, %", 0),
-    "faster": ("times as fast", 2),
-    "ms": ("ms", 1),
-    "train_minutes": ("minutes of training", 1),
-    "kl": ("KL", 3),
-    "frac_not_prefix": ("not simply the first", 2),
-    "tokens": ("tokens", 1),
-    "graph_mb": ("graph, MB", 0),
-    "seconds": ("seconds of RL", 0),
-    "vector": ("counts", None),
-    "margin": ("margin", 4),
-    "margin_error": ("its error", 4),
-    "total": ("variance, all steps", 4),
-    "correlation": ("correlation", 2),
-    "critical": ("critical", 2),
-    "first": ("first", 2),
-    "random": ("random", 2),
-    "best": ("best", 2),
-    "held_out_correlation": ("held-out: correlation", 2),
-    "held_out_critical": ("critical", 2),
-    "held_out_first": ("first", 2),
+DECIMALS = {  # of the figures in a table
+    **dict.fromkeys(("best_batch", "transformer", "head", "graph_mb", "seconds"), 0),
+    **dict.fromkeys(("steps", "ms", "train_minutes", "tokens"), 1),
+    **dict.fromkeys(("frechet", "nearest", "drift", "image_ms", "best_ms", "faster"), 2),
+    **dict.fromkeys(("correlation", "critical", "first", "random", "best"), 2),
+    **dict.fromkeys(("held_out_critical", "frac_not_prefix"), 2),
+    **dict.fromkeys(("accuracy", "precision", "recall", "diversity", "kl"), 3),
+    **dict.fromkeys(("quality", "gained", "held_out", "reward"), 3),
+    **dict.fromkeys(("margin", "margin_error", "total"), 4),
+    "vector": None,  # text
+}
+TITLES = {  # of columns that are not called as the figure
+    "frechet": "Fréchet distance",
+    "accuracy": "class accuracy",
+    "drift": "times the distance at the start",
+    "held_out": "held-out reward",
+    "steps": "iterations",
+    "image_ms": "ms per image",
+    "best_ms": "ms in the best batch",
+    "best_batch": "batch",
+    "transformer": "transformer, %",
+    "head": "head, %",
+    "faster": "times as fast",
+    "train_minutes": "minutes of training",
+    "kl": "KL",
+    "frac_not_prefix": "not simply the first",
+    "graph_mb": "graph, MB",
+    "seconds": "seconds of RL",
+    "vector": "counts",
+    "margin_error": "its error",
+    "total": "variance, all steps",
+    "held_out_critical": "critical, held-out reward",
 }
 HEADER = """# Results
 
@@ -97,7 +88,7 @@ class Figures:
 
     {0[A][ms]}      the median, with the decimals of the table
     {0[A / B][ms]}  the ratio of the medians
-    {0[A < B][ms]}  on how many seeds it is lower in A than in B; {0[A > B][ms]}: higher"""
+    {0[A < B][ms]}  on how many seeds it is lower in A than in B, as "2 of 3"; A > B: higher"""
 
     def __init__(self, rows: dict):
         self.rows = rows
@@ -115,13 +106,13 @@ class Quoted:
 
     def __getitem__(self, key: str) -> str:
         if self.sign is None:
-            return f"{median(self.a, key):.{FIGURES[key][1]}f}"
+            return f"{median(self.a, key):.{DECIMALS[key]}f}"
         if self.sign == "/":
             return f"{median(self.a, key) / median(self.b, key):.1f}"
         seeds = self.a.keys() & self.b.keys()
         pairs = [(self.a[seed][key], self.b[seed][key]) for seed in seeds]
         count = sum(a < b if self.sign == "<" else a > b for a, b in pairs)
-        return f"{count} of {len(seeds)} seeds"
+        return f"{count} of {len(seeds)}"
 
 
 def sentences(study: Study, rows: dict) -> str:
@@ -135,13 +126,16 @@ def sentences(study: Study, rows: dict) -> str:
     return " ".join(said)
 
 
-def table(rows: dict, columns, with_seeds=True) -> str:
+def table(rows: dict, columns) -> str:
     """Markdown: median and range over the seeds of {row name: {seed: figures}}."""
-    titles = [*(["seeds"] if with_seeds else []), *(FIGURES[key][0] for key in columns)]
+    seeds = {name: [str(len(runs))] for name, runs in rows.items()}
+    titles = ["seeds", *(TITLES.get(key, key) for key in columns)]
+    if len({len(runs) for runs in rows.values()}) == 1:  # all rows have as many
+        seeds, titles = dict.fromkeys(rows, []), titles[1:]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
     for name, runs in rows.items():
-        seeds = [str(len(runs))] if with_seeds else []
-        lines.append(f"| {' | '.join([name, *seeds, *(cell(runs, key) for key in columns)])} |")
+        cells = [name, *seeds[name], *(cell(runs, key) for key in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -149,13 +143,13 @@ def cell(runs: dict, key: str) -> str:
     values = [figures[key] for figures in runs.values() if key in figures]
     if not values:
         return ""
-    _, decimals = FIGURES[key]
+    decimals = DECIMALS[key]
     if decimals is None:
         return "; ".join(sorted(set(values)))
-    text = f"{statistics.median(values):.{decimals}f}"
-    if len(values) > 1:
-        text += f" ({min(values):.{decimals}f}–{max(values):.{decimals}f})"
-    return text
+    low, middle, high = (
+        f"{value:.{decimals}f}" for value in (min(values), statistics.median(values), max(values))
+    )
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def as_option(name: str, value) -> str:
@@ -207,7 +201,7 @@ def readme_table() -> str:
     if not story:
         return ""
     shown = {name: story["rows"][name] for name in README_ROWS if name in story["rows"]}
-    return table(shown, README_COLUMNS, with_seeds=False)
+    return table(shown, README_COLUMNS)
 
 
 BLOCKS = {
@@ -228,7 +222,7 @@ def with_tables(readme: str) -> str:
     return readme
 
 
-def render():
+def render() -> None:
     """Write both files."""
     (records.ASSETS / "results.md").write_text(results_markdown())
     README.write_text(with_tables(README.read_text()))

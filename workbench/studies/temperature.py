@@ -22,14 +22,14 @@ class Temperature(Study):
     )
     verdict = (
         "At 0.85 the student's distance in 16 iterations is lower on "
-        "{0[K = 16 at 0.85 < K = 16][frechet]}, its held-out reward higher on "
+        "{0[K = 16 at 0.85 < K = 16][frechet]} seeds, its held-out reward higher on "
         "{0[K = 16 at 0.85 > K = 16][held_out]}, for a recall of {0[K = 16 at 0.85][recall]} "
         "instead of {0[K = 16][recall]}.",
         "Five iterations then cost {0[1-2-2-3-8 at 0.85][drift]} times the distance of 16, by the "
         "cosine schedule without the factor {0[K = 5][drift]} times.",
     )
 
-    def rows(self, lab):
+    def rows(self, lab) -> dict:
         name = "-".join(map(str, self.counts))
         arms = {"K = 16": ("student", {}), "K = 5": ("student", {"steps": 5})}
         arms |= {name: ("student", {"steps": self.counts}), "policy": ("policy", {})}
@@ -42,6 +42,6 @@ class Temperature(Study):
         return rows
 
     @staticmethod
-    def arm(lab, kind, sampling):
+    def arm(lab, kind, sampling) -> dict:
         figures, start = lab.judged(kind, **sampling), lab.judged("student")
         return figures | {"drift": figures["frechet"] / start["frechet"]}

@@ -1,13 +1,13 @@
 """Two folders of images that nobody drew for us, as train_rl.py takes them: 64 x 64 pixels.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
-    python tests/folders.py emoji runs/folders/emoji emoji-datasource-*-16.0.0.tgz
-    python tests/folders.py letters runs/folders/letters /usr/share/fonts
-    python tests/study.py emoji         # teacher, student and policy of the first, judged
+    python -m workbench.studies.make_folders emoji runs/folders/emoji emoji-datasource-*-16.0.0.tgz
+    python -m workbench.studies.make_folders letters runs/folders/letters /usr/share/fonts
+    python -m workbench.studies emoji         # teacher, student and policy of the first, judged
 
-Emoji are Google's Noto Emoji (Apache 2.0) and Twitter's Twemoji (CC-BY 4.0), in five classes that
-Unicode's own categories make. Letters are those of every font below a folder; ours were the 1,582
-that differ in Debian 12's packages fonts-* of at most 3 MB."""
+Emoji are Google's Noto Emoji (Apache 2.0) and Twitter's Twemoji (CC-BY 4.0), in five classes made
+of Unicode's own categories. Letters are those of every font below a folder; ours were the 1,582
+that differ in Debian 12's packages fonts-* of at most 3 MB. They need `pip install fonttools`."""
 
 import hashlib
 import json
@@ -15,12 +15,15 @@ import sys
 import tarfile
 from pathlib import Path
 
-from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 LETTERS = "ABEGKMRS"
 SIZE = 64
+SUBCATEGORIES = {
+    "people": ("person", "person-role", "person-gesture"),
+    "animals": ("animal-mammal", "animal-bird", "cat-face", "monkey-face"),
+}
 
 
 def emoji_class(entry: dict) -> str | None:
@@ -32,14 +35,10 @@ def emoji_class(entry: dict) -> str | None:
         return "flags"
     if kind.startswith("hand") and kind != "hand-prop":
         return "hands"
-    if kind in ("person", "person-role", "person-gesture"):
-        return "people"
-    if kind in ("animal-mammal", "animal-bird", "cat-face", "monkey-face"):
-        return "animals"
-    return None
+    return next((name for name, kinds in SUBCATEGORIES.items() if kind in kinds), None)
 
 
-def make_emoji(folder, *archives):
+def make_emoji(folder, *archives) -> None:
     """folder/<class>/<vendor>-<code>.png of npm's archives emoji-datasource-<vendor>."""
     for archive in archives:
         vendor = Path(archive).name.split("-")[2]
@@ -58,7 +57,9 @@ def make_emoji(folder, *archives):
 
 
 def draw_letters(file) -> list[Image.Image] | None:
-    """LETTERS in one font, each in the middle of a square; None if it has not all of them."""
+    """LETTERS in one font, each in the middle of a square; None if it does not have them all."""
+    from fontTools.ttLib import TTFont
+
     characters = TTFont(file, lazy=True).getBestCmap() or {}
     if any(ord(letter) not in characters for letter in LETTERS):
         return None
@@ -76,9 +77,9 @@ def draw_letters(file) -> list[Image.Image] | None:
     return images if differ else None  # else boxes, or signs in place of letters
 
 
-def make_letters(folder, fonts):
+def make_letters(folder, fonts) -> None:
     """folder/<letter>/<font>-<digest>.png of every font below `fonts`, equal ones once."""
-    files = [path for path in sorted(Path(fonts).rglob("*")) if path.suffix.lower() in FONTS]
+    files = [p for p in sorted(Path(fonts).rglob("*")) if p.suffix.lower() in (".ttf", ".otf")]
     seen = set()
     for file in tqdm(files, "fonts"):
         try:
@@ -96,8 +97,6 @@ def make_letters(folder, fonts):
             image.save(path)
     print(f"{len(seen)} fonts")
 
-
-FONTS = (".ttf", ".otf")
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
