@@ -10,19 +10,16 @@ test: .venv/ready  ## the test suite
 test-long: .venv/ready  ## what `make test` does only briefly: kills and broken files
 	.venv/bin/python -m pytest -q -m long
 
-bench-train: .venv/ready  ## updates per second of every stage, into assets/results
-	.venv/bin/python tests/study.py train_speed
-
 lint: .venv/ready  ## style, as CI checks it
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 results: .venv/ready  ## assets/results.md and the README's table from assets/results/*.json
-	.venv/bin/python tests/study.py
+	.venv/bin/python -m workbench.studies
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -e ".[test,notebook]"
 	touch .venv/ready
 
-.PHONY: demo test test-long bench-train lint results
+.PHONY: demo test test-long lint results

@@ -234,20 +234,28 @@ def test_a_distillation_freezes_its_teacher(model, settings):
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_a_distillation_compares_the_guided_teacher_with_the_auxiliary_network(draws):
+def test_a_distillation_compares_the_guided_teacher_with_the_auxiliary_network(draws, monkeypatch):
     """The guidance is that of an iteration that reveals one token of what is hidden; each score
-    has the context of its own network, for the masks that the update drew."""
-    model, calls = class_sensitive_teacher(guidance=3.0, draws=draws), []
+    has the context of its own network, for the masks that the update drew, and so has the student,
+    whose tokens are compared."""
+    model = class_sensitive_teacher(guidance=3.0, draws=draws)
+    student_calls, loss_calls, one_step = [], [], maskrl.one_step
 
-    def watched(x_0, t, eps, eps_q, eps_p):
+    def watched_student(head, z, c, noise_ratio):
+        x_0 = one_step(head, z, c, noise_ratio)
+        student_calls.append((c, x_0))
+        return x_0
+
+    def watched_loss(x_0, t, eps, eps_q, eps_p):
         x_t = maskrl.q_sample(x_0, t, eps).detach()
-        calls.append((x_t, t, eps_q(x_t, t), eps_p(x_t, t)))
+        loss_calls.append((x_0, x_t, t, eps_q(x_t, t), eps_p(x_t, t)))
         return gsim_loss(x_0, t, eps, eps_q, eps_p)
 
+    monkeypatch.setattr(maskrl, "one_step", watched_student)
     x, labels = torch.randn(6, 16, 12), torch.tensor([0, 1, 2, 0, 1, 2])
-    distillation = Distillation(model, model.settings, watched)
+    distillation = Distillation(model, model.settings, watched_loss)
     distillation.update(0, x, labels, 5)
-    ((x_t, t, eps_q, eps_p),) = calls
+    ((x_0, x_t, t, eps_q, eps_p),) = loss_calls
 
     generator = rng(5, "gsim", 0)
     mask = maskrl.random_mask(torch.rand(6, generator=generator), 16, generator)
@@ -255,6 +263,10 @@ def test_a_distillation_compares_the_guided_teacher_with_the_auxiliary_network(d
     tokens = [(b, n) for b in range(6) for _ in range(draws) for n in range(16) if mask[b, n]]
     image, position = torch.tensor(tokens).T
     c = model.context(x, mask, labels)[image, position]
+    of_aux, of_student = student_calls  # which starts as the teacher
+    assert torch.equal(of_student[1], x_0)
+    for c_student, _ in (of_aux, of_student):
+        torch.testing.assert_close(c_student, c, atol=1e-4, rtol=1e-4)
     c_null = model.context(x, mask, model.null(labels))[image, position]
     eps_class, eps_null = model.head.eps(x_t, t, c), model.head.eps(x_t, t, c_null)
     hidden_after = (mask.sum(1) - 1).clamp(min=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import maskrl
+from workbench.released import load_mar
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA / "mar_A.npz").items()}
@@ -17,7 +18,7 @@ REFERENCE = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA / "mar_
 
 @pytest.fixture(scope="module")
 def mar():
-    return maskrl.load_mar(DATA / "mar_A.pth", ema=False, num_heads=4)
+    return load_mar(DATA / "mar_A.pth", ema=False, num_heads=4)
 
 
 def of(*names):
@@ -77,7 +78,7 @@ def test_respaced_times(n):
 
 def test_training_loss(mar):
     x_0, t, eps, c = of("train_x0", "train_t", "train_noise", "train_c")
-    close(maskrl.BASE.q_sample(x_0, t, eps), "q_sample", atol=1e-5)
+    close(maskrl.q_sample(x_0, t, eps), "q_sample", atol=1e-5)
     rows = [slice(i, i + 1) for i in range(len(t))]
     losses = [maskrl.denoising_loss(mar.head, x_0[i], c[i], t[i], eps[i]) for i in rows]
     close(torch.stack(losses), "train_mse", rtol=1e-5)

@@ -12,12 +12,12 @@ import sys
 import time
 from argparse import Namespace
 
-import digits
 import helpers_child as child
 import pytest
 import torch
 from conftest import SHORT, error_of, tiny
 from helpers_child import EXITS, FOREVER, QUICK, at_work, no_matplotlib, without_times
+from helpers_images import make_shapes_folder
 from PIL import Image
 
 import maskrl
@@ -38,15 +38,13 @@ CPU = ("--device", "cpu", "--threads", "1")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """200 real digits."""
-    path = tmp_path_factory.mktemp("digits")
-    digits.make(path, per_class=20)
-    return path
+    """180 images of the built-in shapes, as files."""
+    return make_shapes_folder(tmp_path_factory.mktemp("shapes"), per_class=20)
 
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """All three stages on the digits, with guidance: the folder of the run, and its metrics."""
+    """All three stages on the folder, with guidance: the folder of the run, and its metrics."""
     out = tmp_path_factory.mktemp("run")
     argv = [*SHORT, "--data", str(folder), "--out", str(out), "--guidance", "1.5"]
     return out, train_rl.main(argv)
@@ -101,7 +99,7 @@ def test_the_log_has_every_update_of_a_short_run(run):
 
 @pytest.fixture
 def more(run, folder):
-    """more(main, *options) -> metrics of another run on the same digits."""
+    """more(main, *options) -> metrics of another run on the same images."""
 
     def more(main, *options):
         return main([str(a) for a in (*options, "--data", folder, *CPU)])

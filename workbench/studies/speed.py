@@ -110,7 +110,8 @@ class Bench(Study):
         "frechet",
     )
     batches, rounds = (1, 8, 32), 5
-    size, random_steps = "mar_b", 64
+    steps, random_steps = None, 64  # of demo: the checkpoints'
+    size = "mar_b"
     verdict = (
         "The factors do not simply multiply: behind a cache, whose contexts are those of the "
         "iteration before, the demo's policy takes {0[demo, all together][steps]} iterations "
@@ -133,7 +134,8 @@ class Bench(Study):
         """The bench of the checkpoints in the lab's folder, or of the tutorial's."""
         folder = lab.out if (lab.out / "policy.pt").exists() else records.ASSETS / "tutorial"
         models, decode = bench.bench_models(folder / "teacher.pt", lab.device, vae=None)
-        return bench_rows(bench.bench(models, decode, lab.judge, None, self.batches, self.rounds))
+        measured = bench.bench(models, decode, lab.judge, self.steps, self.batches, self.rounds)
+        return bench_rows(measured)
 
     def random(self, lab) -> dict:
         """The same of random weights, one image at a time; the first of two rounds warms up."""
