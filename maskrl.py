@@ -567,14 +567,16 @@ class MaskedBatch:
         return MaskedBatch(*(None if v is None else v[rows] for v in vars(self).values()))
 
     def flat(self, v: Tensor) -> Tensor:
-        """v [B, L, ...] or, with draws, [B, draws, L, ...] -> [N, ...]."""
-        if v.shape[:3] != self.t.shape:
-            v = v[:, None].expand(*self.t.shape, *v.shape[2:])
+        """v [B, draws, L, ...], of every draw -> [N, ...]."""
         return v[self.mask[:, None].expand_as(self.t)]
+
+    def flat_repeated(self, v: Tensor) -> Tensor:
+        """v [B, L, ...], the same for all draws -> [N, ...]."""
+        return self.flat(v[:, None].expand(*self.t.shape, *v.shape[2:]))
 
     def context(self, network: MAR) -> Tensor:
         """c [N, W]. The costly part, so one context serves all draws."""
-        return self.flat(network.context(self.x, self.mask, self.labels))
+        return self.flat_repeated(network.context(self.x, self.mask, self.labels))
 
     def denoising_loss(self, network: MAR, x_0: Tensor) -> Tensor:
         """The sum of `denoising_loss` over N tokens x_0 [N, D]."""
@@ -758,7 +760,7 @@ class TeacherTraining:
 
     def loss(self, batch: MaskedBatch) -> Tensor:
         """The denoising loss of the hidden tokens, summed over them."""
-        return batch.denoising_loss(self.model, batch.flat(batch.x))
+        return batch.denoising_loss(self.model, batch.flat_repeated(batch.x))
 
 
 # 6 Generation -------------------------------------------------------------------------------------
@@ -824,20 +826,27 @@ class Sampling:
     def resolve(self, model: MAR) -> "Sampling":
         """The same with every field decided; ValueError for what the model cannot do."""
         s = model.settings
-        denoise_steps = self.denoise_steps or (s.denoise_steps if model.kind == "teacher" else 1)
-        guidance = self.guidance
+        denoise_steps, guidance = self.denoise_steps, self.guidance
+        if denoise_steps is None:
+            denoise_steps = s.denoise_steps if model.kind == "teacher" else 1
         if guidance is None:
             guidance = 1.0 if denoise_steps == 1 else s.guidance
-        if model.kind != "teacher" and denoise_steps != 1 or denoise_steps == 1 and guidance != 1:
-            raise ValueError(f"a {model.kind} takes one step, in which its guidance is baked in")
+        if model.kind != "teacher" and denoise_steps != 1:
+            raise ValueError(f"a {model.kind} takes one denoising step, not {denoise_steps}")
+        if denoise_steps == 1 and guidance != 1:
+            raise ValueError("in one denoising step guidance is baked in, or there is none")
         order = self.order or s.order
+        if order not in ("random", "halton"):
+            raise ValueError(f"there is no order {order!r}, only random and halton")
         return replace(self, denoise_steps=denoise_steps, guidance=guidance, order=order)
 
     def counts(self, length: int, settings: Settings) -> list[int]:
         """How many of the `length` tokens to be drawn each iteration reveals."""
-        if isinstance(self.steps, tuple):
-            return list(self.steps)
-        return reveal_counts(length, self.steps or min(length, settings.steps))
+        steps = min(length, settings.steps) if self.steps is None else self.steps
+        counts = list(steps) if isinstance(steps, tuple) else reveal_counts(length, steps)
+        if steps == 0 or min(counts) < 1 or sum(counts) != length:
+            raise ValueError(f"{length} tokens cannot be revealed in steps {steps}")
+        return counts
 
     def chains(self, iterations: int) -> list["Diffusion | None"]:
         """The denoising chain of every iteration, None for one step."""
@@ -995,7 +1004,10 @@ def generate(
     with its predictions, for which a teacher draws more noise.
     Same seed, device and arguments: same images."""
     sampling = (sampling or Sampling()).resolve(model)
-    labels = torch.as_tensor(labels, device=model.device)
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or not ((0 <= labels) & (labels <= model.num_classes)).all():
+        raise ValueError(f"labels must be integers in 0...{model.num_classes}")  # the null class
+    labels = labels.to(model.device)
     generator = rng(seed, "generate", device=model.device)
     from_seed = draw_noise(model, len(labels), generator, sampling.order)
     noise = noise or from_seed  # drawn in any case, so that what follows is the same
@@ -1219,9 +1231,10 @@ class Distillation:
         with torch.no_grad():
             c_q = batch.context(self.aux)
             both = class_and_null_context(self.teacher, batch.x, batch.mask, batch.labels)
-        c_p, c_null = map(batch.flat, both)
+        c_p, c_null = map(batch.flat_repeated, both)
         hidden = batch.mask.sum(1, keepdim=True).expand_as(batch.mask)
-        s = guidance_scale(self.model.settings.guidance, batch.flat(hidden) - 1, self.model.length)
+        hidden = batch.flat_repeated(hidden)
+        s = guidance_scale(self.model.settings.guidance, hidden - 1, self.model.length)
         guided_teacher = guided(self.teacher.head, c_p, c_null, s[:, None])
 
         def eps_p(x_t, t):
@@ -1519,13 +1532,14 @@ def shuffled_order(order: Tensor, amount: Tensor, generator) -> Tensor:
     return (position + amount[:, None] * jitter).argsort(1)
 
 
-def policy_of(student: MAR, settings: Settings) -> MAR:
-    """A trainable copy of the student, with the policies that the settings ask for."""
+def policy_of(student: MAR, settings: Settings, learn_steps: bool) -> MAR:
+    """A trainable copy of the student, with a noise policy for action z and, if learn_steps, with a
+    schedule policy."""
     policy = deepcopy(student).requires_grad_(settings.action == "x")
     policy.kind, policy.settings = "policy", settings
     if settings.action == "z":
         add_noise_policy(policy)
-    if settings.learn_steps:
+    if learn_steps:
         add_schedule(policy)
     return policy
 
@@ -1592,10 +1606,12 @@ class PolicyGradient:
     nothing: each batch of rollouts gets `policy_epochs` of them."""
 
     policy_epochs = 4
+    can_learn_steps = True  # a schedule needs a policy gradient
 
     def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
         self.quality, self.mean_image = quality, mean_image
-        self.model = policy_of(student, settings)
+        learn_steps = settings.learn_steps and self.can_learn_steps
+        self.model = policy_of(student, settings, learn_steps)
         self.ema = self.model  # no average: the updates are few and small
         self.reference = deepcopy(self.model).requires_grad_(False)
         schedule, noise_policy = self.model.schedule, self.model.noise_policy
@@ -1756,6 +1772,8 @@ class RewardBackpropagation(PolicyGradient):
     For rewards that are differentiable in the pixels, and a fixed number of steps. With rl_steps
     "all" the gradient passes through the whole generation, as in the paper; otherwise through the
     selected steps alone, which needs less memory. beta KL holds the policy to the student."""
+
+    can_learn_steps = False
 
     def policy_update(self, labels: Tensor, seed) -> dict[str, float]:
         """One update on P x G images of the classes `labels` [P]; metrics to log."""

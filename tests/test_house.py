@@ -86,7 +86,7 @@ sizes = {"image_size": 8, "width": 32, "depth": 1, "head_width": 32, "steps": 4}
 settings = maskrl.Settings(**sizes, denoise_steps=3)
 teacher = maskrl.MAR(settings, ["a", "b"])
 student = maskrl.student_of(teacher, settings)
-policy = maskrl.policy_of(student, settings)
+policy = maskrl.policy_of(student, settings, True)
 for model in (teacher, student, policy):
     maskrl.save("model.pt", model)
     images = maskrl.to_images(maskrl.generate(maskrl.load("model.pt"), [0, 1]), settings)

@@ -121,6 +121,17 @@ def test_every_kind_of_update_starts_at_ratio_one(student, overrides):
     assert 0 <= metrics["frac_not_prefix"] <= (overrides.get("rl_steps") not in ("all", "first"))
 
 
+def test_later_updates_on_the_same_rollouts_move_the_ratio(student):
+    """What is logged of log r is the first update's: 0 if sampler and learner agree."""
+    training = policy_gradient(student, learn_steps=False)
+    noise_policy = training.model.noise_policy
+    training.optimizers["noise"] = torch.optim.SGD(noise_policy.parameters(), 0.3)
+    metrics = training.update(0, TWO_PROMPTS, 3)
+    assert metrics["log_ratio"] < 1e-3
+    assert metrics["kl"] > 1e-6
+    assert metrics["ratio"] != 1
+
+
 def scored(student, monkeypatch, **overrides):
     """Tokens x [N, D] and sigma [N] that an update on four prompts takes log pi of."""
     calls, token_log_prob = [], maskrl.token_log_prob

@@ -7,7 +7,7 @@ import torch
 from helpers_methods import flatten
 
 import maskrl
-from maskrl import MaskedBatch, TeacherTraining, optimizer_step, random_mask, rng
+from maskrl import MaskedBatch, Muon, TeacherTraining, optimizer_step, random_mask, rng
 
 
 def test_a_uniform_ratio_hides_every_number_of_tokens_equally_often():
@@ -28,7 +28,7 @@ def test_a_flat_batch_has_the_hidden_tokens_of_every_draw_in_one_order():
     t, eps = torch.randint(1000, (3, 2, 4)), torch.randn(3, 2, 4, 5)
     batch = MaskedBatch(x, mask, torch.arange(3), t, eps)
     index = [(b, d, n) for b in range(3) for d in range(2) for n in range(4) if mask[b, n]]
-    assert torch.equal(batch.flat(x), torch.stack([x[b, n] for b, _, n in index]))
+    assert torch.equal(batch.flat_repeated(x), torch.stack([x[b, n] for b, _, n in index]))
     assert torch.equal(batch.flat(t), torch.stack([t[b, d, n] for b, d, n in index]))
     assert torch.equal(batch.flat(eps), torch.stack([eps[b, d, n] for b, d, n in index]))
     rows = torch.tensor([2, 0])
@@ -77,11 +77,13 @@ def test_without_label_dropout_no_label_is_dropped(settings):
 def test_the_teachers_rates_warm_up_and_fall_to_zero_over_the_second_half(settings):
     """And stay there: a rate below 0 would climb the loss."""
     training = TeacherTraining(settings(teacher_iters=200, teacher_lr=0.1, muon_lr=0.2), ["a"])
+    for p in training.model.parameters():
+        p.grad = torch.zeros_like(p)
     rates = []
     for _ in range(210):
         rates.append([rate.get_last_lr()[0] for rate in training.rates.values()])
         for optimizer, rate in zip(training.optimizers.values(), training.rates.values()):
-            optimizer.step()  # on no gradient
+            optimizer.step()
             rate.step()
     adamw, muon = (list(rate) for rate in zip(*rates))
     assert muon == pytest.approx([2 * rate for rate in adamw])
@@ -95,7 +97,7 @@ def test_the_teachers_rates_warm_up_and_fall_to_zero_over_the_second_half(settin
 
 def test_every_weight_of_a_teacher_has_one_optimizer_and_hidden_matrices_have_muon(model):
     optimizers = maskrl.teacher_optimizers(model)
-    assert isinstance(optimizers["muon"], torch.optim.Muon)
+    assert isinstance(optimizers["muon"], Muon)
     adamw, muon = (
         [p for group in optimizers[name].param_groups for p in group["params"]]
         for name in ("adamw", "muon")
@@ -116,6 +118,50 @@ def test_without_a_rate_for_muon_adamw_trains_the_matrices_too(settings):
     assert isinstance(optimizers["adamw"], torch.optim.AdamW)
     groups = optimizers["adamw"].param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+SHAPES = pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+
+
+@SHAPES
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_their_values(shape):
+    """Of each matrix of a batch, whatever its size is."""
+    x = torch.randn(2, *shape)
+    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
+    sizes = torch.tensor([1.0, 1e3])[:, None, None]
+    x = sizes * U * torch.linspace(0.1, 2, S.shape[1]) @ Vh
+    values = U.mT @ maskrl.orthogonalise(x) @ Vh.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert 0.6 < diagonal.min() <= diagonal.max() < 1.3
+    torch.testing.assert_close(values, diagonal.diag_embed(), atol=1e-3, rtol=0)
+
+
+@SHAPES
+def test_a_step_of_muon_is_as_large_as_one_of_adam_whatever_the_gradient(shape):
+    """A root mean square of 0.2 lr, against the gradient."""
+    for scale in (1e-3, 1e3):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        gradient = scale * torch.randn(shape)
+        weight.grad = gradient.clone()
+        Muon([weight], lr=0.1).step()
+        rms = weight.detach().square().mean().sqrt()
+        assert 0.7 < rms / (0.2 * 0.1) < 1.2
+        assert (weight * gradient).sum() < 0
+
+
+def test_muon_updates_many_matrices_as_if_each_were_alone():
+    shapes = [(16, 48), (32, 32), (16, 48), (48, 16), (32, 32)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(weight.detach().clone()) for weight in together]
+    optimizers = [Muon(together, lr=0.1), *(Muon([weight], lr=0.1) for weight in alone)]
+    for _ in range(3):
+        for weight, other in zip(together, alone):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, other in zip(together, alone):
+        torch.testing.assert_close(weight, other, atol=1e-5, rtol=1e-4)
 
 
 def test_norms_biases_and_the_head_have_no_weight_decay(settings):

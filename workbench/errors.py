@@ -1,7 +1,9 @@
 """Errors that a person can do something about end a script in one line, without a traceback."""
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,15 +23,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:
-    """main(argv) as a script: an error ends it in one line on stderr, with the exit code
+    """main(argv) as a script, argv being the command line unless it is given: an error ends it in
+    one line on stderr, with the exit code
 
     2 for wrong input or a file that cannot be read or written; 1 for a loss that is infinite or
     NaN, too little memory, or another process that was lost; 130 for Ctrl-C and 143 for SIGTERM.
     Any other error is a fault of the program and keeps its traceback."""
-    signal.signal(signal.SIGTERM, raise_stopped)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError):  # a notebook's stream, None, or closed
-            stream.reconfigure(errors="backslashreplace")  # folder names need not be UTF-8
+    if argv is None:
+        argv = sys.argv[1:]
+    sys.stdout, sys.stderr = usable(sys.stdout), usable(sys.stderr)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # only that one gets signals
+        handler = signal.signal(signal.SIGTERM, raise_stopped)
     try:
         main(argv)
         leave_processes()
@@ -47,6 +52,19 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         number, work = stopped.args or (signal.SIGINT, WORK_IS_SAFE)
         print(f"stopped: {work}", file=sys.stderr)
         sys.exit(128 + number)
+    finally:
+        if in_main_thread:  # a notebook goes on
+            signal.signal(signal.SIGTERM, handler)
+
+
+def usable(stream):
+    """The stream as scripts can write to it; one that keeps nothing where it is None or closed, as
+    under cron or in a daemon. A notebook's is left alone."""
+    if stream is None or getattr(stream, "closed", False):
+        return open(os.devnull, "w")
+    with suppress(AttributeError, ValueError):
+        stream.reconfigure(errors="backslashreplace")  # folder names need not be UTF-8
+    return stream
 
 
 def raise_stopped(number: int, _) -> None:

@@ -1,8 +1,8 @@
-"""The measurements behind assets/results.md and the README's table.
+"""The measurements behind assets/results.md and the tables of README.md and assets/training.md.
 
     python -m workbench.studies story gsim --seeds 0,1   # measure, into assets/results/NAME.json
     python -m workbench.studies gsim --only "L1 alone"   # only the rows that begin so
-    python -m workbench.studies                          # renew results.md and README.md's tables
+    python -m workbench.studies                          # renew these documents
 
 Models, logs and one small JSON per row lie in --out/seed<n>; what exists is not measured again. So
 an interrupted study goes on, and seeds can run next to each other in two shells. Models and data

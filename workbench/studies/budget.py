@@ -1,12 +1,12 @@
-"""Memory and hours of training on a GPU: computed, not measured. Prints the README's two tables.
+"""Memory and hours of training on a GPU: computed, not measured. Prints two tables.
 
     python -m workbench.studies.budget --batch 64 --micro-batch 16    # instead of the presets'
 
 Weights, their gradients and the states of the optimisers are float32. Activations are what autograd
 keeps for the backward pass, of one transformer block and of the head, scaled to the model. FLOPs
-are those of matrix products, attention and convolutions, without Muon's, some 4 %; hours follow
-from a share of an A100's peak. Contexts are taken at their longest, with all tokens visible to the
-encoder; RL is that of --action x on critical steps, which needs more than z.
+are those of matrix products, attention and convolutions; hours follow from a share of an A100's
+peak. Contexts are taken at their longest, with all tokens visible to the encoder; RL is that of
+--action x on critical steps, which needs more than z.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskrl import MAR, Block, Head
+from maskrl import MAR, Block, Head, teacher_optimizers
 from workbench.kl16 import KL16
 from workbench.precision import InBFloat16, wrap
 from workbench.settings import RELEASED, RunSettings, preset
 
 GB = 1e9
 PEAK = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}  # FLOPs per second of an A100
-IMAGENET = 1_281_167  # training images
 
 
 class SavedBytes:
@@ -116,14 +115,16 @@ class Budget:
         self.blocks = settings.depth + (settings.decoder_depth or settings.depth)
         self.rows = settings.buffer + settings.length
 
-    # bytes
+    @cached_property
+    def model(self) -> MAR:
+        """Without memory."""
+        with torch.device("meta"):
+            names = [str(i) for i in range(self.classes)]
+            return MAR(self.settings, names, image_channels=self.image_channels)
 
     @cached_property
     def parameters(self) -> int:
-        with torch.device("meta"):
-            names = [str(i) for i in range(self.classes)]
-            model = MAR(self.settings, names, image_channels=self.image_channels)
-        return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in self.model.parameters())
 
     def network_bytes(self, copies: int) -> int:
         """So many float32 copies of a network's parameters, and in bf16 a low copy of weights."""
@@ -173,8 +174,6 @@ class Budget:
         activations = self.activations()
         return {stage: weights + activations[stage] for stage, weights in self.weights().items()}
 
-    # hours
-
     def updates(self) -> dict[str, int]:
         s = self.settings
         rl = s.rl_iters + s.schedule_iters
@@ -200,7 +199,8 @@ class Budget:
         drawn = images * s.length * (1 + s.steps / 2) + (3 + 1) * pairs * s.length / s.steps
         rl = s.rl_iters * contexts + alone * s.steps, s.rl_iters * drawn + alone * s.length
         return {
-            "teacher": self.hours_of(teacher * (1 + backward), teacher * 3 * tokens),
+            "teacher": self.hours_of(teacher * (1 + backward), teacher * 3 * tokens)
+            + self.hours_of_muon(),
             "GSIM": self.hours_of(gsim * gsim_contexts, gsim * gsim_heads * tokens),
             "RL": self.hours_of(*rl),
         }
@@ -217,10 +217,14 @@ class Budget:
 
     def head_flops(self) -> int:
         """Of a token, which meets every weight once."""
-        s = self.settings
-        with torch.device("meta"):
-            head = Head(self.channels, s.width, s.head_width, s.head_depth)
-        return sum(2 * p.numel() for p in head.parameters() if p.ndim == 2)
+        return sum(2 * p.numel() for p in self.model.head.parameters() if p.ndim == 2)
+
+    def hours_of_muon(self) -> float:
+        """Five iterations of three products, in float32, for each of its matrices."""
+        muon = teacher_optimizers(self.model).get("muon")
+        shapes = [sorted(p.shape) for p in muon.param_groups[0]["params"]] if muon else []
+        total = sum(5 * (2 * 2 * n**2 * m + 2 * n**3) for n, m in shapes)
+        return self.settings.teacher_iters * total / PEAK["fp32"] / self.utilisation / 3600
 
 
 class ReleasedBudget(Budget):
@@ -248,7 +252,7 @@ class ReleasedBudget(Budget):
         decoded = (s.rl_iters + 4 * s.schedule_iters) * s.prompts * s.group
         schedules = sum(max(1, s.steps >> i) for i in range(5)) / s.steps  # that RL must beat
         return {
-            "latents": 2 * 0.6 * IMAGENET * encode,
+            "latents": 2 * 0.6 * 1_281_167 * encode,
             "GSIM": own["GSIM"],
             "report": judged * teacher + (validated + 3 * judged) * student,
             "RL": own["RL"] + decoded * decode + 2 * judged * schedules * student,
@@ -258,9 +262,10 @@ class ReleasedBudget(Budget):
 def small_table(**overrides) -> str:
     budget = Budget(preset("small", **overrides))
     hours, peak = budget.hours(), budget.peak()
-    lines = ["| | updates | hours, computed | GB, computed |", "|---|---|---|---|"]
+    lines = ["| | updates | hours | GB |", "|---|---|---|---|"]
     for stage, updates in budget.updates().items():
         lines.append(f"| {stage} | {updates:,} | {hours[stage]:.1f} | {peak[stage] / GB:.1f} |")
+    lines.append(f"| all | | {sum(hours.values()):.1f} | {max(peak.values()) / GB:.1f} |")
     return "\n".join(lines)
 
 
@@ -269,7 +274,7 @@ def released_table(**overrides) -> str:
     lines = [
         "| | GB, GSIM | GB, RL | hours: latents | GSIM, 20,000 updates | its report "
         "| RL, 150 + 100 updates, and report |",
-        "|---" * 7 + "|",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in RELEASED:
         budget = ReleasedBudget(preset(name, precision="bf16", steps=64, **overrides))

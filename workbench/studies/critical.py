@@ -100,7 +100,7 @@ class EqualNumbers(PolicyGradient):
 
     def noise_update(self, rollouts, A, steps) -> dict[str, float]:
         counts = (rollouts.trace.counts * steps).sum(1, keepdim=True)
-        generator = rng("equal", counts.sum(), device=counts.device)
+        generator = rng("equal", int(counts.sum()), device=counts.device)
         order = torch.rand(rollouts.trace.order.shape, generator=generator, device=counts.device)
         # a Trace of one step that reveals so many random tokens; it is all that the update reads
         one_step = replace(rollouts.trace, order=order.argsort(1), counts=counts)

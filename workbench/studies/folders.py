@@ -26,9 +26,9 @@ class Folder(Study):
     options: tuple = ()
     verdict = (
         "The student's distance is {0[student / teacher][frechet]} times the teacher's.",
-        "The learned schedule, measured with an earlier action, x, fails here: it takes "
-        "{0[policy][steps]} iterations for a reward of {0[policy][reward]}, where 16 fixed ones "
-        "have {0[policy's generator, K = 16][reward]}.",
+        "The learned schedule takes {0[policy][steps]} iterations for a reward of "
+        "{0[policy][reward]}, where 16 fixed ones have "
+        "{0[policy's generator, K = 16][reward]}; it was learned with an earlier action, x.",
     )
 
     def measure(self, lab, only=()) -> dict:

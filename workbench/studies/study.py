@@ -91,16 +91,15 @@ class Reinforcements(Study):
         save_figure(path, figure)
 
 
-def subplots(titles, rows=1) -> tuple:
+def subplots(titles) -> tuple:
     """A figure with titled panels, and these panels; (None, []) without matplotlib."""
-    plt, columns = pyplot(), len(titles) // rows
+    plt, n = pyplot(), len(titles)
     if not plt:
         return None, []
-    size = (3.6 * columns, 3 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis, title in zip(axes.flat, titles):
+    figure, axes = plt.subplots(1, n, figsize=(3.6 * n, 3), layout="constrained", squeeze=False)
+    for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
-    return figure, list(axes.flat)
+    return figure, list(axes[0])
 
 
 def plot_range(axis, x, curves: list, label: str) -> None:

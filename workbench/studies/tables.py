@@ -1,4 +1,4 @@
-"""assets/results.md and the README's tables, made of assets/results/*.json."""
+"""assets/results.md, and tables of other documents, made of assets/results/*.json."""
 
 import re
 import statistics
@@ -19,7 +19,7 @@ from workbench.studies.study import Study
 from workbench.studies.temperature import Temperature
 from workbench.studies.variance import Variance
 
-README = records.ROOT / "README.md"
+DOCUMENTS = (records.ROOT / "README.md", records.ASSETS / "training.md")
 STUDIES = {
     study.name: study
     for study in (
@@ -186,7 +186,7 @@ def results_markdown() -> str:
     return "\n\n".join([HEADER.strip(), *sections]) + "\n"
 
 
-# README.md: what stands between <!-- NAME --> and <!-- /NAME --> is made here
+# In DOCUMENTS, what stands between <!-- NAME --> and <!-- /NAME --> is made here
 
 README_ROWS = (
     *("real", "teacher", "one-step start", "student", "policy"),
@@ -211,19 +211,20 @@ BLOCKS = {
 }
 
 
-def with_tables(readme: str) -> str:
-    """README.md with those of the BLOCKS that it marks as they now are."""
+def with_tables(text: str) -> str:
+    """A document with those of the BLOCKS that it marks as they now are."""
     for name, make in BLOCKS.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if begin in readme:
-            before, rest = readme.split(begin)
+        if begin in text:
+            before, rest = text.split(begin)
             _, after = rest.split(end)
-            readme = f"{before}{begin}{make()}\n{end}{after}"
-    return readme
+            text = f"{before}{begin}{make()}\n{end}{after}"
+    return text
 
 
 def render() -> None:
-    """Write both files."""
+    """Write all documents."""
     (records.ASSETS / "results.md").write_text(results_markdown())
-    README.write_text(with_tables(README.read_text()))
-    print(f"{records.ASSETS / 'results.md'}, and the tables of {README}")
+    for path in DOCUMENTS:
+        path.write_text(with_tables(path.read_text()))
+    print(f"{records.ASSETS / 'results.md'}, and the tables of {', '.join(map(str, DOCUMENTS))}")
