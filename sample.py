@@ -14,7 +14,7 @@ A checkpoint carries its own settings. A student or policy draws each token in o
 policy also chooses its own number of unmasking iterations, unless --steps says it.
 """
 
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 
 import torch
 
@@ -26,7 +26,7 @@ from workbench.files import as_json, write_text
 from workbench.inpaint import read_inpainting
 from workbench.kl16 import load_kl16
 from workbench.latents import autoencoder_for
-from workbench.options import add_device, find_device
+from workbench.options import ArgumentParser, add_device, find_device
 from workbench.pictures import film, picture, pixel_mask, save_picture, write_files
 from workbench.released import load_model
 from workbench.report import hardware

@@ -1,12 +1,15 @@
 """How a script ends: exit codes and last lines."""
 
+import contextlib
 import io
 import os
 import signal
 import sys
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from workbench.errors import InputError, Stopped, abbreviate, is_out_of_memory, run_script
 
@@ -27,19 +30,35 @@ def end_of(main, capsys):
     return stop.value.code, capsys.readouterr().err.strip().splitlines()
 
 
-@pytest.fixture(autouse=True)
-def handler_of_sigterm():
-    """Puts back what SIGTERM does."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_a_script_gets_its_arguments_and_ends_without_a_code():
+def test_a_script_gets_its_arguments_and_ends_without_a_code(monkeypatch):
     given = []
     run_script(given.append, ["--seed", "1"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", "2"])
     run_script(given.append)
-    assert given == [["--seed", "1"], None]
+    assert given == [["--seed", "1"], ["--seed", "2"]]
+
+
+@pytest.mark.parametrize("error", [None, InputError("wrong"), KeyboardInterrupt()], ids=repr)
+def test_a_script_that_a_notebook_runs_leaves_sigterm_as_it_was(error):
+    """The kernel once could not be ended in its own way any more."""
+
+    def main(argv):
+        if error:
+            raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(SystemExit):
+        run_script(main)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_thread_can_run_a_script():
+    """Python lets no other thread than the first handle signals."""
+    given = []
+    thread = threading.Thread(target=run_script, args=(given.append, ["--seed", "1"]))
+    thread.start()
+    thread.join()
+    assert given == [["--seed", "1"]]
 
 
 def test_ctrl_c_ends_a_script_in_one_line_and_code_130(capsys):
@@ -119,14 +138,44 @@ def closed_stream():
     return stream
 
 
-STREAMS = {"notebook": io.StringIO, "closed": closed_stream, "none": type(None)}
+def detached_stream():
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.detach()
+    return stream
 
 
-@pytest.mark.parametrize("make_stream", STREAMS.values(), ids=STREAMS)
+class Logger:
+    """What a server may put in the place of a stream."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+UNUSABLE = {"closed": closed_stream, "detached": detached_stream, "none": type(None)}
+
+
+@pytest.mark.parametrize("make_stream", UNUSABLE.values(), ids=UNUSABLE)
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_stream_that_cannot_be_reconfigured_is_left_alone(name, make_stream, monkeypatch):
-    """A notebook may replace it, and a caller may have closed it."""
-    stream, called = make_stream(), []
+def test_a_script_without_a_stream_works_and_says_nothing(name, make_stream, monkeypatch):
+    """As under cron or in a daemon. A progress bar once ended it in a traceback."""
+    monkeypatch.setattr(sys, name, make_stream())
+    done = []
+
+    def main(argv):
+        print("what it does", file=getattr(sys, name))
+        done.extend(tqdm(argv, file=getattr(sys, name)))
+
+    run_script(main, ["--help"])
+    assert done == ["--help"]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Logger()], ids=["notebook", "server"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_cannot_be_reconfigured_is_left_alone(name, stream, monkeypatch):
+    called = []
     monkeypatch.setattr(sys, name, stream)
     run_script(called.append, ["--help"])
     assert getattr(sys, name) is stream and called == [["--help"]]

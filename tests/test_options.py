@@ -1,8 +1,12 @@
 """The command line of the training scripts, and what is checked before long work."""
 
+import math
 import os
+import sys
 from argparse import Namespace
 from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +14,10 @@ import torch
 from conftest import SHORT, random_model, tiny
 from PIL import Image
 
+import train_distill
+import train_rl
 from maskrl import MAR
+from workbench import options
 from workbench.data import Data, load_data
 from workbench.errors import InputError
 from workbench.files import read_checkpoint, write_checkpoint
@@ -19,6 +26,7 @@ from workbench.options import (
     add_settings,
     check_memory,
     clip_options,
+    cpu_quota,
     describe,
     find_device,
     named_classes,
@@ -26,6 +34,7 @@ from workbench.options import (
     settings_from,
     training_parser,
     usual_preset,
+    usual_threads,
 )
 from workbench.settings import RunSettings, documented_fields, flag, preset
 
@@ -51,18 +60,70 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("cores, expected", [(None, 1), (1, 1), (2, 1), (8, 4), (16, 8), (96, 8)])
+def machine(monkeypatch, reported=16, allowed=16, quota=math.inf, variable=None):
+    """A machine that reports so many cores and lets this process use some of them."""
+    monkeypatch.setattr(os, "cpu_count", partial(int, reported))
+    cores = {reported - 1 - i for i in range(allowed)}
+    monkeypatch.setattr(os, "sched_getaffinity", {0: cores}.get, raising=False)
+    monkeypatch.setattr(options, "cpu_quota", partial(float, quota))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+
+
+@pytest.mark.parametrize("cores, expected", [(1, 1), (2, 1), (8, 4), (16, 8), (96, 8)])
 def test_a_script_takes_half_of_the_cores_and_at_most_eight(monkeypatch, threads, cores, expected):
     """On all cores of a large machine, small tensors once took several times as long."""
+    machine(monkeypatch, reported=cores, allowed=cores)
+    find_device("cpu")
+    assert torch.get_num_threads() == expected
+    find_device("cpu", threads=3)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    "limits, expected",
+    [
+        ({"allowed": 1}, 1),
+        ({"allowed": 4}, 2),
+        ({"quota": 1.0}, 1),
+        ({"quota": 0.5}, 1),
+        ({"quota": 5.5}, 3),
+        ({"variable": "1"}, 1),
+        ({"variable": "6", "allowed": 1}, 6),  # somebody wants it so
+        ({"variable": "3,2"}, 3),
+        *(({"variable": text}, 8) for text in ("", "0", "-1", "many", "1e3", "4096")),
+    ],
+)
+def test_a_script_takes_no_more_threads_than_it_may_use(monkeypatch, threads, limits, expected):
+    """In a container of one core it once took eight, and was half as fast."""
+    machine(monkeypatch, **limits)
+    assert usual_threads() == expected
+    find_device("cpu")
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize("cores, expected", [(None, 1), (8, 4)])
+def test_some_systems_do_not_say_which_cores_may_be_used(monkeypatch, threads, cores, expected):
+    machine(monkeypatch)
+    monkeypatch.delattr(os, "sched_getaffinity")
 
     def cpu_count():
         return cores
 
     monkeypatch.setattr(os, "cpu_count", cpu_count)
-    find_device("cpu")
-    assert torch.get_num_threads() == expected
-    find_device("cpu", threads=3)
-    assert torch.get_num_threads() == 3
+    assert usual_threads() == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("150000 100000\n", 1.5), ("max 100000\n", math.inf), ("", math.inf), (None, math.inf)],
+)
+def test_the_limit_of_a_container_is_a_number_of_cores(monkeypatch, tmp_path, text, expected):
+    monkeypatch.setattr(options, "CPU_MAX", tmp_path / "cpu.max")
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    assert cpu_quota() == expected
 
 
 @pytest.mark.parametrize("n", [0, -1, 2000])
@@ -118,6 +179,33 @@ def test_settings_are_absent_unless_they_are_given():
 def test_an_option_is_written_in_full_and_has_a_value_of_its_kind(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(*argv)
+
+
+@pytest.mark.parametrize("text", ["-1e-3", "-0.001", "-.1e-2", "-1E-03", "-0.000_1e1"])
+def test_a_negative_number_is_the_value_of_its_option(text):
+    """Python before 3.14 takes -1e-3 for an option that there is not."""
+    args = parse("--mean", text, "--scale=2", "--flip", "--alpha", "-1e2")
+    assert (args.mean, args.scale, args.flip, args.alpha) == (-0.001, 2, True, -100)
+
+
+def test_a_negative_number_that_is_no_number_is_refused_as_a_setting():
+    args = parse("--mean", "-inf")
+    with pytest.raises(InputError, match="--mean -inf must be a finite number"):
+        settings_from(args, CPU, None, resume=False)
+
+
+@pytest.mark.parametrize("argv", [["--flip", "-1e-3"], ["-1e-3"], ["--mean=1", "-1e-3"]])
+def test_a_negative_number_without_an_option_is_refused(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(*argv)
+
+
+def test_a_script_that_is_called_without_arguments_takes_none(monkeypatch):
+    """In a notebook sys.argv is the kernel's, and main() once ended with "unrecognized"."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    for module in (train_distill, train_rl):
+        assert module.parse() == module.parse([])
+        assert module.parse().out == Path("runs/latest")
 
 
 def test_options_of_clip_need_something_that_asks_clip():

@@ -428,6 +428,17 @@ def test_the_lock_ends_with_the_run_and_not_with_the_process(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_run_that_is_stopped_as_it_begins_keeps_no_lock(tmp_path, monkeypatch, error):
+    def stopped(args):
+        raise error
+
+    monkeypatch.setattr(run_module, "save_run_args", stopped)
+    with pytest.raises(error), a_run(tmp_path):
+        pass
+    lock_run_dir(tmp_path).release()
+
+
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/out cannot be written: Not a directory"):

@@ -1,21 +1,20 @@
 """Every study runs from nothing to its JSON, table and picture, on a model that learns nothing."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from conftest import SHORT, tiny
+from conftest import tiny
 
 import train_distill
 import train_rl
 from maskrl import PolicyGradient, TeacherTraining, generate
 from workbench import bench
-from workbench.data import draw_shapes, to_unit
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
 from workbench.monitors import ValidationMetric
-from workbench.pictures import write_files
 from workbench.precision import set_precision
 from workbench.settings import preset
 from workbench.studies import budget, folders, lab, make_checkpoints, records, study, tables
@@ -37,13 +36,6 @@ PROVENANCE = {
 
 def tiny_preset(name, seed=0, **overrides):
     return tiny(seed=seed, **{"scale": 0.0, "steps": 4} | overrides)
-
-
-def make_folder(folder):
-    """20 images of each of three classes."""
-    for y, name in enumerate("abc"):
-        images = draw_shapes(torch.full((20,), y), 8, torch.Generator().manual_seed(y))
-        write_files(folder / name, to_unit(images), [name] * 20)
 
 
 def cut_short(patch, folder):
@@ -76,8 +68,6 @@ def cut_short(patch, folder):
     patch.setattr(Bench, "rounds", 2)
     patch.setattr(Bench, "steps", 2)
     patch.setattr(Bench, "random_steps", 2)
-    patch.setattr(folders, "FOLDERS", folder / "folders")
-    patch.setattr(folders.Emoji, "options", SHORT)
     return partial(run, folder / "out")
 
 
@@ -90,11 +80,18 @@ STUDIES = [name for name in tables.STUDIES if name != "letters"]  # which does t
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The folder in which every study was measured, seed 0."""
+    """The folder in which every study was measured, seed 0; what the story left becomes a run of
+    train_rl.py, and the one that the study of emoji reads."""
     folder = tmp_path_factory.mktemp("measured")
-    make_folder(folder / "folders" / "emoji")
     with pytest.MonkeyPatch.context() as patch:
-        cut_short(patch, folder)(*STUDIES, "--seeds", "0")
+        run = cut_short(patch, folder)
+        run(*STUDIES[:-1], "--seeds", "0")
+        story = folder / "out" / "seed0"
+        train_rl.main(["--out", str(story), "--resume", "--threads", "1", "--device", "cpu"])
+        (story / "emoji").mkdir()
+        for name in ("metrics.json", "log.jsonl", "samples.png"):
+            shutil.copy(story / name, story / "emoji" / name)
+        run("emoji", "--seeds", "0")
     return folder
 
 
@@ -139,9 +136,8 @@ def test_without_a_name_results_md_and_the_blocks_of_the_readme_are_written(
 
 def test_seed_0_of_the_story_is_a_run_of_train_rl(results):
     """--resume takes its folder: finished stages are kept, and judged as the study judged them."""
-    out = results / "out" / "seed0"
-    argv = ["--out", str(out), "--resume", "--threads", "1", "--device", "cpu"]
-    demo, rows = train_rl.main(argv), records.read_result("story")["rows"]
+    out, rows = results / "out" / "seed0", records.read_result("story")["rows"]
+    demo = json.loads((out / "metrics.json").read_text())
     assert demo["settings"] == json.loads((out / "settings.json").read_text())
     assert demo["minutes"] == {}
     for name in ("real", "teacher", "one-step start", "student", "policy"):
@@ -154,6 +150,20 @@ def test_seed_0_of_the_story_is_a_run_of_train_rl(results):
     }.items():
         for key in ("quality", "reward", "steps", "frechet"):
             assert rows[name]["0"][key] == pytest.approx(demo["rl"][again][key], abs=2e-6), key
+
+
+def test_a_folder_is_trained_on_by_train_rl(monkeypatch, tmp_path):
+    monkeypatch.setattr(lab, "preset", tiny_preset)
+    monkeypatch.setattr(folders, "FOLDERS", tmp_path)
+    calls, here = [], lab.Lab(tmp_path, 0, torch.device("cpu"))
+    monkeypatch.setattr(train_rl, "main", calls.append)
+    with pytest.raises(InputError, match="make_folders"):
+        folders.Emoji().run(tmp_path / "out", here)
+    (tmp_path / "emoji").mkdir()
+    folders.Emoji().run(tmp_path / "out", here)
+    args = train_rl.parse(calls[0])
+    assert args.data == str(tmp_path / "emoji") and args.out == tmp_path / "out"
+    assert args.resume and args.flip and args.seed == 0
 
 
 class Coins(Study):

@@ -54,17 +54,18 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         sys.exit(128 + number)
     finally:
         if in_main_thread:  # a notebook goes on
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
 def usable(stream):
     """The stream as scripts can write to it; one that keeps nothing where it is None or closed, as
     under cron or in a daemon. A notebook's is left alone."""
-    if stream is None or getattr(stream, "closed", False):
-        return open(os.devnull, "w")
-    with suppress(AttributeError, ValueError):
-        stream.reconfigure(errors="backslashreplace")  # folder names need not be UTF-8
-    return stream
+    with suppress(ValueError):  # detached
+        if stream is not None and not getattr(stream, "closed", False):
+            with suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")  # folder names need not be UTF-8
+            return stream
+    return open(os.devnull, "w")
 
 
 def raise_stopped(number: int, _) -> None:

@@ -1,8 +1,10 @@
 """The command line of the training scripts, and all that is checked before long work begins."""
 
 import argparse
+import math
 import os
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+import re
+from argparse import BooleanOptionalAction, Namespace
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from workbench.settings import (
     preset,
 )
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of the container that we are in
 CLIP = ClipOptions()  # the defaults
 TRAINING_OPTIONS = {
     "--data": {
@@ -94,6 +97,29 @@ TRAINING_OPTIONS = {
 }
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Called without arguments it takes none: sys.argv, which `run_script` passes on, is not that
+    of the script where a notebook calls main(). And it takes any negative number, such as -1e-3,
+    for the value of the option before it; Python's own takes some for options."""
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[Namespace, list[str]]:
+        words = []
+        for word in args or ():
+            if words and is_negative(word) and re.fullmatch("--[^=]+", words[-1]):
+                word = f"{words.pop()}={word}"
+            words.append(word)
+        return super().parse_known_args(words, namespace)
+
+
+def is_negative(text: str) -> bool:
+    """Whether the text is a number with a minus, as `float` reads it."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.startswith("-")
+
+
 def training_parser(doc: str) -> ArgumentParser:
     """A parser with the options that people use; `add_settings` adds all the others."""
     parser = ArgumentParser(
@@ -107,13 +133,14 @@ def training_parser(doc: str) -> ArgumentParser:
     return parser
 
 
-def add_device(parser: ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads (default: half of the cores, at most 8; more wait for each other)",
+        help="CPU threads (default: OMP_NUM_THREADS, else half of the cores that this process may "
+        "use, at most 8; more wait for each other)",
     )
 
 
@@ -157,10 +184,10 @@ def clip_options(args: Namespace) -> ClipOptions:
 def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
     """torch.device of that name; `auto` takes the first available of cuda, mps and cpu.
 
-    Sets the number of CPU threads: half of the cores, at most 8, unless given. InputError for a
-    device that is not available here, or a number of threads outside of 1...1024."""
+    Sets the number of CPU threads, by default `usual_threads`. InputError for a device that is not
+    available here, or a number of threads outside of 1...1024."""
     if threads is None:
-        threads = max(1, min(8, (os.cpu_count() or 1) // 2))
+        threads = usual_threads()
     if not 1 <= threads <= 1024:
         raise InputError(f"--threads {threads} must lie in 1...1024")
     torch.set_num_threads(threads)
@@ -175,6 +202,28 @@ def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
     if kind not in available or (number and not (kind == "cuda" and number.isdigit())):
         raise InputError(f"--device {name}: there is none here; there is {', '.join(available)}")
     return torch.device(name)
+
+
+def usual_threads() -> int:
+    """OMP_NUM_THREADS if it is a number of threads; else half of the cores, at most 8.
+
+    These are the cores that this process may use: a container or a batch system gives some."""
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # "4,2": of nested regions
+    if given.isdecimal() and 1 <= int(given) <= 1024:
+        return int(given)
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(8, math.ceil(min(cores, cpu_quota())) // 2))
+
+
+def cpu_quota() -> float:
+    """How many CPUs a container's limit amounts to, as `docker run --cpus` sets it."""
+    try:
+        quota, period = CPU_MAX.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # there is none: no such file, or "max"
+        return math.inf
 
 
 def usual_preset(data: str, device: torch.device) -> str:

@@ -48,7 +48,7 @@ class Run:
         self.lock = lock_run_dir(self.out)
         try:
             save_run_args(self.args)
-        except InputError:
+        except BaseException:  # also Ctrl-C
             self.lock.release()
             raise
         return self
