@@ -636,8 +636,9 @@ class Muon(torch.optim.Optimizer):
 
     Every gradient matrix is replaced by about the nearest orthogonal one, so that all directions of
     a weight move equally far, those with small gradients too. Updates are as large as Adam's, a
-    root mean square of 0.2 lr (2502.16982). Matrices of one shape share a batch, and all is in
-    float32: torch.optim.Muon uses bfloat16, which most CPUs only emulate."""
+    root mean square of 0.2 lr (2502.16982). Matrices of one shape share a batch. As in the original
+    they are orthogonalised in bfloat16, but only on GPUs that have it; torch.optim.Muon does so
+    everywhere, and most CPUs only emulate it."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.02):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -660,7 +661,10 @@ class Muon(torch.optim.Optimizer):
         averages, gradients = [self.state[p]["average"] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, averages, momentum)
-        directions = orthogonalise(torch.stack(nesterov))
+        nesterov = torch.stack(nesterov)
+        if nesterov.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+            nesterov = nesterov.bfloat16()
+        directions = orthogonalise(nesterov).float()
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         size = 0.2 * lr * math.sqrt(max(params[0].shape))
         torch._foreach_add_(params, list(directions.unbind()), alpha=-size)

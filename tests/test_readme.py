@@ -36,7 +36,7 @@ def test_tables_are_what_the_json_and_the_budget_give(name):
 
 
 def test_the_table_of_results_stands_in_the_readme():
-    assert tables.readme_table() in README
+    assert tables.readme_results() in README
 
 
 def test_the_computed_hours_and_memory_of_the_prose_are_those_of_the_table():

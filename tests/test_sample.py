@@ -290,6 +290,14 @@ def test_a_teacher_may_take_one_step_without_guidance():
     assert checked_sampling(teacher, Sampling()) == Sampling().resolve(teacher)
 
 
+def test_a_teacher_without_a_null_class_has_no_guidance():
+    teacher = random_model(label_dropout=0.0, guidance=1.0)
+    for guidance in (None, 1.0):
+        assert checked_sampling(teacher, Sampling(guidance=guidance)).guidance == 1
+    with pytest.raises(InputError, match="--guidance 2 needs the null class"):
+        checked_sampling(teacher, Sampling(guidance=2.0))
+
+
 def test_help_says_what_guidance_is(capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main(["--help"])

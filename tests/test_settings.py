@@ -42,7 +42,8 @@ def test_no_setting_may_be_infinite_or_nan(name, value):
 @pytest.mark.parametrize(
     "name, value, said",
     [
-        ("image_size", 0, "--image-size 0 must be at least 1"),
+        ("image_size", 0, "--image-size 0 must be at least 2"),
+        ("image_size", 1, "--image-size 1 must be at least 2"),  # a traceback in the judge, once
         ("image_size", 9, "--image-size 9 must be a multiple of --patch 2"),
         ("per_class", 19, "--per-class 19 must be at least 20"),
         ("width", 30, "--width 30 must be a multiple of 4"),
@@ -71,6 +72,18 @@ def test_no_setting_may_be_infinite_or_nan(name, value):
 def test_a_setting_outside_its_limits_is_refused_by_its_option(name, value, said):
     with pytest.raises(InputError, match=said):
         tiny(**{name: value})
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.9, 1.2, 3])
+def test_guidance_needs_a_null_class_that_is_trained(guidance):
+    """It once ran on random weights."""
+    expected = f"--guidance {guidance:g} needs the null class, which --label-dropout 0"
+    with pytest.raises(InputError, match=expected):
+        tiny(label_dropout=0.0, guidance=guidance)
+    with pytest.raises(InputError, match="--guidance 1.2 needs the null class"):
+        tiny(label_dropout=0)
+    assert tiny(label_dropout=0.0, guidance=1).label_dropout == 0
+    assert tiny(label_dropout=0.01, guidance=guidance).guidance == guidance
 
 
 def test_every_setting_but_a_switch_has_limits():

@@ -128,7 +128,7 @@ def test_without_a_name_results_md_and_the_blocks_of_the_readme_are_written(
     document.write_text("a\n<!-- results -->\nold\n<!-- /results -->\nb\n")
     main([])
     text = document.read_text()
-    assert text == f"a\n<!-- results -->\n{tables.readme_table()}\n<!-- /results -->\nb\n"
+    assert text == f"a\n<!-- results -->\n{tables.readme_results()}\n<!-- /results -->\nb\n"
     assert "| policy | " in text and "old" not in text
     assert tables.with_tables(text) == text
     assert "## GSIM" in (records.ASSETS / "results.md").read_text()
@@ -353,7 +353,8 @@ def test_checkpointing_and_parts_of_the_batch_need_less():
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_the_budget_of_activations_is_what_an_update_keeps(precision):
     """It is a bound: all tokens visible to the encoder and all denoised, where here half are."""
-    settings = tiny(precision=precision, depth=4, head_depth=4, label_dropout=0.0, micro_batch=8)
+    no_null_class = {"label_dropout": 0.0, "guidance": 1.0}
+    settings = tiny(precision=precision, depth=4, head_depth=4, micro_batch=8, **no_null_class)
     training = TeacherTraining(settings, ["a", "b", "c"])
     set_precision(training.model, precision)
     weights = {p.untyped_storage()._cdata for p in training.model.parameters()}

@@ -70,7 +70,7 @@ def test_the_teacher_trains_a_fraction_of_the_images_without_their_class(setting
 
 
 def test_without_label_dropout_no_label_is_dropped(settings):
-    _, labels = mask_and_labels_of_an_update(settings(label_dropout=0.0))
+    _, labels = mask_and_labels_of_an_update(settings(label_dropout=0.0, guidance=1.0))
     assert set(labels.tolist()) == {1}
 
 
@@ -178,7 +178,7 @@ def test_norms_biases_and_the_head_have_no_weight_decay(settings):
 
 def test_a_teacher_memorises_one_image(settings):
     """The loss of a head that says nothing is the variance of what it should predict, 1."""
-    s = settings(teacher_iters=40, teacher_lr=6e-3, label_dropout=0.0, draws=1)
+    s = settings(teacher_iters=40, teacher_lr=6e-3, label_dropout=0.0, guidance=1.0, draws=1)
     training, x = TeacherTraining(s, ["a"]), torch.randn(1, 16, 12).repeat(16, 1, 1)
     labels = torch.zeros(16).long()
     losses = [training.update(i, x, labels, i)["loss"] for i in range(40)]

@@ -6,7 +6,7 @@ the judge alone) and `test` (real images that the judge compares generated ones 
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskrl import rng
 from workbench.errors import InputError, abbreviate
-from workbench.images import check_class_size, class_folders, load_folder
+from workbench.images import check_class_size, class_folders, composed, load_folder
 from workbench.settings import RunSettings
 
 
@@ -105,6 +105,7 @@ class Data:
     judge: Split
     test: Split
     cache: Path | None = None  # the folder that keeps the decoded images, if there is one
+    digests: dict[str, str] = field(default_factory=dict)  # {class: of its pixels}, of a folder
     latents: Any = None  # workbench.latents.Latents of `train`, for a generator of latents
     decode: Callable = identity  # what a generator makes -> images in [-1, 1]
 
@@ -121,13 +122,14 @@ class Data:
     def labelled_as(self, classes: list[str]) -> "Data":
         """The same images with labels that index a checkpoint's `classes`; InputError unless these
         include all of the data's own."""
-        unknown = [name for name in self.classes if name not in classes]
+        known = {composed(name): y for y, name in reversed(list(enumerate(classes)))}
+        unknown = [name for name in self.classes if composed(name) not in known]
         if unknown:
             raise InputError(
                 f"--data {self.name} has classes that the checkpoint does not know: "
                 f"{abbreviate(unknown)}; it knows {abbreviate(classes)}. Choose with --classes"
             )
-        new_labels = torch.tensor([classes.index(name) for name in self.classes])
+        new_labels = torch.tensor([known[composed(name)] for name in self.classes])
         train, judge, test = [
             replace(part, labels=new_labels[part.labels])
             for part in (self.train, self.judge, self.test)
@@ -156,7 +158,7 @@ def load_data(
     cache: a folder to keep decoded images in (None: in memory). stride: pixels per side of a latent
     if latents are generated. InputError if there is no such folder or class, or too few images."""
     size = settings.image_size * stride
-    names, cache_folder = {}, None
+    names, cache_folder, digests = {}, None, []
     if name == "shapes":
         if classes or class_names:
             raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
@@ -167,9 +169,9 @@ def load_data(
             names = read_class_names(class_names, available)
         positions = find_classes(classes, available, names) if classes else range(len(available))
         classes = [available[y] for y in sorted(set(positions))]
-        images, labels, cache_folder = load_folder(name, classes, size, cache)
+        images, labels, digests, cache_folder = load_folder(name, classes, size, cache)
     parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
-    return Data(name, classes, names, *parts, cache_folder)
+    return Data(name, classes, names, *parts, cache_folder, dict(zip(classes, digests)))
 
 
 def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:
@@ -233,11 +235,17 @@ def load_shapes(settings: RunSettings, size: int) -> tuple[list[str], Tensor, Te
 
 
 def read_lines(option: str, path) -> list[str]:
-    """The lines of a text file that an option names; InputError if it cannot be read."""
+    """The lines of a text file that an option names, with Unicode's accents composed; InputError if
+    it cannot be read, or is not in UTF-8."""
     try:
-        return Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")  # "sig": Windows begins files by a mark
+    except OSError as error:
         raise InputError(f"{option} {path}: {error}") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # as in UTF-16
+        raise InputError(f"{option} {path} is not a text file in UTF-8: save it as one")
+    return composed(text).splitlines()
 
 
 def read_class_names(path, classes: list[str]) -> dict[str, str]:
@@ -245,7 +253,7 @@ def read_class_names(path, classes: list[str]) -> dict[str, str]:
     InputError if it names none of the `classes`."""
     pairs = [line.split(maxsplit=1) for line in read_lines("--class-names", path)]
     names = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
-    if not names.keys() & set(classes):
+    if not names.keys() & set(map(composed, classes)):
         raise InputError(
             f"--class-names {path} names none of the classes {abbreviate(classes, 3)}; expected "
             "lines such as 'n01440764 tench, Tinca tinca'"
@@ -256,20 +264,23 @@ def read_class_names(path, classes: list[str]) -> dict[str, str]:
 def display_names(classes: list[str], names: dict[str, str]) -> list[str]:
     """What to call the `classes`: the first of several names; the class itself if it has none."""
     short_names = {name: synonyms.split(",")[0] for name, synonyms in names.items()}
-    return [short_names.get(name, name) for name in classes]
+    return [short_names.get(composed(name), name) for name in classes]
 
 
 def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) -> list[int]:
     """Positions in `classes` of those that --classes asks for.
 
-    texts: classes or their `names`, several of them separated by commas, or files with one a line.
-    InputError if there is no such class, or if several have the name."""
-    positions = {}
-    for y, name in enumerate(classes):
+    texts: classes or their `names`, several of them separated by commas, or files with one a line;
+    the spaces around a name may be left out. InputError if there is no such class, or if several
+    have the name."""
+    positions, exact = {}, {}
+    for y, name in enumerate(map(composed, classes)):
+        exact.setdefault(name, []).append(y)
         synonyms = names.get(name, "")
-        for spelling in {synonyms, *map(str.strip, synonyms.split(","))} - {""}:
+        spellings = {name.strip(), synonyms, *map(str.strip, synonyms.split(","))}
+        for spelling in spellings - {""}:
             positions.setdefault(spelling, []).append(y)
-    positions |= {name: [y] for y, name in enumerate(classes)}
+    positions |= exact
     wanted = [name for text in texts for name in split_names(text, positions)]
     if not wanted:
         raise InputError("--classes names no class")
@@ -284,7 +295,8 @@ def find_classes(texts: list[str], classes: list[str], names: dict[str, str]) ->
 
 def split_names(text: str, known) -> list[str]:
     """The names in one value of --classes: a `known` one, the lines of a file, or a comma list."""
-    if text in known:
-        return [text]
-    parts = read_lines("--classes", text) if os.path.isfile(text) else text.split(",")
-    return [name.strip() for name in parts if name.strip()]
+    if composed(text) in known:
+        return [composed(text)]
+    is_file = os.path.isfile(text)
+    parts = read_lines("--classes", text) if is_file else composed(text).split(",")
+    return [name if name in known else name.strip() for name in parts if name.strip()]

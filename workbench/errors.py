@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TextIO
 
 import torch
 
@@ -57,7 +58,7 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
-def usable(stream):
+def usable(stream) -> TextIO:
     """The stream as scripts can write to it; one that keeps nothing where it is None or closed, as
     under cron or in a daemon. A notebook's is left alone."""
     with suppress(ValueError):  # detached

@@ -17,9 +17,9 @@ from torchvision.transforms.functional import hflip
 from tqdm import tqdm
 
 from maskrl import rng
+from workbench.cache import build_or_load_cache
 from workbench.data import Data, Split, identity, to_unit
 from workbench.errors import InputError
-from workbench.images import build_or_load_cache
 from workbench.kl16 import KL16, load_kl16, posterior_sample
 
 

@@ -15,6 +15,7 @@ from workbench.data import find_classes
 from workbench.errors import InputError
 from workbench.images import EXTENSIONS
 from workbench.lazymar import LazyContexts
+from workbench.settings import check_guidance
 
 
 def class_labels(
@@ -73,6 +74,8 @@ def check_chain(model: MAR, sampling: Sampling) -> None:
         raise InputError(
             "--guidance needs a teacher's chain: a one-step student has its guidance baked in"
         )
+    if sampling.guidance is not None:
+        check_guidance(sampling.guidance, model.settings.label_dropout)
 
 
 def check_request(args: Namespace, shown: int) -> None:

@@ -52,6 +52,7 @@ class RunSettings(maskrl.Settings):
             raise InputError(
                 f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens"
             )
+        check_guidance(self.guidance, self.label_dropout)
 
 
 COUNT = {"at_least": 1}
@@ -61,7 +62,7 @@ DEPTH = {"at_least": 1, "at_most": 200}
 RATE = {"above": 0, "at_most": 1000}
 FRACTION = {"at_least": 0, "below": 1}
 LIMITS = {
-    "image_size": {"at_least": 1, "at_most": 4096},
+    "image_size": {"at_least": 2, "at_most": 4096},  # the judge halves it
     "patch": COUNT,
     "mean": {"at_least": -1000, "at_most": 1000},
     "scale": {"at_least": 0, "at_most": 1000},
@@ -139,6 +140,15 @@ def check_value(field: Field, value) -> None:
     for kind, holds in COMPARISONS.items():
         if kind in limits and not holds(value, limits[kind]):
             raise InputError(f"{name} {value} must be {kind.replace('_', ' ')} {limits[kind]}")
+
+
+def check_guidance(guidance: float, label_dropout: float) -> None:
+    """InputError if guidance needs a null class and the teacher has not learned one."""
+    if guidance != 1 and label_dropout == 0:
+        raise InputError(
+            f"--guidance {guidance:g} needs the null class, which --label-dropout 0 does not train: "
+            "--guidance 1 is none"
+        )
 
 
 def documented_fields() -> dict[str, tuple[str, str]]:

@@ -220,11 +220,11 @@ class Budget:
         return sum(2 * p.numel() for p in self.model.head.parameters() if p.ndim == 2)
 
     def hours_of_muon(self) -> float:
-        """Five iterations of three products, in float32, for each of its matrices."""
+        """Five iterations of three products, in bfloat16 on this GPU, for each of its matrices."""
         muon = teacher_optimizers(self.model).get("muon")
         shapes = [sorted(p.shape) for p in muon.param_groups[0]["params"]] if muon else []
         total = sum(5 * (2 * 2 * n**2 * m + 2 * n**3) for n, m in shapes)
-        return self.settings.teacher_iters * total / PEAK["fp32"] / self.utilisation / 3600
+        return self.settings.teacher_iters * total / PEAK["bf16"] / self.utilisation / 3600
 
 
 class ReleasedBudget(Budget):

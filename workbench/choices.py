@@ -1,0 +1,81 @@
+"""What a run was begun with, so that --resume goes on with the same."""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from workbench.data import Data
+from workbench.errors import InputError, abbreviate
+from workbench.files import as_json, write_text
+from workbench.settings import flag
+
+
+def save_run_args(args: Namespace, data: Data) -> None:
+    """Keep a digest of each class's images, and --vae, --features and --reward, in
+    out/choices.json; InputError where a resumed run has others.
+
+    What the images are counts, not where they lie: a folder may be moved, or have another path.
+    The file names code: what it says is compared with what is given, and never used."""
+    path = args.out / "choices.json"
+    given = {"data": str(Path(data.name)), "vae": said_of(args.vae or "")}
+    given["features"] = said_of(args.features)
+    if "reward" in args:  # train_distill.py has none
+        given["reward"] = args.reward
+    begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
+    kept = read_choices(path) if begun else {}
+    images = kept.get("images", {} if data.name == "shapes" else data.digests)
+    changes = image_changes(images, data.digests)
+    if changes:
+        raise InputError(
+            f"{args.out} was begun with other images than those of --data {data.name}: "
+            f"{abbreviate(changes)}. Give the same again, or another --out"
+        )
+    for name in given.keys() - {"data"}:
+        if content(kept.get(name, given[name])) != content(given[name]):
+            raise InputError(
+                f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
+                f"{given[name] or None}: give it again, or another --out"
+            )
+    write_text(path, as_json(kept | given | {"images": data.digests}))
+
+
+def read_choices(path: Path) -> dict[str, Any]:
+    """The content of choices.json; InputError if that is damaged."""
+    try:
+        kept = json.loads(path.read_bytes())
+        images = dict(kept.pop("images")) if "images" in kept else None
+        kept = {name: str(value) for name, value in kept.items()}
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it") from None
+    return kept if images is None else kept | {"images": images}
+
+
+def image_changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """How the images of classes differ, by their digests."""
+    changes = [f"class {name} is missing" for name in before if name not in now]
+    for name in now:
+        if name not in before:
+            changes.append(f"class {name} is new")
+        elif before[name] != now[name]:
+            changes.append(f"class {name} has other images")
+    return changes
+
+
+def said_of(value) -> str:
+    """The value of an option; of a file its name, and a digest of its bytes."""
+    if not os.path.isfile(value):
+        return str(value)
+    digest = hashlib.sha256()
+    with open(value, "rb") as file:
+        for part in iter(partial(file.read, 2**20), b""):
+            digest.update(part)
+    return f"{Path(value).name} (sha256 {digest.hexdigest()})"
+
+
+def content(said: str) -> str:
+    """What counts of `said_of`: of a file its bytes, whatever it is called."""
+    return said.rpartition("(sha256 ")[2]
