@@ -94,6 +94,7 @@ class Settings:
     student_lr: float = 6e-4  # learning rate of the student
     aux_lr: float = 1.2e-3  # learning rate of the auxiliary network
     student_ema: float = 0.98  # limit of the student's EMA decay
+    gsim_guidance: str = "linear"  # MAR's schedule of s in GSIM; or constant, as in MARVAL
     noise_ratio: float = 5.0  # sigma / alpha at the one time from which the student jumps
     # RL
     rl_iters: int = 150  # updates of the policy
@@ -106,6 +107,7 @@ class Settings:
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
+    policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
     learn_steps: bool = True  # learn a schedule of at most K iterations
@@ -448,7 +450,9 @@ class Diffusion:
         u = torch.arange(1001, dtype=torch.float64) / 1000
         bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         alphas_bar = (1 - (1 - bar[1:] / bar[:-1]).clamp(max=0.999)).cumprod(0)
-        self.times = torch.tensor([round(i * 999 / (n - 1)) for i in range(n)])
+        strides = itertools.repeat(999 / (n - 1), n - 1)
+        times = itertools.accumulate(strides, initial=0.0)  # as the official code rounds
+        self.times = torch.tensor([round(t) for t in times])
         self.alphas_bar = alphas_bar[self.times]
         previous = F.pad(self.alphas_bar[:-1], (1, 0), value=1.0)
         self.betas = 1 - self.alphas_bar / previous
@@ -1173,8 +1177,8 @@ class Distillation:
     S_phi (`aux`) both start as the teacher and are updated in turn. The teacher is frozen.
 
     Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations.
-    Differs from the paper: guidance follows MAR's linear schedule as if the iteration revealed one
-    token, where the paper's s is constant."""
+    Differs from the paper: by default guidance follows MAR's linear schedule as if the iteration
+    revealed one token; gsim_guidance "constant" is the paper's."""
 
     def __init__(self, teacher: MAR, settings: Settings, loss: Callable = gsim_loss):
         self.teacher, self.gsim_loss = teacher.requires_grad_(False), loss
@@ -1224,6 +1228,14 @@ class Distillation:
         z, c = batch.flat(batch.z), batch.context(self.model)
         return one_step(self.model.head, z, c, self.model.settings.noise_ratio)
 
+    def guidance(self, batch: MaskedBatch) -> Tensor | float:
+        """s of the teacher [N, 1], or the same for all tokens."""
+        s = self.model.settings.guidance
+        if self.model.settings.gsim_guidance == "constant":
+            return s
+        hidden = batch.mask.sum(1, keepdim=True).expand_as(batch.mask)
+        return guidance_scale(s, batch.flat_repeated(hidden) - 1, self.model.length)[:, None]
+
     def aux_loss(self, batch: MaskedBatch) -> Tensor:
         """Denoising score matching: S_phi learns the score of the student's samples."""
         with torch.no_grad():
@@ -1236,10 +1248,7 @@ class Distillation:
             c_q = batch.context(self.aux)
             both = class_and_null_context(self.teacher, batch.x, batch.mask, batch.labels)
         c_p, c_null = map(batch.flat_repeated, both)
-        hidden = batch.mask.sum(1, keepdim=True).expand_as(batch.mask)
-        hidden = batch.flat_repeated(hidden)
-        s = guidance_scale(self.model.settings.guidance, hidden - 1, self.model.length)
-        guided_teacher = guided(self.teacher.head, c_p, c_null, s[:, None])
+        guided_teacher = guided(self.teacher.head, c_p, c_null, self.guidance(batch))
 
         def eps_p(x_t, t):
             return guided_teacher(x_t, t).chunk(2, -1)[0]
@@ -1603,13 +1612,12 @@ class PolicyGradient:
     without a learned schedule, whose states new contexts change. Fewer steps are MaskFocus' choice,
     made on the finished image, and biased.
     Differs from MaskFocus, which counts all hidden tokens of a step, under a fresh mask. Those were
-    not drawn from this context: for discrete tokens a surrogate, but a continuous token lies many
-    sigma from any mean but its own, so we count the tokens that the step revealed.
+    not drawn from this context: for discrete tokens a surrogate, but continuous ones lie up to six
+    sigma from the means of an early step, so we count the tokens that the step revealed.
 
     Noise policy and schedule see contexts that the rollouts kept, so that an update costs next to
-    nothing: each batch of rollouts gets `policy_epochs` of them."""
+    nothing: each batch of rollouts gets several."""
 
-    policy_epochs = 4
     can_learn_steps = True  # a schedule needs a policy gradient
 
     def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
@@ -1635,24 +1643,24 @@ class PolicyGradient:
     def adamw(parameters, lr: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def schedule_alone(self, step: int) -> bool:
+    def is_schedule_alone(self, step: int) -> bool:
         """Whether only the schedule learns at this step."""
         return step >= self.model.settings.rl_iters
 
     def prompts(self, step: int) -> int:
         """P, the number of labels that `update` should get at this step."""
-        return self.model.settings.prompts * (4 if self.schedule_alone(step) else 1)
+        return self.model.settings.prompts * (4 if self.is_schedule_alone(step) else 1)
 
     def update(self, step: int, labels: Tensor, seed) -> dict[str, float]:
         """G rollouts of each class of `labels` [P], then updates on them; metrics to log."""
         seed = seed, "rollout", step
-        if not self.schedule_alone(step):
+        if not self.is_schedule_alone(step):
             return self.policy_update(labels, seed)
         settings = self.model.settings
         progress = (step - settings.rl_iters) / settings.schedule_iters
         lr = settings.schedule_lr * max(0.0, 1 - progress)
         self.optimizers["schedule"].param_groups[0]["lr"] = lr
-        return self.schedule_update(labels, seed)
+        return self.update_schedule_alone(labels, seed)
 
     def policy_update(self, labels: Tensor, seed) -> dict[str, float]:
         """Updates of the noise policy or generator on selected steps, and of the schedule.
@@ -1670,20 +1678,20 @@ class PolicyGradient:
         elif A.any():
             metrics |= self.generator_update(rollouts, A, steps)
         if self.model.schedule is not None and settings.action == "z":
-            metrics["schedule_clipped"] = self.update_schedule(rollouts.trace, A)
+            metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
         elif self.model.schedule is not None:
-            alone = self.schedule_update(labels, (seed, "schedule"))
+            alone = self.update_schedule_alone(labels, (seed, "schedule"))
             metrics["schedule_clipped"] = alone["schedule_clipped"]
         return metrics
 
-    def schedule_update(self, labels: Tensor, seed) -> dict[str, float]:
+    def update_schedule_alone(self, labels: Tensor, seed) -> dict[str, float]:
         """Updates of the schedule alone, on rollouts of its own.
 
         With action x these have no noise on the tokens, which the reward would take for damage."""
         explore = self.model.settings.action == "z"
         rollouts = rollout(self.model, self.quality, labels, seed, False, explore)
         A, metrics = self.advantages(rollouts)
-        return metrics | {"schedule_clipped": self.update_schedule(rollouts.trace, A)}
+        return metrics | {"schedule_clipped": self.schedule_update(rollouts.trace, A)}
 
     def advantages(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
         """A [B], and what to log of the rewards."""
@@ -1709,7 +1717,7 @@ class PolicyGradient:
         z = trace.z[counted] + mu_old  # as it was drawn
         log_old = token_log_prob(z, mu_old, sigma)
         history = []
-        for _ in range(self.policy_epochs):
+        for _ in range(self.model.settings.policy_epochs):
             mu = model.noise_policy(c)
             log_prob, kl = token_log_prob(z, mu, sigma), token_kl(mu, 0.0, sigma)
             loss, metrics = policy_loss(
@@ -1750,7 +1758,7 @@ class PolicyGradient:
         history.append((float(len(g) / n), metrics))
         return loss * len(g) / n
 
-    def update_schedule(self, trace: Trace, A: Tensor) -> float:
+    def schedule_update(self, trace: Trace, A: Tensor) -> float:
         """Updates of the schedule policy on all of its choices in a Trace; the clip fraction.
 
         It does not start from a base model, so there is no KL term."""
@@ -1761,7 +1769,7 @@ class PolicyGradient:
         states, hidden = trace.states[row, step], trace.hidden()[row, step]
         actions = trace.actions[row, step, None]
         log_old = None
-        for _ in range(self.policy_epochs):
+        for _ in range(self.model.settings.policy_epochs):
             log_prob = schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
             if log_old is None:
                 log_old = log_prob.detach()

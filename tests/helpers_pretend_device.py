@@ -5,18 +5,20 @@
     gpu.waits  # {(what, "maskrl.py:567 context"): how often the host waited for the GPU there}
     gpu.launches  # {operator: how often it was launched}
 
-Its tensors, `OnGpu`, say that they are on cuda:0, and hold a tensor of the CPU. They are seen by
-every operator below autograd and autocast, so that backward passes, fused optimisers and the
-insides of composite functions count, and CUDA's own rules of autocast hold. An operator must obey
-CUDA's rules: operands of two devices, a generator of the other one, and numpy are refused as a GPU
-refuses them. Not shown: kernels and their rounding, memory, speed, and streams."""
+Its tensors, `OnGpu`, say that they are on cuda:0 and keep their numbers in a tensor of the CPU.
+Every operator that has one of them, or device="cuda", is seen here, those of backward passes, of
+fused optimisers and of the insides of functions too, and must obey CUDA's rules: operands of two
+devices, a generator of the other one, and numpy are refused as a GPU refuses them. Not shown:
+kernels and their rounding, memory, speed, and streams."""
 
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,26 +28,36 @@ aten = torch.ops.aten
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOT = str(Path(__file__).parent.parent) + "/"
 OURS = tuple(ROOT + name for name in ("maskrl.py", "train_", "sample.py", "workbench/"))
-HostGenerator = torch.Generator
+REAL = SimpleNamespace(
+    Generator=torch.Generator,
+    autocast=torch.autocast,
+    tensor=torch.tensor,
+    as_tensor=torch.as_tensor,
+    to=Tensor.to,
+    grouped=torch._C._group_tensors_by_device_and_dtype,
+)
 
-# Operators whose result has a shape or is a number that the host must know: it waits for the GPU
+# Operators whose result is a number, or has a shape, that the host must know: it waits for the GPU
 WAITS = {
-    aten._local_scalar_dense,  # item, tolist of one number, bool, int, float
-    *(aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero),
-    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount, aten.multinomial),
+    *(aten._local_scalar_dense, aten.is_nonzero, aten.equal),  # the first is .item()
+    *(aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive),
+    *(aten.bincount, aten.histc, aten.repeat_interleave, aten.multinomial),
 }
-# Operators that may have operands of two devices, beside the numbers of pointwise ones
-MOVES = {aten._to_copy, aten.copy_, aten._copy_from, aten._foreach_copy_}
-TAKES_NUMBERS = {aten.where, aten.masked_fill, aten.masked_fill_, aten.index_put, aten.index_put_}
-NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
-NO_KERNEL |= {aten.new_empty_strided, aten._unsafe_view, aten.detach, aten._local_scalar_dense}
-NO_KERNEL |= {aten._fused_sdp_choice, aten._to_copy, aten.lift_fresh, aten.resize_}
+# Operators that take operands of two devices; pointwise ones take numbers, tensors without shape
+MOVES = {aten._to_copy, aten.copy_, aten._foreach_copy_}
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+TAKES_NUMBERS = INDEXING | {aten.where, aten.masked_fill, aten.masked_fill_, aten.fill_}
+NO_KERNEL = {  # beside views
+    *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided),
+    *(aten.detach, aten._unsafe_view, aten.lift_fresh, aten._local_scalar_dense),
+}
 
 
 class OnGpu(Tensor):
     """host: the tensor of the CPU that has the numbers."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    device, is_cuda, is_cpu = GPU, True, False
 
     @staticmethod
     def __new__(cls, host):
@@ -55,7 +67,7 @@ class OnGpu(Tensor):
             strides=host.stride(),
             storage_offset=host.storage_offset(),
             dtype=host.dtype,
-            device=GPU,
+            device=Gpu.now.inner_device,
         )
 
     def __init__(self, host):
@@ -72,69 +84,128 @@ class OnGpu(Tensor):
     def __tensor_unflatten__(inner, *_):
         return OnGpu(inner["host"])
 
-    def __repr__(self, **_):
-        return f"OnGpu({self.host})"
-
     def tolist(self):
         return self.cpu().tolist()
 
     def numpy(self, **_):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
+    def __repr__(self, **_):
+        return f"OnGpu({self.host})"
+
     def __deepcopy__(self, memo):
         if id(self) not in memo:
-            copy = OnGpu(self.host.clone()).requires_grad_(self.requires_grad)
-            memo[id(self)] = copy
+            copy = OnGpu(self.host.detach().clone()).requires_grad_(self.requires_grad)
             if hasattr(self, "_is_param"):
                 copy._is_param = True
+            memo[id(self)] = copy
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):  # in a file it is a tensor as any other
         return self.host.detach().__reduce_ex__(protocol)
 
 
-class GpuGenerator(HostGenerator):
+class Move(torch.autograd.Function):
+    """A tensor on the other device."""
+
+    @staticmethod
+    def forward(ctx, x):
+        to_gpu = not on_gpu(x)
+        Gpu.now.count_wait("copy to the GPU" if to_gpu else "copy from the GPU")
+        return OnGpu(x.clone()) if to_gpu else x.host.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Move.apply(gradient)
+
+
+class GpuGenerator(REAL.Generator):
     device = GPU
+    alive = WeakValueDictionary()  # by their addresses: operators get them as any other
+
+    def __init__(self):
+        self.alive[self._cdata] = self
 
 
-class AnyGenerator(HostGenerator):
+class AnyGenerator(REAL.Generator):
     """torch.Generator, which makes those of the GPU, too."""
 
     def __new__(cls, device="cpu"):
-        return GpuGenerator() if on_gpu(device) else HostGenerator(device)
+        return GpuGenerator() if on_gpu(device) else REAL.Generator(device)
+
+
+class CpuAutocast(REAL.autocast):
+    """torch.autocast, which on the GPU does what it does on the CPU."""
+
+    def __init__(self, device_type, *args, **kwargs):
+        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
 def on_gpu(x) -> bool:
-    named = isinstance(x, (str, torch.device)) and torch.device(x).type == "cuda"
-    return named or isinstance(x, (OnGpu, GpuGenerator))
+    """Of a tensor, a generator, or a device or its name."""
+    if isinstance(x, (str, torch.device)):
+        return torch.device(x).type == "cuda"
+    if isinstance(x, REAL.Generator):
+        return x._cdata in GpuGenerator.alive
+    return isinstance(x, OnGpu)
 
 
-def leaves(x) -> list:
-    """The tensors in the arguments of an operator."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, dict):
-        x = x.values()
-    elif not isinstance(x, (list, tuple)):
-        return []
-    return [tensor for part in x for tensor in leaves(part)]
+def to(x, *args, **kwargs):
+    """Tensor.to"""
+    places = [p for p in (*args, *kwargs.values()) if isinstance(p, (str, torch.device, Tensor))]
+    if not places or on_gpu(places[0]) == on_gpu(x):
+        here = Gpu.now.inner_device if on_gpu(x) else CPU
+        args = [here if isinstance(a, (str, torch.device)) else a for a in args]
+        kwargs = {k: here if k == "device" else a for k, a in kwargs.items()}
+        return REAL.to(x, *args, **kwargs)
+    x = Move.apply(x)
+    dtypes = [p for p in (*args, *kwargs.values()) if isinstance(p, torch.dtype)]
+    dtypes += [p.dtype for p in places if isinstance(p, Tensor)]
+    return REAL.to(x, dtypes[0]) if dtypes else x
 
 
-def on_host(x):
-    """Arguments of an operator, as the CPU gets them."""
-    if isinstance(x, OnGpu):
-        return x.host
-    if isinstance(x, torch.device):
-        return CPU
+def tensor(data, *, device=None, **kwargs):
+    """torch.tensor"""
+    x = REAL.tensor(data, **kwargs)
+    return x if device is None else to(x, device)
+
+
+def as_tensor(data, dtype=None, device=None):
+    """torch.as_tensor"""
+    x = REAL.as_tensor(data, dtype=dtype)
+    return x if device is None else to(x, device)
+
+
+def grouped(lists, indices=False):
+    """What optimisers do with their parameters."""
+    device = GPU if any(map(on_gpu, tensors_in(lists))) else CPU
+    return {(device, kind): group for (_, kind), group in REAL.grouped(lists, indices).items()}
+
+
+def tensors_in(x) -> list:
+    """Those in nested lists."""
     if isinstance(x, (list, tuple)):
-        return [on_host(part) for part in x]
+        return [tensor for part in x for tensor in tensors_in(part)]
+    return [x] if isinstance(x, Tensor) else []
+
+
+def on_host(x, tensors: list):
+    """An argument of an operator as the CPU gets it; the tensors in it go to the list."""
+    kind = type(x)
+    if kind is OnGpu:
+        tensors.append(x)
+        return x.host
+    if kind is list or kind is tuple:
+        return [on_host(part, tensors) for part in x]
+    if isinstance(x, Tensor):
+        tensors.append(x)
     return x
 
 
 def wrapped(x):
-    """What an operator of the CPU returned, on the GPU."""
+    """A result of the CPU on the GPU."""
     if isinstance(x, Tensor):
-        return x if isinstance(x, OnGpu) else OnGpu(x)
+        return OnGpu(x)
     if isinstance(x, (list, tuple)):
         return type(x)(map(wrapped, x))
     return x
@@ -144,41 +215,76 @@ def refuse(func, why):
     raise RuntimeError(f"{func}: expected all tensors on one device, {why}")
 
 
+@cache
+def about(func) -> SimpleNamespace:
+    """What the rules of an operator depend on."""
+    op, schema = func.overloadpacket, func._schema
+    return SimpleNamespace(
+        name=op.__name__,
+        waits=op in WAITS,
+        moves=op in MOVES,
+        indexes=op in INDEXING,
+        launches=not (func.is_view or op in NO_KERNEL),
+        takes_numbers=torch.Tag.pointwise in func.tags or op in TAKES_NUMBERS,
+        in_place=schema.is_mutable and schema.name.endswith("_"),
+        writes=schema.is_mutable,
+    )
+
+
 class Gpu(TorchDispatchMode):
+    """waits, launches: see above.
+
+    inner_device: what autograd and autocast take the tensors for. As those of the CPU they have
+    backward passes, and autocast is the CPU's; as those of cuda autocast follows CUDA's rules, and
+    there are no backward passes."""
+
     now = None
 
-    def __init__(self):
+    def __init__(self, inner_device):
         super().__init__()
+        self.inner_device = inner_device
         self.waits, self.launches = Counter(), Counter()
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled here, and to skip it takes time
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(func, args, kwargs or {})
 
-    def count(self, what):
-        """A wait of the host, at the line of ours that asked for it."""
-        frame = sys._getframe(2)
+    def count_wait(self, what):
+        """With the line of ours that asked for it."""
+        frame, place = sys._getframe(), "elsewhere"
         while frame and not frame.f_code.co_filename.startswith(OURS):
             frame = frame.f_back
-        place = "elsewhere"
         if frame:
             file = frame.f_code.co_filename.removeprefix(ROOT)
             place = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
         self.waits[what, place] += 1
 
     def run(self, func, args, kwargs):
-        tensors, op = leaves(args) + leaves(kwargs), func.overloadpacket
-        there = any(isinstance(x, OnGpu) for x in tensors)
-        target = there if kwargs.get("device") is None else on_gpu(kwargs["device"])
+        tensors = []
+        own = [on_host(x, tensors) for x in args]
+        options = {name: on_host(x, tensors) for name, x in kwargs.items()}
+        there, device = any(type(x) is OnGpu for x in tensors), kwargs.get("device")
+        # autograd takes what is on the GPU for the CPU's, and makes zeros there
+        by_autograd = self.inner_device == CPU and (there or torch._C._current_autograd_node())
+        target = there if device is None else bool(by_autograd) or device.type == "cuda"
         if not (there or target):
             return func(*args, **kwargs)
+        op = about(func)
+        if op.name == "copy_":
+            target = on_gpu(args[0])
+        if device is not None:
+            options["device"] = CPU
         self.check(func, op, args, kwargs, tensors, target)
-        if target and not func.is_view and op not in NO_KERNEL:
-            self.launches[str(op).removeprefix("aten.")] += 1
-        on_cpu = ON_CPU.get(op, func)
-        out = on_cpu(*map(on_host, args), **{k: on_host(v) for k, v in kwargs.items()})
-        if func._schema.is_mutable and func._schema.name.endswith("_"):
+        moves = op.moves and not all(type(x) is OnGpu for x in tensors)
+        if target and op.launches and not moves:
+            self.launches[op.name] += 1
+        out = func(*own, **options)
+        if op.in_place and isinstance(args[0], Tensor):
             return args[0]
-        if op == aten._to_copy and out is args[0]:
+        if op.moves and out is own[0]:
             out = out.clone()
         return wrapped(out) if target else out
 
@@ -186,20 +292,18 @@ class Gpu(TorchDispatchMode):
         """Raise what CUDA raises, and count what waits for it."""
         generator = kwargs.get("generator")
         if generator is not None and on_gpu(generator) != target:
-            refuse(func, "and the generator's is another")
-        if op in WAITS:
-            self.count(func._schema.name.removeprefix("aten::"))
-        if op in MOVES:
-            source = tensors[-1]
-            if on_gpu(source) != target:
-                self.count("copy to the GPU" if target else "copy from the GPU")
+            refuse(func, "and the generator is of another")
+        if op.waits and kwargs.get("output_size") is None:
+            self.count_wait(op.name)
+        if op.moves:
+            if on_gpu(tensors[-1]) != target:
+                self.count_wait("copy to the GPU" if target else "copy from the GPU")
             return
-        if op in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        if op.indexes:
             tensors = self.check_index(func, *args[:3])
-        numbers = torch.Tag.pointwise in func.tags or op in TAKES_NUMBERS
         for i, x in enumerate(tensors):
-            written = i == 0 and func._schema.is_mutable
-            if not isinstance(x, OnGpu) and (x.ndim or written or not numbers):
+            is_number = op.takes_numbers and x.ndim == 0 and not (op.writes and i == 0)
+            if type(x) is not OnGpu and not is_number:
                 refuse(func, "found cpu and cuda:0")
 
     def check_index(self, func, own, indices, value=None):
@@ -207,66 +311,49 @@ class Gpu(TorchDispatchMode):
         for x in indices:
             if on_gpu(x) and not on_gpu(own):
                 refuse(func, "found indices on cuda:0 of a tensor on cpu")
-            if isinstance(x, Tensor) and on_gpu(own) and not on_gpu(x):
-                self.count("copy to the GPU")
-            elif isinstance(x, Tensor) and x.dtype == torch.bool:
-                self.count("mask as index")
+            if isinstance(x, Tensor) and not on_gpu(x):
+                self.count_wait("copy to the GPU")
+            elif isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8):
+                self.count_wait("mask as index")
         return [own] if value is None else [own, value]
 
 
-def attention(q, k, v, bias, log_sumexp, dropout=0.0, causal=False, *, scale=None):
-    """CUDA's memory-efficient attention, which is one kernel for every mask, by the CPU's."""
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout, causal, attn_mask=bias, scale=scale
-    )
-    return out, lse, torch.zeros(()), torch.zeros(())
-
-
-def attention_backward(grad, q, k, v, bias, out, lse, seed, offset, *rest, scale=None):
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
-    )
-    return *grads, None
-
-
-def efficient(*_, **__):
-    return 2  # torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION
-
-
-ON_CPU = {
-    aten._fused_sdp_choice: efficient,
-    aten._scaled_dot_product_efficient_attention: attention,
-    aten._scaled_dot_product_efficient_attention_backward: attention_backward,
-}
-
-
 @contextmanager
-def pretend_gpu(memory=80 * 2**30, capability=(8, 0)):
+def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
     """For as long as it lasts there is one GPU; gives the Gpu with what was counted."""
-    about = SimpleNamespace(
+    properties = SimpleNamespace(
         total_memory=memory, name="a pretend GPU", major=capability[0], minor=capability[1]
     )
     fakes = {
         "torch.Generator": AnyGenerator,
-        "torch.cuda._lazy_init": lambda: None,
-        "torch.cuda.is_available": lambda: True,
-        "torch.cuda.device_count": lambda: 1,
-        "torch.cuda.current_device": lambda: 0,
-        "torch.cuda.get_device_properties": lambda *_: about,
-        "torch.cuda.get_device_capability": lambda *_: capability,
-        "torch.cuda.get_device_name": lambda *_: about.name,
-        "torch.cuda.synchronize": lambda *_: None,
-        "torch.cuda.is_current_stream_capturing": lambda: False,
+        "torch.tensor": tensor,
+        "torch.as_tensor": as_tensor,
+        "torch.Tensor.to": to,
+        "torch.Tensor.cpu": lambda x: to(x, CPU),
+        "torch.Tensor.cuda": lambda x: to(x, GPU),
+        "torch._C._group_tensors_by_device_and_dtype": grouped,
         "torch.accelerator.synchronize": lambda *_: None,
-        "torch.optim.Optimizer._accelerator_graph_capture_health_check": lambda _: None,
-        "torch.utils._foreach_utils._foreach_supported_types": [Tensor, torch.nn.Parameter, OnGpu],
+        "torch.cuda._lazy_init": lambda: None,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.device_count": lambda: 1,
+        "torch.cuda.get_device_capability": lambda *_: capability,
+        "torch.cuda.get_device_name": lambda *_: properties.name,
+        "torch.cuda.get_device_properties": lambda *_: properties,
+        "torch.cuda.is_available": lambda: True,
+        "torch.cuda.synchronize": lambda *_: None,
     }
-    torch._C._ensureCUDADeviceGuardSet()
-    lift = torch._C._only_lift_cpu_tensors()
+    if inner_device.type == "cpu":
+        fakes["torch.autocast"] = CpuAutocast
+    else:
+        torch._C._ensureCUDADeviceGuardSet()
+    for name in dir(torch.optim.Optimizer):
+        if name.endswith("capture_health_check"):
+            fakes[f"torch.optim.Optimizer.{name}"] = lambda _: None
+    foreach = torch.utils._foreach_utils._foreach_supported_types
     with ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(patch(name, fake))
-        stack.callback(torch._C._set_only_lift_cpu_tensors, lift)
-        torch._C._set_only_lift_cpu_tensors(True)
-        Gpu.now = Gpu()
+        foreach.append(OnGpu)
+        stack.callback(foreach.remove, OnGpu)
+        Gpu.now = Gpu(inner_device)
         yield stack.enter_context(Gpu.now)

@@ -207,6 +207,64 @@ def test_classes_are_chosen_by_folder_by_name_and_by_file(synsets, tmp_path):
             find_classes([nothing], CLASSES, {})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    """Windows writes one; the first class was once lost with it."""
+    (tmp_path / "names.txt").write_text("caf\u00e9 coffee\r\ntea\tTee", encoding=encoding)
+    (tmp_path / "chosen.txt").write_text("caf\u00e9\ntea\n", encoding=encoding)
+    names = read_class_names(tmp_path / "names.txt", ["caf\u00e9", "tea"])
+    assert names == {"caf\u00e9": "coffee", "tea": "Tee"}
+    assert find_classes([str(tmp_path / "chosen.txt")], ["tea", "caf\u00e9"], {}) == [1, 0]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "cp437"])
+def test_text_files_in_other_code_pages_are_refused_by_name(tmp_path, encoding):
+    """They were read as other letters, without a word."""
+    path = tmp_path / "names.txt"
+    path.write_text("caf\u00e9 coffee\ntea Tee", encoding=encoding)
+    for read in (read_class_names, choose_by_file):
+        with pytest.raises(InputError, match=f"{path} is not a text file in UTF-8: save it as one"):
+            read(path, ["tea", "caf\u00e9"])
+
+
+def choose_by_file(path, classes):
+    return find_classes([str(path)], classes, {})
+
+
+def test_accents_may_be_composed_or_not(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    (tmp_path / "names.txt").write_text(f"{apart} coffee\n", encoding="utf-8")
+    for known in (composed, apart):  # the latter in checkpoints of before
+        classes = ["tea", known]
+        names = read_class_names(tmp_path / "names.txt", classes)
+        assert display_names(classes, names) == ["tea", "coffee"]
+        for text in (composed, apart, f"tea,{apart}", "coffee"):
+            assert find_classes([text], classes, names)[-1] == 1
+    with pytest.raises(InputError, match="may be any of"):
+        find_classes([composed], [composed, apart], {})
+    part = Split(torch.zeros(1, 3, 2, 2).byte(), torch.tensor([0]), torch.tensor([0]))
+    data = Data("photos", [composed], {}, part, part, part)
+    assert data.labelled_as(["tea", apart]).labels.tolist() == [1]
+
+
+def test_a_class_may_begin_or_end_with_a_space(tmp_path):
+    """It once could not be chosen in a list or a file."""
+    (tmp_path / "chosen.txt").write_text("cat \n dog\n")
+    cases = {
+        ("cat ",): ["cat "],
+        ("cat",): ["cat"],
+        ("dog",): [" dog"],
+        ("cat ,dog",): ["cat ", " dog"],
+        ("cat, dog",): ["cat", " dog"],
+        (str(tmp_path / "chosen.txt"),): ["cat ", " dog"],
+    }
+    classes = [" dog", "cat", "cat "]
+    for texts, expected in cases.items():
+        assert [classes[y] for y in find_classes(texts, classes, {})] == expected
+    with pytest.raises(InputError, match="'fox' may be any of fox ,  fox: name one"):
+        find_classes(["fox"], ["fox ", " fox"], {})
+
+
 def test_a_class_is_shown_by_the_first_of_its_names(synsets):
     shown = display_names([*CLASSES, "a, b"], read_class_names(synsets, CLASSES))
     assert shown == ["tench", "crane", "English springer", "crane", "a, b"]

@@ -299,3 +299,18 @@ def test_times_of_gsim_avoid_both_ends():
     t = maskrl.gsim_times((20, 1000), rng(0))
     assert t.shape == (20, 1000)
     assert (t.min(), t.max()) == (20, 984)
+
+
+def test_guidance_in_gsim_is_mars_linear_one_or_constant(model, settings):
+    """Linear: as if an iteration that hides n of L tokens revealed one, 1 + (s - 1)(L - n + 1) / L;
+    constant: MARVAL's s."""
+    x, labels = torch.randn(2, 16, 12), torch.tensor([0, 1])
+    mask = torch.arange(16) < torch.tensor([[4], [16]])
+    linear = Distillation(model, settings(guidance=3.0))
+    batch = linear.draw(x, mask, labels, rng(0))
+    draws = linear.model.settings.draws
+    expected = [1 + 2 * 13 / 16] * 4 * draws + [1 + 2 * 1 / 16] * 16 * draws
+    torch.testing.assert_close(linear.guidance(batch), torch.tensor(expected)[:, None])
+    constant = Distillation(model, settings(guidance=3.0, gsim_guidance="constant"))
+    assert constant.guidance(batch) == 3.0
+    assert constant.student_loss(batch) != linear.student_loss(batch)

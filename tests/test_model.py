@@ -189,3 +189,13 @@ def test_the_one_step_starts_at_the_first_time_that_is_noisy_enough(ratio):
     (tau,) = times
     ratios = [float(BASE.sigma[t] / BASE.alpha[t]) for t in (tau - 1, tau)]
     assert ratios[0] < ratio <= ratios[1]
+
+
+def test_a_chain_is_respaced_as_the_official_code_does():
+    """It adds up the stride and rounds, which differs from rounding i * 999 / (n - 1)."""
+    for n in range(2, 1001):
+        times, t = [], 0.0
+        for _ in range(n):
+            times.append(round(t))
+            t += 999 / (n - 1)
+        assert Diffusion(n).times.tolist() == times, n

@@ -344,6 +344,35 @@ def test_who_starts_from_a_checkpoint_has_its_settings_and_classes(tmp_path, thr
     assert run.data.classes == classes and run.data.labels.tolist() == list(range(9))
 
 
+def test_decoded_images_are_kept_in_the_run_or_where_it_is_said(tmp_path, threads):
+    """They once lay next to --out, where no one looks, and for `--out out` in the data."""
+    photos = make_folder(tmp_path / "photos", ["a", "b"], images=20)
+    run_of(tmp_path / "some" / "out", "--data", photos)
+    assert [path.name for path in (tmp_path / "some").iterdir()] == ["out"]
+    (kept,) = (tmp_path / "some" / "out" / "cache").iterdir()
+    assert (kept / "images.bytes").stat().st_size == 40 * 3 * 8 * 8
+    for out in ("first", "second"):
+        run_of(tmp_path / out, "--data", photos, "--cache", tmp_path / "shared")
+        assert not (tmp_path / out).exists()
+    assert len(list((tmp_path / "shared").iterdir())) == 1
+
+
+def test_a_run_may_lie_in_its_data_and_be_resumed(tmp_path, threads, monkeypatch):
+    """Its folder and its cache were once two more classes: it could never be resumed."""
+    monkeypatch.chdir(make_folder(tmp_path / "photos", ["a", "b"], images=20))
+    for out in ("out", "runs/latest"):
+        with run_of(Path(out), "--data", ".") as run:
+            assert run.data.classes == ["a", "b"]
+            write_checkpoint(run.out / "teacher.pt", MAR(run.settings, run.data.classes))
+            Image.new("RGB", (8, 8)).save(run.out / "samples.png")
+        with run_of(Path(out), "--data", ".", "--resume") as run:
+            assert run.resume and run.data.classes == ["a", "b"]
+    Path("made").mkdir()
+    assert run_of(Path("made"), "--data", ".").data.classes == ["a", "b"]
+    with pytest.raises(InputError, match="--out a is a class of --data .: choose another one"):
+        run_of(Path("a"), "--data", ".")
+
+
 def test_a_folder_at_which_another_run_is_at_work_is_refused_at_once(tmp_path, threads):
     with run_of(tmp_path / "out"):
         with pytest.raises(InputError, match="another run is at work in --out"):

@@ -103,6 +103,15 @@ def test_a_slash_in_a_class_name_makes_no_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["00000 a_b.png"]
 
 
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\u6f22", "\U0001f408"])
+def test_a_class_name_of_250_bytes_is_cut_for_its_file(tmp_path, letter):
+    """It once ended in `File name too long`."""
+    name = letter * (250 // len(letter.encode()))
+    write_files(tmp_path, torch.zeros(1, 3, 8, 8), [name])
+    (path,) = tmp_path.iterdir()
+    assert path.stem == "00000 " + letter * (200 // len(letter.encode()))
+
+
 def test_files_count_on_and_have_the_pixels_of_the_images(tmp_path):
     images = torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 8, 8)
     write_files(tmp_path, images, NAMES[:2], first=7)

@@ -213,11 +213,10 @@ def test_the_gradient_of_all_revealed_tokens_is_that_of_the_log_probability_of_t
 def test_the_gradient_of_the_noise_policy_is_that_of_the_log_probability_of_the_noise(student):
     """Against log N(z; mu(c), 1) of every token in the context that it was drawn in, by hand."""
     overrides = {"rl_steps": "all", "learn_steps": False, "beta": 0.0, "steps": 4}
-    training = policy_gradient(student, **overrides)
+    training = policy_gradient(student, policy_epochs=1, **overrides)
     model, policy = training.model, training.model.noise_policy
     torch.nn.init.normal_(policy.net[-1].weight, std=0.1)  # for a mu that differs among tokens
     rollouts = rollouts_of_the_first_update(model)
-    training.policy_epochs = 1
     training.update(0, TWO_PROMPTS, 3)
     ours = flatten(p.grad for p in policy.parameters())
 
@@ -247,8 +246,8 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
 
     def moved(epochs, clip_ratio):
         torch.manual_seed(0)  # the same schedule policy to start from
-        training = policy_gradient(student, always_one, clip_ratio=clip_ratio, alpha=1.0)
-        training.policy_epochs = epochs
+        overrides = {"clip_ratio": clip_ratio, "policy_epochs": epochs, "alpha": 1.0}
+        training = policy_gradient(student, always_one, **overrides)
         schedule = training.model.schedule
         training.optimizers["schedule"] = torch.optim.SGD(schedule.parameters(), 0.05)
         metrics = training.update(0, TWO_PROMPTS, 3)
@@ -256,7 +255,7 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
         log_ratio = schedule.log_probs(state, hidden) - before
         return log_ratio[log_ratio.isfinite()].abs().max().item(), metrics["schedule_clipped"]
 
-    once, four_times = moved(1, 0.2)[0], moved(maskrl.PolicyGradient.policy_epochs, 0.2)[0]
+    once, four_times = moved(1, 0.2)[0], moved(4, 0.2)[0]
     clipped, unclipped = moved(60, 0.2), moved(60, 1e6)
     assert 0 < once < four_times < clipped[0] < 0.5 * unclipped[0]
     assert clipped[1] > 0.1
@@ -271,7 +270,7 @@ def watch_the_schedule(training):
         traces.append(trace)
         return 0.0
 
-    training.update_schedule = watched
+    training.schedule_update = watched
     return traces
 
 
@@ -349,7 +348,7 @@ def test_rl_raises_a_reward_that_is_easy_to_raise(student, action):
 
 
 def test_the_schedule_learns_to_be_fast_when_only_speed_counts(student):
-    training = policy_gradient(student, always_one, alpha=1.0, group=8, schedule_lr=0.02)
-    training.policy_epochs = 1
+    overrides = {"alpha": 1.0, "group": 8, "schedule_lr": 0.02, "policy_epochs": 1}
+    training = policy_gradient(student, always_one, **overrides)
     curve = [training.update(i, FOUR_PROMPTS, 0)["steps"] for i in range(25)]
     assert last_minus_first(curve) < -2

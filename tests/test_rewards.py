@@ -1,5 +1,6 @@
 """The rewards that can be named, and what happens to those that do not work."""
 
+import importlib
 import os
 import re
 import sys
@@ -138,6 +139,15 @@ def counted(images, labels):
 """
 
 
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Options:
+    weight: float = 1.0
+"""
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """A module of rewards in the folder that we are in; its name is new in every test."""
@@ -171,6 +181,61 @@ def test_a_function_that_is_missing_or_none_is_named(module, function):
 def test_a_module_that_is_missing_is_named():
     with pytest.raises(InputError, match="--reward no_such_module:f: ModuleNotFoundError"):
         make("no_such_module:f")
+
+
+@pytest.mark.parametrize("name", ["sample", "code", "test", "random", "torch", "mine"])
+def test_the_file_in_the_current_folder_is_read_whatever_else_has_its_name(
+    tmp_path, monkeypatch, capsys, name
+):
+    """A reward in test.py was once looked for in Python's own `test`, without a word of which."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(sys.modules)
+    (tmp_path / f"{name}.py").write_text(DATACLASS + MODULE)
+    make(f"{name}:bright")
+    assert f"--reward {name}:bright: from {tmp_path}/{name}.py\n" in capsys.readouterr().out
+    sys.modules.pop("mine", None)
+    assert all(sys.modules[key] is before[key] for key in ("torch", "random"))
+    assert sys.modules.get("code") in (None, importlib.import_module("code"))
+
+
+def test_a_reward_that_was_edited_is_read_again(module, tmp_path):
+    """In a notebook."""
+    make(f"{module}:bright")
+    with pytest.raises(InputError, match="gave 0.3 for all"):
+        make(f"{module}:constant")
+    (tmp_path / f"{module}.py").write_text(MODULE.replace("0.3 + 0 * bright", "bright"))
+    make(f"{module}:constant")
+
+
+def test_a_module_of_a_package_and_its_neighbours_are_found(module, tmp_path, capsys):
+    (tmp_path / f"{module}_package").mkdir()
+    (tmp_path / f"{module}_package" / "part.py").write_text(
+        f"from .other import bright\nfrom {module} import nan\n"
+    )
+    (tmp_path / f"{module}_package" / "other.py").write_text(MODULE)
+    make(f"{module}_package.part:bright")
+    assert f"from {tmp_path}/{module}_package/part.py\n" in capsys.readouterr().out
+
+
+def test_a_missing_function_names_the_file_that_was_read(module, tmp_path):
+    with pytest.raises(InputError, match=f"there is none, not a function, in {tmp_path}/{module}"):
+        make(f"{module}:glow")
+
+
+PROGRAMS = {
+    "arguments": "import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])",
+    "exit": "import sys\nsys.exit()",
+    "quit": "raise SystemExit('done')",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_a_module_that_exits_when_it_is_imported_is_wrong_input(module, tmp_path, program):
+    """It once ended the script without a word."""
+    (tmp_path / f"{module}.py").write_text(f"{MODULE}\n{program}\n")
+    with pytest.raises(InputError, match=f"--reward {module}:bright: {module} exits when"):
+        make(f"{module}:bright")
+    assert module not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -240,6 +305,28 @@ def test_too_little_memory_in_a_reward_stays_what_it_is(error):
         with pytest.raises(type(error)) as raised:
             call(images, labels)
         assert raised.value is error
+
+
+def test_a_reward_that_exits_names_itself():
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    with pytest.raises(FloatingPointError, match="--reward my:reward raised SystemExit: 3"):
+        CheckedReward("my:reward", Refused(SystemExit(3)))(images, labels)
+
+
+def test_a_reward_may_change_its_images_and_labels():
+    """The accuracy of real images was once 0.14 in a report, because their labels were others'."""
+
+    def quality(images, labels):
+        labels += 1
+        images.zero_()
+        return bright(images, labels)
+
+    images, labels = shapes().train.batch(8, rng(0))
+    before = images.clone(), labels.clone()
+    reward = CheckedReward("mine", quality)
+    assert torch.equal(reward(images, labels), torch.full((8,), 0.5))
+    reward(images.clone().requires_grad_(), labels)
+    assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
 
 
 # In the script

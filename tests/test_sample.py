@@ -208,6 +208,24 @@ def test_a_token_is_drawn_where_any_pixel_of_a_larger_mask_is_white(tmp_path):
     assert torch.equal(tokens, to_tokens(red, settings))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_in_a_mask_is_not_drawn(photo, tmp_path, mode, capsys):
+    """A mask painted on a transparent layer once hid all of the image, without a word."""
+    white = Image.open(photo[1])
+    mask = Image.merge("LA", [Image.new("L", white.size, 255), white])
+    if mode == "P":
+        mask = white.convert("P", palette=Image.Palette.ADAPTIVE)
+        (index,) = (i for count, i in mask.getcolors() if mask.getpixel((79, 0)) == i)
+        mask.putpalette(3 * 2 * [255])  # all white, but half of it transparent
+        mask.info["transparency"] = index
+    elif mode == "RGBA":
+        mask = mask.convert(mode)
+    mask.save(tmp_path / "painted.png")
+    _, drawn = read_inpainting(photo[0], tmp_path / "painted.png", tiny())
+    assert drawn.view(4, 4).any(0).tolist() == [True, True, False, False]
+    assert "painted.png: 8 of 16 tokens are drawn" in capsys.readouterr().err
+
+
 def test_an_image_is_completed_in_the_latents_of_an_autoencoder(photo):
     class Autoencoder:
         stride, device = 2, torch.device("cpu")

@@ -5,7 +5,9 @@ import importlib
 import inspect
 import json
 import math
+import operator
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -37,10 +39,6 @@ def markdown_outputs():
 def shown_sources():
     """What `source` shows in the notebook."""
     return [text for text in markdown_outputs() if text.startswith("From `")]
-
-
-def flat(code):
-    return "\n".join(line.strip() for line in code.splitlines())
 
 
 def test_it_is_a_valid_notebook():
@@ -82,8 +80,9 @@ def test_the_source_that_it_shows_is_the_present_one():
     assert len(shown) > 15
     for text in shown:
         pattern = r"From `(maskrl|workbench\.\w+)\.([\w.]+)`:\n```python\n(.*)\n```"
-        module, thing, code = re.fullmatch(pattern, text, re.S).groups()
-        assert flat(code) in flat(inspect.getsource(importlib.import_module(module))), thing
+        module, name, code = re.fullmatch(pattern, text, re.S).groups()
+        thing = operator.attrgetter(name)(importlib.import_module(module))
+        assert code == textwrap.dedent(inspect.getsource(thing)).rstrip(), name
 
 
 def test_every_exercise_has_a_check_and_a_folded_answer():

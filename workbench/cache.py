@@ -1,4 +1,4 @@
-"""Caches: what takes long to compute, computed once and kept as bytes that are mapped into memory."""
+"""Caches: bytes that take long to compute are kept in files, and mapped into memory."""
 
 import io
 import json

@@ -27,14 +27,15 @@ def save_run_args(args: Namespace, data: Data) -> None:
         given["reward"] = args.reward
     begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
     kept = read_choices(path) if begun else {}
-    images = kept.get("images", {} if data.name == "shapes" else data.digests)
-    changes = image_changes(images, data.digests)
+    changes = image_changes(kept.get("images", data.digests), data.digests)
     if changes:
         raise InputError(
             f"{args.out} was begun with other images than those of --data {data.name}: "
             f"{abbreviate(changes)}. Give the same again, or another --out"
         )
-    for name in given.keys() - {"data"}:
+    for name in given:
+        if name == "data" and "images" in kept:
+            continue
         if content(kept.get(name, given[name])) != content(given[name]):
             raise InputError(
                 f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "

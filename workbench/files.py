@@ -9,13 +9,15 @@ import argparse
 import json
 import math
 import os
+import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,18 @@ from workbench.precision import set_precision
 from workbench.settings import RunSettings
 
 KINDS = ("teacher", "student", "policy")
+OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)  # of torch.save before 1.6
+FOREIGN = {  # how other files begin that are given for weights
+    b"version https://git-lfs": "a git-lfs pointer to the file, which `git lfs pull` downloads",
+    b"\x1f\x8b": "compressed (gzip): unpack it first",
+    b"7z\xbc\xaf": "compressed (7z): unpack it first",
+    b"\xfd7zXZ": "compressed (xz): unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): unpack it first",
+    b"\x89HDF": "in the HDF5 format, as Keras writes it",
+    b"GGUF": "in the GGUF format",
+    b"\x80": "a pickle that torch.save did not write",
+}
+CUT_OFF = "is cut off: its end is missing. Copy or download it again"
 PARTS = {"kind": str, "settings": dict, "classes": list, "step": int}  # and the weights
 
 
@@ -96,21 +110,56 @@ def write_checkpoint(path, model: MAR, ema: MAR | None = None, step=0, training=
 def load_safely(path, lazily=False) -> Any:
     """What torch.save wrote to `path`, on the CPU; no code in the file is ever run.
 
-    InputError if torch.save did not write it, or if a bit of it has changed. An argparse.Namespace,
-    which MAR's own files hold, is read as data; any other class is refused by its name. lazily:
-    leave weights on the disk until they are used."""
+    InputError if torch.save did not write it, or if a bit of it has changed, which only files from
+    before torch 1.6 hide. An argparse.Namespace, which MAR's own files hold, is read as data; any
+    other class is refused by its name. lazily: leave weights on the disk until they are used."""
     if not os.path.exists(path):
         raise InputError(f"there is no checkpoint {path}")
     try:
-        stat = os.stat(path)
-        damage = damage_of(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
-        if not damage:
+        problem = problem_of(path)
+        if not problem:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(path, "cpu", weights_only=True, mmap=lazily)
+                lazily = lazily and is_zipfile(path)
+                content = torch.load(path, "cpu", weights_only=True, mmap=lazily)
+            unwrap_names(content)
+            return content
     except Exception as error:
-        reason = ", ".join([type(error).__name__, *unsafe_globals(path)])
-        raise InputError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
-    raise InputError(f"{path} is damaged: {damage}. Copy or download it again")
+        problem = CUT_OFF
+        if not (isinstance(error, EOFError) or "unexpected EOF" in str(error)):
+            reason = ", ".join([type(error).__name__, *unsafe_globals(path, error)])
+            problem = f"is not a checkpoint that can be read safely ({reason})"
+    raise InputError(f"{path} {problem}")
+
+
+def problem_of(path) -> str | None:
+    """What the bytes of a file say against its being one of torch.save, if anything."""
+    if os.path.isdir(path):
+        return "is a folder; a file in it is needed"
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    if start.startswith(OLD_FORMAT):
+        return None
+    if not start.startswith(b"PK"):
+        return f"is not a checkpoint: it is {foreign_format(start)}"
+    if not is_zipfile(path):
+        return CUT_OFF
+    stat = os.stat(path)
+    return damage_of(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+def foreign_format(start: bytes) -> str:
+    """What a file is that begins like this, and was given for one of torch.save."""
+    for magic, what in FOREIGN.items():
+        if start.startswith(magic):
+            return what
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+        return "in the safetensors format, which holds no settings; torch.save's is needed"
+    line = start.decode(errors="replace").strip("\ufeff\ufffd\n\r\t ").partition("\n")[0].strip()
+    if line.startswith("<"):
+        return "a page for a browser (HTML or XML), as servers answer: download the file again"
+    if line.isprintable() and "\ufffd" not in line:
+        return f"a text that begins with {line[:50]!r}" if line else "empty"
+    return "no file of torch.save"
 
 
 @cache
@@ -119,21 +168,38 @@ def damage_of(path: str, size: int, mtime: int) -> str | None:
     which torch.load does not compare. size, mtime: of the file, which is read once per change."""
     with ZipFile(path) as archive:
         parts = archive.infolist()
+        names = [Path(part.filename).name for part in parts]
+        if "constants.pkl" in names:
+            return "is not a checkpoint: it is a TorchScript program"
+        if "data.pkl" not in names:
+            return "is not a checkpoint: it is a zip archive that torch.save did not write"
         if any(part.compress_type != ZIP_STORED for part in parts):
-            return "it is compressed, which torch.save never does"
+            return "is damaged: it is compressed, which torch.save never does"
         if sum(part.file_size for part in parts) > size:
-            return "its parts are larger than the file"
+            return "is damaged: its parts are larger than the file"
         damaged = archive.testzip()
-    return damaged and f"the checksum of {damaged} is wrong"
+    return damaged and f"is damaged: the checksum of {damaged} is wrong. Copy or download it again"
 
 
-def unsafe_globals(path) -> list[str]:
-    """The classes and functions that unpickling a file would call, as far as it can be read."""
+def unsafe_globals(path, error: Exception) -> list[str]:
+    """The classes and functions that unpickling a file would call, as far as it can be read; of a
+    file from before torch 1.6 the first, which the error of torch.load names."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not torch.save's
-        return []
+    except Exception:  # not torch.save's, or old
+        names = re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
     return sorted(f"it holds a {name}" for name in names if name != "argparse.Namespace")
+
+
+def unwrap_names(content) -> None:
+    """Give weights the names that they have outside of torch.compile and
+    DistributedDataParallel."""
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    for weights in [part for part in parts if isinstance(part, dict)]:
+        for name in [name for name in weights if isinstance(name, str)]:
+            own = name.replace("_orig_mod.", "").removeprefix("module.")
+            if own not in weights:
+                weights[own] = weights.pop(name)
 
 
 def read_checkpoint(path, kind: str | None = None, lazily=False) -> dict:

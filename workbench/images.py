@@ -98,7 +98,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return image
     pixels = np.asarray(image, dtype=np.float32)
     black, white = levels(image, pixels)
-    scaled = (np.nan_to_num(pixels, nan=black) - black) / (white - black) * 255
+    pixels = np.nan_to_num(pixels, nan=black, posinf=max(black, white), neginf=min(black, white))
+    scaled = (pixels - black) / (white - black) * 255
     grey = Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -1,5 +1,7 @@
 """The input of sample.py --inpaint: an image to complete, and a mask of what is drawn."""
 
+import sys
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,12 +12,13 @@ from workbench.images import middle_square, read_rgb
 from workbench.kl16 import KL16
 
 
-def read_square(option: str, path, size: int | None = None) -> tuple[Tensor, float]:
+def read_square(option: str, path, size: int | None = None, behind="white") -> tuple[Tensor, float]:
     """Pixels uint8 [3, S, S] of the middle of the image at `path`, and its width / height.
 
-    size: S; None for as many pixels as the image has. InputError names the option."""
+    size: S; None for as many pixels as the image has. behind: what transparent pixels show.
+    InputError names the option."""
     try:
-        image = read_rgb(path)
+        image = read_rgb(path, behind=behind)
     except InputError as error:
         raise InputError(f"--{option} {error}") from None
     return middle_square(image, size or min(image.size)), image.width / image.height
@@ -25,12 +28,13 @@ def read_inpainting(
     image, mask, settings: Settings, vae: KL16 | None = None
 ) -> tuple[Tensor, Tensor]:
     """Tokens [1, L, D] of the file `image`, and of the file `mask` a mask [L]: true where any pixel
-    of a token is white. vae: makes the tokens, if they are latents.
+    of a token is white; transparent pixels of the mask are not. Prints how many these are. vae:
+    makes the tokens, if they are latents.
 
     InputError if a file cannot be read, their shapes differ, or nothing is white."""
     stride = vae.stride if vae else 1
     pixels, shape = read_square("inpaint", image, settings.image_size * stride)
-    white, mask_shape = read_square("mask", mask)
+    white, mask_shape = read_square("mask", mask, behind="black")
     if abs(shape / mask_shape - 1) > 0.02:
         raise InputError(
             f"--mask {mask} is not of the shape of {image}: width / height "
@@ -41,6 +45,8 @@ def read_inpainting(
     hidden = F.adaptive_max_pool2d(white, side).flatten() > 0
     if not hidden.any():
         raise InputError(f"--mask {mask} has no white pixel: nothing to draw")
+    drawn = f"{int(hidden.sum())} of {len(hidden)} tokens are drawn"
+    print(f"--mask {mask}: {drawn}", file=sys.stderr)
     pixels = to_unit(pixels[None])
     if vae:
         pixels = vae.encode(pixels.to(vae.device), rng("inpaint"))

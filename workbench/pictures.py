@@ -1,6 +1,7 @@
 """Pictures: grids, labelled rows, films of the unmasking, and curves of what was logged."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,15 @@ def save_picture(path, image: Image.Image, **options) -> None:
 def write_files(folder, images: Tensor, names: list[str], first: int = 0) -> None:
     """Every image [N, 3, S, S] as folder/<number> <name>.png, numbered from `first`."""
     for i, (image, name) in enumerate(zip(images, names), first):
-        path = Path(folder) / f"{i:05} {name.replace('/', '_')}.png"
+        path = Path(folder) / f"{i:05} {as_file_name(name)}.png"
         save_picture(path, picture(image[None], 1, pixels=1, padding=0))
+
+
+def as_file_name(name: str, most: int = 200) -> str:
+    """The name without slashes, and cut to so many bytes: a file's may have 255."""
+    name = name.replace("/", "_")
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= most else encoded[:most].decode(errors="ignore")
 
 
 def labelled_rows(path, rows: dict[str, Tensor], columns: int) -> None:

@@ -24,11 +24,15 @@ def named_function(option: str, name: str) -> Callable:
     module, function = name.split(":")
     try:
         imported = import_first_from_here(module)
-    except (Exception, SystemExit) as error:  # argparse in a module exits
+    except SystemExit:  # argparse, for one, which does not know our options
+        raise InputError(
+            f"{option} {name}: {module} exits when it is imported: move its program, such as "
+            'parsing arguments, under if __name__ == "__main__"'
+        ) from None
+    except Exception as error:
         if is_out_of_memory(error):
             raise
-        kind = type(error).__name__
-        raise InputError(f"{option} {name}: importing {module} raised {kind}: {error}") from None
+        raise InputError(f"{option} {name}: {type(error).__name__}: {error}") from None
     file = getattr(imported, "__file__", None) or "a module without a file"
     found = getattr(imported, function, None)
     if not callable(found):

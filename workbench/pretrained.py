@@ -137,6 +137,11 @@ class TorchvisionFeatures:
         return torch.cat(parts)
 
 
+def on_a_copy(function: Callable, images: Tensor) -> Tensor:
+    """function(images), which may change its images."""
+    return function(images.clone())
+
+
 def pretrained_features(name: str, clip: ClipOptions, device) -> Callable | None:
     """The features that --features asks for, images [B, 3, S, S] in [-1, 1] -> [B, F].
 
@@ -150,7 +155,7 @@ def pretrained_features(name: str, clip: ClipOptions, device) -> Callable | None
     elif os.path.exists(name):
         embed = TorchvisionFeatures(name, device)
     elif names_function(name):
-        embed = named_function("--features", name)
+        embed = partial(on_a_copy, named_function("--features", name))
     else:
         raise InputError(
             f"--features {name}: expected own, clip, module:function, or a file of a torchvision "

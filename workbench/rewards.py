@@ -61,10 +61,10 @@ class ShapeFit:
 
 class CheckedReward:
     """The reward `quality` on images clamped to [-1, 1], its answers checked: [B], finite, in
-    [0, 1].
+    [0, 1]. It may change its images and labels, which are copies.
 
-    FloatingPointError if a check fails or the reward raises an error, so that a training stops
-    where it is and says at which step. Too little memory stays the error that it is."""
+    FloatingPointError if a check fails or the reward raises an error or exits, so that a training
+    stops where it is and says at which step. Too little memory stays the error that it is."""
 
     def __init__(self, name: str, quality: Callable):
         self.name, self.quality = name, quality
@@ -73,8 +73,8 @@ class CheckedReward:
         # no graph for weights that somebody forgot to freeze
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             try:
-                q = self.quality(images.clamp(-1, 1), labels)
-            except Exception as error:
+                q = self.quality(images.clamp(-1, 1), labels.clone())
+            except (Exception, SystemExit) as error:
                 if is_out_of_memory(error):
                     raise
                 kind = type(error).__name__

@@ -24,11 +24,12 @@ from torch import nn
 from tqdm import tqdm
 
 from maskrl import MAR
+from workbench.choices import save_run_args
 from workbench.distributed import agreed, average_gradients, rank
 from workbench.errors import InputError, Stopped, abbreviate
 from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
 from workbench.precision import set_precision
-from workbench.settings import RunSettings, flag
+from workbench.settings import RunSettings
 
 SAVE_SECONDS = 60.0  # from one checkpoint to the next, at least,
 SAVE_COST = 20.0  # and so many times as long as it took to write the last one: MAR-H has 30 GB
@@ -47,7 +48,7 @@ class Run:
     def __enter__(self) -> "Run":
         self.lock = lock_run_dir(self.out)
         try:
-            save_run_args(self.args)
+            save_run_args(self.args, self.data)
         except BaseException:  # also Ctrl-C
             self.lock.release()
             raise
@@ -320,31 +321,6 @@ def lock_run_dir(out: Path) -> FileLock:
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
     return lock
-
-
-def save_run_args(args) -> None:
-    """Keep --data, --classes, --vae, --features and --reward in out/choices.json; InputError where
-    a resumed run has others.
-
-    They name files and code: what the file says is compared with them, and never used."""
-    path = args.out / "choices.json"
-    given = {"data": str(Path(args.data)), "classes": " ".join(args.classes or [])}
-    given |= {"vae": str(args.vae or ""), "features": args.features}
-    if "reward" in args:  # train_distill.py has none
-        given["reward"] = args.reward
-    begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
-    try:
-        kept = json.loads(path.read_text()) if begun else {}
-        kept = {name: str(value) for name, value in kept.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete it") from None
-    for name in given:
-        if kept.get(name) not in (None, given[name]):
-            raise InputError(
-                f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
-                f"{given[name] or None}: give it again, or another --out"
-            )
-    write_text(path, as_json(kept | given))
 
 
 def read_log(out) -> list[dict]:

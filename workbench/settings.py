@@ -94,6 +94,7 @@ LIMITS = {
     "student_lr": RATE,
     "aux_lr": RATE,
     "student_ema": FRACTION,
+    "gsim_guidance": {"choices": ("linear", "constant")},
     "noise_ratio": {"above": 0, "below": 1e4},
     "method": {"choices": ("grpo", "backprop")},
     "rl_iters": COUNT,
@@ -106,6 +107,7 @@ LIMITS = {
     "critical_steps": COUNT,
     "explore": {"above": 0},
     "route": {"at_least": 0},
+    "policy_epochs": COUNT,
     "clip_ratio": {"above": 0},
     "beta": {"at_least": 0},
     "schedule_lr": RATE,
@@ -175,7 +177,7 @@ MODEL_SETTINGS = (
     *("image_size", "patch", "mean", "scale", "width", "depth", "decoder_depth", "heads"),
     *("buffer", "head_width", "head_depth", "predicts"),
 )
-STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance")  # and what was distilled into them
+STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance", "gsim_guidance")  # and GSIM
 MEMORY_SETTINGS = ("checkpointing", "precision", "micro_batch")  # how, not what, is computed
 
 # fmt: off
@@ -197,6 +199,7 @@ MAR_SETTINGS = PRESETS["small"] | {
     "image_size": 16, "patch": 1, "buffer": 64, "predicts": "eps", "steps": 256, "batch": 16,
     "denoise_steps": 100, "x_0_limit": 0.0, "flip": True, "muon_lr": 0.0, "checkpointing": True,
     "precision": "fp32", "micro_batch": 0, "prompts": 4, "order": "random",
+    "gsim_guidance": "constant",
 }  # trained as `small`, which nobody has tried at this size
 RELEASED = {  # the sizes of MAR's released models
     "mar_b": MAR_SETTINGS | {
