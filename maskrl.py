@@ -11,7 +11,7 @@ that cost, and this file unites them on one model:
 
 Sections, in the order of the papers; each opens with its idea:
 
-    1  Settings     4  Diffusion             7  GSIM              10  Policy gradient
+    1  Settings     4  Diffusion             7  GSIM              10  Reinforcement learning
     2  Tokens       5  Training a teacher    8  Critical steps    11  Checkpoints
     3  Model        6  Generation            9  Policies
 
@@ -27,7 +27,7 @@ Letters, the same in the papers, the docstrings and the code:
     N                rows of a flat batch of tokens: x_0 [N, D], c [N, W], t [N]
     t     0...999    diffusion time, with x_t = alpha_t x_0 + sigma_t eps
     s                guidance; s_p and s_q are scores, gradients of a log density
-    K, T             unmasking iterations ("steps"): the most there may be; those an image took
+    K, T             unmasking iterations ("steps"): the maximum; the number an image took
     P, G             prompts (class labels); rollouts of each prompt, which are its group
     R, A             reward, advantage
 
@@ -269,6 +269,8 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, context: int, width: int, depth: int, predicts="x_0"):
         super().__init__()
+        if predicts not in ("x_0", "eps"):
+            raise ValueError(f"a head predicts x_0 or eps, not {predicts!r}")
         self.predicts = predicts
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(context, width)
@@ -421,12 +423,12 @@ class MAR(nn.Module):
 
 
 def visible_first(visible: Tensor) -> Tensor:
-    """The positions of each row [B, N], those that are visible [B, N] before the others."""
+    """Column indices [B, n] of visible [B, n], the visible ones first."""
     return (~visible).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """The rows [B, n] of x [B, N, W]: [B, n, W]."""
+    """x[b, rows[b]] for every image b: [B, n, W] of x [B, buffer + L, W] and rows [B, n]."""
     return x.gather(1, repeat(rows, "b n -> b n w", w=x.shape[-1]))
 
 
@@ -555,7 +557,7 @@ def denoising_loss(head: Head, x_0: Tensor, c: Tensor, t: Tensor, eps: Tensor) -
 
 @dataclass
 class MaskedBatch:
-    """Images with hidden tokens, and draws of noise for each token: what losses are made of.
+    """Images with hidden tokens, and draws of noise for each token: all that a loss needs.
 
     `flat` puts the hidden tokens of all draws into one batch of N rows, always in one order."""
 
@@ -567,7 +569,7 @@ class MaskedBatch:
     z: Tensor | None = None  # [B, draws, L, D]
 
     def __getitem__(self, rows: Tensor) -> "MaskedBatch":
-        """The same for some of the images."""
+        """The sub-batch of these images."""
         return MaskedBatch(*(None if v is None else v[rows] for v in vars(self).values()))
 
     def flat(self, v: Tensor) -> Tensor:
@@ -630,7 +632,7 @@ def micro_batched_step(
 def update_ema(ema: nn.Module, model: nn.Module, step: int, limit: float) -> None:
     """ema <- d ema + (1 - d) model, with d = min(limit, (1 + i) / (10 + i)) at step i.
 
-    The memory is short at first, so that the average never lags behind the start."""
+    Early on d is small, so the initial weights are soon forgotten."""
     d = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
@@ -675,8 +677,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """About U V^T of matrices x = U S V^T [B, n, m], by five Newton-Schulz iterations, each of
-    which moves the singular values towards 1."""
+    """About U V^T of matrices x = U S V^T [B, n, m]: five Newton-Schulz iterations
+    x <- a x + (b A + c A^2) x, A = x x^T, each of which moves the singular values towards 1."""
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     for _ in range(5):
@@ -777,7 +779,10 @@ class TeacherTraining:
 
 
 def reveal_counts(length: int, steps: int) -> list[int]:
-    """MAR's cosine schedule: how many of L tokens each of K iterations reveals; they sum to L."""
+    """MAR's cosine schedule: how many of L tokens each of K iterations reveals; they sum to L.
+
+    floor(L cos(pi/2 (k + 1) / K)) tokens remain hidden after iteration k, at least one less than
+    before and, until the last, at least one."""
     hidden, counts = length, []
     for k in range(steps - 1):
         after = math.floor(length * math.cos(math.pi / 2 * (k + 1) / steps))
@@ -832,18 +837,18 @@ class Sampling:
     contexts: Callable | None = None
 
     def resolve(self, model: MAR) -> "Sampling":
-        """The same with every field decided; ValueError for what the model cannot do."""
-        s = model.settings
+        """A copy with every field resolved; ValueError for what the model cannot do."""
+        settings = model.settings
         denoise_steps, guidance = self.denoise_steps, self.guidance
         if denoise_steps is None:
-            denoise_steps = s.denoise_steps if model.kind == "teacher" else 1
+            denoise_steps = settings.denoise_steps if model.kind == "teacher" else 1
         if guidance is None:
-            guidance = 1.0 if denoise_steps == 1 else s.guidance
+            guidance = 1.0 if denoise_steps == 1 else settings.guidance
         if model.kind != "teacher" and denoise_steps != 1:
             raise ValueError(f"a {model.kind} takes one denoising step, not {denoise_steps}")
         if denoise_steps == 1 and guidance != 1:
             raise ValueError("in one denoising step guidance is baked in, or there is none")
-        order = self.order or s.order
+        order = self.order or settings.order
         if order not in ("random", "halton"):
             raise ValueError(f"there is no order {order!r}, only random and halton")
         return replace(self, denoise_steps=denoise_steps, guidance=guidance, order=order)
@@ -852,7 +857,8 @@ class Sampling:
         """How many of the `length` tokens to be drawn each iteration reveals."""
         steps = min(length, settings.steps) if self.steps is None else self.steps
         counts = list(steps) if isinstance(steps, tuple) else reveal_counts(length, steps)
-        if steps == 0 or min(counts) < 1 or sum(counts) != length:
+        too_few = isinstance(steps, int) and steps < 1
+        if too_few or not counts or min(counts) < 1 or sum(counts) != length:
             raise ValueError(f"{length} tokens cannot be revealed in steps {steps}")
         return counts
 
@@ -890,10 +896,9 @@ def draw_noise(model: MAR, n: int, generator, kind="random") -> Noise:
 def halton_order(side: int, n: int, generator) -> Tensor:
     """Orders [n, L] that spread the tokens of every iteration over the image (2503.17076).
 
-    Tokens drawn in the same iteration do not know of each other, so neighbours among them fit
-    together less well. The cells of the grid are visited as points of Halton's sequence in bases 2
-    and 3 fall into them. Ours: each image shifts the grid around its edges, and half of them
-    transpose it."""
+    Tokens of the same iteration are drawn independently, so adjacent ones may not match. The cells
+    of the grid are visited as points of Halton's sequence in bases 2 and 3 fall into them. Ours:
+    each image shifts the grid around its edges, and half of them transpose it."""
     first_visit = halton_cells(side).to(generator.device)
     y, x = first_visit // side, first_visit % side
     rng_kwargs = {"generator": generator, "device": generator.device}
@@ -926,9 +931,9 @@ def radical_inverse(i: int, base: int) -> Fraction:
 
 @dataclass
 class Trace:
-    """What `generate` did over T iterations, the most that any image took; the counts of an image
-    that took fewer end in zeros. A revealed token never changes, so the state before any step is
-    the final image under the step's mask."""
+    """What `generate` did. T is the largest of the batch; shorter rows are padded with zero counts.
+    A revealed token never changes, so the state before any step is the final image under the step's
+    mask."""
 
     order: Tensor  # [B, L]
     z: Tensor  # [B, L, D]
@@ -1006,7 +1011,7 @@ def generate(
     `generate(model, labels)` is right for every kind of model: a teacher walks its chain under its
     guidance, a student takes one step, a policy also chooses how many iterations to take.
 
-    sampling: to do it another way. noise: order, z and exploration; by default drawn from `seed`,
+    sampling: overrides the defaults. noise: order, z and exploration; by default drawn from `seed`,
     and then the same for every model. known: (tokens [B, L, D], mask [L]) completes images: only
     the tokens under the mask are drawn. trace: True also returns the Trace; "predictions" the Trace
     with its predictions, for which a teacher draws more noise.
@@ -1175,6 +1180,8 @@ def gsim_times(shape: tuple, generator) -> Tensor:
 class Distillation:
     """GSIM: the student (`model`, and `ema`, the average of its weights) and the auxiliary network
     S_phi (`aux`) both start as the teacher and are updated in turn. The teacher is frozen.
+
+        min over phi E |eps - eps_phi(x_t)|^2,   min over theta E[L1 + L2],   x_0 = g_theta(z, c)
 
     Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations.
     Differs from the paper: by default guidance follows MAR's linear schedule as if the iteration
@@ -1376,7 +1383,7 @@ class SchedulePolicy(nn.Module):
     def log_probs(self, states: Tensor, hidden: Tensor) -> Tensor:
         """log pi [N, choices] for states [N, W + 1] with hidden [N] tokens left.
 
-        A count that is not below what remains has probability 0; `all` stands for it."""
+        Counts of at least what remains have probability 0; the last action reveals all."""
         features = torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1)
         possible = self.counts < hidden[:, None]
         possible[:, -1] = True
@@ -1407,7 +1414,7 @@ def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
     return quality * speed(steps, settings.steps) ** settings.alpha
 
 
-# 10 Policy gradient -------------------------------------------------------------------------------
+# 10 Reinforcement learning ------------------------------------------------------------------------
 # GRPO, group relative policy optimisation, and then MARVAL's back-propagation of a reward. The
 # action is one of two Gaussians, whose log pi is known in closed form:
 #     z   the noise of a token, drawn from N(mu(c), 1); only mu learns
@@ -1437,7 +1444,7 @@ def token_log_prob(x: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def token_kl(mean: Tensor, mean_ref: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) [N] in closed form, over D as log pi is."""
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) [N], averaged over channels, as log pi is."""
     sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
     return ((mean - mean_ref) / sigma).square().mean(-1) / 2
 
@@ -1482,7 +1489,8 @@ def rollout(
     """G rollouts of each class of `labels` [P].
 
     predictions: whether their Trace has them. explore: whether the generator's actions vary, too,
-    not only the schedule's. What a group shares leaves the gradient unbiased, and less noisy."""
+    not only the schedule's. Sharing class, order and, if z is no action, z within a group keeps the
+    gradient unbiased and lowers its variance."""
     settings, G = model.settings, model.settings.group
     generator = rng(seed, "shared", device=labels.device)
     shared = draw_noise(model, len(labels), generator, settings.order)
@@ -1548,6 +1556,8 @@ def shuffled_order(order: Tensor, amount: Tensor, generator) -> Tensor:
 def policy_of(student: MAR, settings: Settings, learn_steps: bool) -> MAR:
     """A trainable copy of the student, with a noise policy for action z and, if learn_steps, with a
     schedule policy."""
+    if settings.action not in ("z", "x"):
+        raise ValueError(f"there is no action {settings.action!r}, only z and x")
     policy = deepcopy(student).requires_grad_(settings.action == "x")
     policy.kind, policy.settings = "policy", settings
     if settings.action == "z":
@@ -1582,7 +1592,7 @@ class StepBatch:
     sampled_mean: Tensor  # [M, L, D]: g(z, c) as sampled
 
     def __getitem__(self, rows: Tensor) -> "StepBatch":
-        """The same for some of the pairs."""
+        """The sub-batch of these pairs."""
         return StepBatch(*(v[rows] for v in vars(self).values()))
 
     def per_token(self, v: Tensor) -> Tensor:

@@ -30,7 +30,13 @@ from workbench.options import ArgumentParser, add_device, find_device
 from workbench.pictures import film, picture, pixel_mask, save_picture, write_files
 from workbench.released import load_model
 from workbench.report import hardware
-from workbench.sampling import check_request, check_steps, checked_sampling, class_labels
+from workbench.sampling import (
+    check_request,
+    check_steps,
+    checked_sampling,
+    class_labels,
+    per_image,
+)
 from workbench.settings import LIMITS, PRESETS
 from workbench.timing import clock
 
@@ -168,8 +174,9 @@ def main(argv=None):
         start = clock(device)
         part = labels[first : first + BATCH]
         known = (given.expand(len(part), -1, -1), mask) if args.inpaint else None
-        seed = (args.seed, first) if first else args.seed
-        tokens, trace = generate(model, part, sampling, known=known, seed=seed, trace=True)
+        numbers = range(first, first + len(part))
+        own_sampling, noise = per_image(model, sampling, args.seed, numbers)
+        tokens, trace = generate(model, part, own_sampling, noise, known, trace=True)
         seconds += clock(device) - start
         steps += int(trace.steps.sum())
         images = decode(to_images(tokens, settings)).cpu()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+HAS_GPU = torch.cuda.is_available()
 aten = torch.ops.aten
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOT = str(Path(__file__).parent.parent) + "/"
@@ -34,6 +35,7 @@ REAL = SimpleNamespace(
     tensor=torch.tensor,
     as_tensor=torch.as_tensor,
     to=Tensor.to,
+    backward=torch.autograd.backward,
     grouped=torch._C._group_tensors_by_device_and_dtype,
 )
 
@@ -154,9 +156,10 @@ def to(x, *args, **kwargs):
     """Tensor.to"""
     places = [p for p in (*args, *kwargs.values()) if isinstance(p, (str, torch.device, Tensor))]
     if not places or on_gpu(places[0]) == on_gpu(x):
-        here = Gpu.now.inner_device if on_gpu(x) else CPU
-        args = [here if isinstance(a, (str, torch.device)) else a for a in args]
-        kwargs = {k: here if k == "device" else a for k, a in kwargs.items()}
+        if on_gpu(x):  # its device has another name inside
+            here = Gpu.now.inner_device
+            args = [here if isinstance(a, (str, torch.device)) else a for a in args]
+            kwargs = {k: here if k == "device" else a for k, a in kwargs.items()}
         return REAL.to(x, *args, **kwargs)
     x = Move.apply(x)
     dtypes = [p for p in (*args, *kwargs.values()) if isinstance(p, torch.dtype)]
@@ -174,6 +177,15 @@ def as_tensor(data, dtype=None, device=None):
     """torch.as_tensor"""
     x = REAL.as_tensor(data, dtype=dtype)
     return x if device is None else to(x, device)
+
+
+def backward(tensors, *args, **kwargs):
+    """torch.autograd.backward"""
+    Gpu.now.goes_back = any(map(on_gpu, tensors_in([tensors])))
+    try:
+        REAL.backward(tensors, *args, **kwargs)
+    finally:
+        Gpu.now.goes_back = False
 
 
 def grouped(lists, indices=False):
@@ -244,6 +256,7 @@ class Gpu(TorchDispatchMode):
         super().__init__()
         self.inner_device = inner_device
         self.waits, self.launches = Counter(), Counter()
+        self.goes_back = False  # in the backward pass of a tensor on the GPU
 
     @classmethod
     def _should_skip_dynamo(cls):
@@ -267,9 +280,12 @@ class Gpu(TorchDispatchMode):
         own = [on_host(x, tensors) for x in args]
         options = {name: on_host(x, tensors) for name, x in kwargs.items()}
         there, device = any(type(x) is OnGpu for x in tensors), kwargs.get("device")
-        # autograd takes what is on the GPU for the CPU's, and makes zeros there
-        by_autograd = self.inner_device == CPU and (there or torch._C._current_autograd_node())
-        target = there if device is None else bool(by_autograd) or device.type == "cuda"
+        target = there if device is None else device.type == "cuda"
+        if self.inner_device == CPU and (there or self.goes_back and not tensors):
+            target = True  # autograd names the CPU for what is on the GPU, and makes zeros there
+        generator = kwargs.get("generator")
+        if generator is not None and on_gpu(generator) != target:
+            refuse(func, "and the generator is of another")
         if not (there or target):
             return func(*args, **kwargs)
         op = about(func)
@@ -290,9 +306,6 @@ class Gpu(TorchDispatchMode):
 
     def check(self, func, op, args, kwargs, tensors, target):
         """Raise what CUDA raises, and count what waits for it."""
-        generator = kwargs.get("generator")
-        if generator is not None and on_gpu(generator) != target:
-            refuse(func, "and the generator is of another")
         if op.waits and kwargs.get("output_size") is None:
             self.count_wait(op.name)
         if op.moves:
@@ -320,12 +333,18 @@ class Gpu(TorchDispatchMode):
 
 @contextmanager
 def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
-    """For as long as it lasts there is one GPU; gives the Gpu with what was counted."""
+    """For as long as it lasts there is one GPU; gives the Gpu with what was counted.
+
+    Where there is a real one it takes that, and counts nothing."""
+    if HAS_GPU:
+        yield SimpleNamespace(waits=Counter(), launches=Counter())
+        return
     properties = SimpleNamespace(
         total_memory=memory, name="a pretend GPU", major=capability[0], minor=capability[1]
     )
     fakes = {
         "torch.Generator": AnyGenerator,
+        "torch.autograd.backward": backward,
         "torch.tensor": tensor,
         "torch.as_tensor": as_tensor,
         "torch.Tensor.to": to,

@@ -125,13 +125,14 @@ def test_both_files_are_on_the_disk_before_the_cache_has_its_name(tmp_path, monk
     synced, real = [], os.fsync
 
     def fsync(number):
-        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        synced.append(os.fstat(number).st_ino)
         assert not (tmp_path / "cache").exists()
         real(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
     build_or_load_cache(tmp_path / "cache", "numbers", write_seven)
-    assert synced == ["numbers.bytes", "key.json"]
+    files = [tmp_path / "cache" / name for name in ("numbers.bytes", "key.json")]
+    assert synced == [path.stat().st_ino for path in files]
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day_and_nothing_else(tmp_path):

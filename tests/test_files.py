@@ -3,10 +3,12 @@
 `make test-long` damages more of the same."""
 
 import contextlib
+import gzip
 import io
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import signal
@@ -37,7 +39,8 @@ from workbench.files import (
 )
 from workbench.kl16 import load_kl16
 from workbench.precision import set_precision
-from workbench.released import load_mar
+from workbench.pretrained import TorchvisionFeatures
+from workbench.released import load_mar, load_model
 from workbench.settings import RunSettings
 
 TUTORIAL = Path(maskrl.__file__).parent / "assets" / "tutorial"
@@ -327,7 +330,7 @@ def weight(name, value):
 
 
 UNSOUND = {
-    "negative size": (setting(image_size=-8), "--image-size -8 must be at least 1"),
+    "negative size": (setting(image_size=-8), "--image-size -8 must be at least 2"),
     "size not in tokens": (setting(image_size=9), "--image-size 9 must be a multiple"),
     "no scale": (setting(scale=0.0), "its --scale is 0"),
     "a size that is text": (setting(image_size="8"), "--image-size '8' must be of type int"),
@@ -389,6 +392,134 @@ def test_a_schedule_of_other_settings_is_refused(policy, tmp_path):
     write_checkpoint(tmp_path / "policy.pt", policy)
     with pytest.raises(InputError, match="schedule.counts does not follow from its settings"):
         load_checkpoint(tmp_path / "policy.pt")
+
+
+# Other files --------------------------------------------------------------------------------------
+
+
+def resaved(content, path, **options):
+    """The content as another program might have written it."""
+    torch.save(content, path, **options)
+    return path
+
+
+@pytest.fixture
+def old(student, tmp_path):
+    """student.pt in the format of torch before 1.6."""
+    content = maskrl.checkpoint(student)
+    return resaved(content, tmp_path / "student.pt", _use_new_zipfile_serialization=False)
+
+
+def test_files_from_before_torch_1_6_are_read(old, student, tmp_path):
+    """They were once refused."""
+    again = load_checkpoint(old)
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in student.state_dict().items())
+    old_format = {"_use_new_zipfile_serialization": False}
+    load_mar(resaved(official(), tmp_path / "mar.pth", **old_format), num_heads=4)
+    load_kl16(resaved({"model": small_vae().state_dict()}, tmp_path / "kl16.ckpt", **old_format))
+
+
+@pytest.mark.parametrize("left", [1, 30, 1000, -5])
+def test_an_old_file_that_is_cut_off_is_refused(old, left):
+    old.write_bytes(old.read_bytes()[:left])
+    with pytest.raises(InputError, match="student.pt (is cut off|is not a checkpoint)"):
+        load_checkpoint(old)
+
+
+def test_reading_an_old_file_runs_no_code_in_it(tmp_path):
+    attack = {"model": Attack(tmp_path / "hacked")}
+    path = resaved(attack, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"safely \(UnpicklingError, it holds a (posix|nt).mkdir"):
+        load_safely(path)
+    assert not (tmp_path / "hacked").exists()
+
+
+def program(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data.pkl", b"")
+        archive.writestr("net/constants.pkl", b"")
+
+
+def archive_of_a_checkpoint(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("student.pt", b"weights")
+
+
+HEADER = b'{"z_proj.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+OTHER_FILES = {
+    "git-lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+        "git-lfs pointer",
+    ),
+    "page": (b"\n<!DOCTYPE html>\n<html><title>Sign in</title>", "it is a page for a browser"),
+    "page with a mark": (b"\xef\xbb\xbf<html lang='de'>", "it is a page for a browser"),
+    "error of a store": (b"<?xml version='1.0'?><Error><Code>AccessDenied", "it is a page for a"),
+    "error": (b"Entry not found", "it is a text that begins with 'Entry not found'"),
+    "json": (b'{"error": "Repository not found"}\n', "it is a text that begins with"),
+    "safetensors": (len(HEADER).to_bytes(8, "little") + HEADER + bytes(4), "safetensors format"),
+    "gzip": (gzip.compress(b"weights"), "it is compressed .gzip.: unpack it first"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "it is in the HDF5 format"),
+    "pickle": (pickle.dumps({"model": 1}), "it is a pickle that torch.save did not write"),
+    "empty": (b"", "it is empty"),
+    "blank": (b" \n\n", "it is empty"),
+    "zeros": (bytes(1000), "it is no file of torch.save"),
+    "picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "it is no file of torch.save"),
+    "program": (program, "it is a TorchScript program"),
+    "archive": (archive_of_a_checkpoint, "it is a zip archive that torch.save did not write"),
+}
+
+
+@pytest.mark.parametrize("content, said", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_that_is_no_checkpoint_is_called_what_it_is(tmp_path, content, said):
+    """All were once "not a checkpoint that can be read safely (BadZipFile)"."""
+    path = tmp_path / "teacher.pt"
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    for read in (load_checkpoint, load_model, load_kl16, TorchvisionFeatures):
+        path = path.rename(tmp_path / ("resnet18.pth" if read == TorchvisionFeatures else path))
+        with pytest.raises(InputError, match=f"{path.name} is not a checkpoint: .*{said}") as error:
+            read(path, device="cpu")
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_or_half_of_a_file_is_called_what_it_is(student, tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder; a file in it is needed"):
+        load_checkpoint(tmp_path)
+    path = tmp_path / "student.pt"
+    write_checkpoint(path, student)
+    data = path.read_bytes()
+    for left in (100, len(data) // 2, -1):
+        path.write_bytes(data[:left])
+        with pytest.raises(InputError, match="student.pt is cut off: its end is missing. Copy or"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_names_of_weights_are_those_without_their_wrapper(student, tmp_path, wrapper):
+    """torch.compile and DistributedDataParallel put one in front."""
+    content = maskrl.checkpoint(student)
+    for part in ("model", "model_ema"):
+        content[part] = {wrapper + name: value for name, value in content[part].items()}
+    again = load_checkpoint(resaved(content, tmp_path / "student.pt"))
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in student.state_dict().items())
+    mar = {
+        part: {wrapper + name: value for name, value in weights.items()}
+        for part, weights in official().items()
+    }
+    load_model(resaved(mar, tmp_path / "mar.pth"), num_heads=4)
+    vae = {wrapper + name: value for name, value in small_vae().state_dict().items()}
+    load_kl16(resaved({"model": vae}, tmp_path / "kl16.ckpt"))
+
+
+def test_blocks_that_were_compiled_one_by_one_have_their_names(student, tmp_path):
+    student.encoder_blocks[0] = torch.compile(student.encoder_blocks[0])
+    content = maskrl.checkpoint(student)
+    assert any("blocks.0._orig_mod." in name for name in content["model"])
+    load_checkpoint(resaved(content, tmp_path / "student.pt"))
 
 
 class Attack:

@@ -348,7 +348,7 @@ def test_labels_out_of_range_are_refused(student, labels):
         generate(student, labels)
 
 
-@pytest.mark.parametrize("steps", [0, 17, (8, 7), (17, -1), (16, 0)])
+@pytest.mark.parametrize("steps", [0, -3, 17, (), (8, 7), (17, -1), (16, 0)])
 def test_steps_that_do_not_reveal_every_token_are_refused(student, steps):
     with pytest.raises(ValueError, match="16"):
         generate(student, [0, 1], Sampling(steps))

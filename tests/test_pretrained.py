@@ -95,6 +95,27 @@ def test_too_little_memory_for_features_stays_what_it_is(error, monkeypatch):
     assert raised.value is error
 
 
+def test_features_of_the_user_may_change_their_images(tmp_path, monkeypatch):
+    """As those of many people do, when they normalise in place."""
+    monkeypatch.chdir(tmp_path)
+    text = "def embed(images):\n    return images.sub_(0.5).mean((2, 3))\n"
+    (tmp_path / "my_features.py").write_text(text)
+    images = torch.rand(2, 3, 8, 8)
+    before = images.clone()
+    torch.testing.assert_close(features_of("my_features:embed")(images), before.mean((2, 3)) - 0.5)
+    assert torch.equal(images, before)
+    sys.modules.pop("my_features", None)
+
+
+@torch.no_grad()
+def test_weights_of_torchvision_from_before_torch_1_6_are_read(torchvision_file, tmp_path):
+    (path, model), images = torchvision_file, torch.rand(2, 3, 32, 32)
+    old = tmp_path / path.name
+    weights = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(weights, old, _use_new_zipfile_serialization=False)
+    assert torch.equal(features_of(old)(images), features_of(path)(images))
+
+
 # CLIP
 
 
@@ -215,8 +236,7 @@ def test_wrong_clip_weights_end_in_one_line(small_clip, tmp_path):
         "has for ViT-B-32: openai",
         ("ViT-B-32", ""): "--clip-weights : neither",
         (SMALL_CLIP, "laion2b_s34b_b79k"): f"{SMALL_CLIP}: none",
-        (SMALL_CLIP, junk): "junk.pt could not be loaded safely as weights of --clip-model "
-        f"{SMALL_CLIP}",
+        (SMALL_CLIP, junk): "junk.pt is not a checkpoint: it is a text that begins with 'junk'",
         (SMALL_CLIP, attack): "attack.pt could not be loaded safely",
         ("ViT-S-32", small_clip): "small.pt could not be loaded safely as weights of --clip-model "
         "ViT-S-32",

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import error_of, random_model, tiny
 from helpers_child import EXITS, finish, start
 from PIL import Image
+from torchvision.transforms import functional as TF
 
 import sample
 from maskrl import MAR, Sampling, add_schedule, rng, to_images, to_tokens
@@ -63,11 +65,12 @@ def test_the_line_at_the_end_says_what_was_drawn_and_how(run, tmp_path, capsys):
 
 
 def test_options_of_sampling_reach_the_generator(run, tmp_path, monkeypatch):
-    calls = []
+    calls, seeds = [], []
 
-    def watched(model, labels, sampling, known, seed, trace):
-        calls.append((labels.tolist(), sampling, known, seed))
-        return generate(model, labels, sampling, known=known, seed=seed, trace=trace)
+    def watched(model, labels, sampling, noise, known, trace):
+        calls.append((labels.tolist(), sampling, known))
+        seeds.extend(generator.initial_seed() for generator in sampling.generators)
+        return generate(model, labels, sampling, noise, known, trace=trace)
 
     generate = sample.generate
     monkeypatch.setattr(sample, "generate", watched)
@@ -75,7 +78,10 @@ def test_options_of_sampling_reach_the_generator(run, tmp_path, monkeypatch):
     to = ("--out", tmp_path / "a.png", "--n", 3, "--seed", 7)
     draw(run / "teacher.pt", *options.split(), *to)
     expected = Sampling((1, 5, 10), 2.0, 4, 0.5, "random", progress=True)
-    assert calls == [([0, 1, 2], expected, None, 7)]
+    ((labels, sampling, known),) = calls
+    assert (labels, known) == ([0, 1, 2], None)
+    assert vars(expected) == {name: getattr(sampling, name) for name in vars(expected)}
+    assert seeds == [rng(7, "image", i).initial_seed() for i in range(3)]
 
 
 def test_films_and_completions(run, photo, tmp_path):
@@ -127,6 +133,44 @@ def test_any_number_of_images_is_drawn_batch_by_batch(student, tmp_path, monkeyp
     assert [path.read_bytes() for path in four] == [path.read_bytes() for path in ten[:4]]
     error = error_of(sample.main, [*common, "--n", 1025], capsys)
     assert "--n 1025: a picture shows at most 1024; more of them need --files" in error
+
+
+HOW = {
+    "teacher": ("teacher", ()),
+    "annealed": ("teacher", ("--steps", "1,3,5,7", "--order", "random", "--guidance", 1)),
+    "teacher in one step": ("teacher", ("--denoise-steps", 1, "--temperature", 0.8)),
+    "student": ("student", ()),
+    "student that refreshes": ("student", ("--refresh", 3, "--order", "random")),
+    "policy": ("policy", ()),
+}
+
+
+@pytest.mark.parametrize("kind, options", HOW.values(), ids=HOW)
+def test_an_image_does_not_depend_on_what_is_drawn_with_it(
+    run, tmp_path, monkeypatch, kind, options
+):
+    """--n 8 could once not be extended to --n 32: all images changed. A level is rounding."""
+    images = {}
+    for n, batch in ((3, 256), (7, 256), (7, 2)):
+        monkeypatch.setattr(sample, "BATCH", batch)
+        to = ("--out", tmp_path / "a.png", "--files", tmp_path / f"{n} {batch}")
+        draw(run / f"{kind}.pt", "--n", n, "--seed", 5, *options, *to)
+        paths = sorted((tmp_path / f"{n} {batch}").iterdir())
+        pixels = [TF.pil_to_tensor(Image.open(path)).int() for path in paths]
+        images[n, batch] = torch.stack(pixels)
+    all_at_once = images[7, 256]
+    assert (images[3, 256] - all_at_once[:3]).abs().max() <= 1
+    assert (images[7, 2] - all_at_once).abs().max() <= 1
+    assert all((a - b).abs().max() > 9 for a, b in combinations(all_at_once, 2))
+
+
+def test_a_completion_does_not_depend_on_what_is_drawn_with_it(run, photo, tmp_path):
+    images = []
+    for n in (1, 3):
+        to = ("--out", tmp_path / "a.png", "--files", tmp_path / str(n))
+        draw(run / "teacher.pt", "--n", n, "--inpaint", photo[0], "--mask", photo[1], *to)
+        images.append(TF.pil_to_tensor(Image.open(tmp_path / str(n) / "00000 0.png")).int())
+    assert (images[0] - images[1]).abs().max() <= 1
 
 
 # Classes ------------------------------------------------------------------------------------------

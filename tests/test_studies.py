@@ -227,7 +227,7 @@ def test_figures_of_a_verdict_come_from_the_rows(template, text):
 
 def test_a_sentence_without_its_rows_is_left_out(monkeypatch):
     monkeypatch.setattr(Cost, "verdict", ("A is {0[a][ms]}.", "C is {0[c][ms]}."))
-    assert tables.sentences(Cost(), ROWS) == "A is 2.0."
+    assert tables.sentences(Cost.verdict, ROWS) == ["A is 2.0."]
     assert tables.cell(ROWS["a"], "ms") == "2.0 (1.0–6.0)"
     assert tables.cell({"0": {"ms": 1.01}, "1": {"ms": 1.02}}, "ms") == "1.0"
 
@@ -245,7 +245,7 @@ def test_results_md_is_what_the_committed_json_gives():
 @pytest.mark.parametrize("name", tables.STUDIES)
 def test_every_sentence_is_said_of_the_committed_json(name):
     study, rows = tables.STUDIES[name], records.read_result(name)["rows"]
-    said = tables.sentences(study, rows)
+    said = " ".join(tables.sentences(study.verdict, rows))
     for sentence in study.verdict:
         assert sentence.format(tables.Figures(rows)) in said
 

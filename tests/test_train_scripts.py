@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import SHORT, error_of, tiny
 from helpers_child import EXITS, FOREVER, QUICK, at_work, no_matplotlib, without_times
-from helpers_images import make_shapes_folder
+from helpers_images import make_folder, make_shapes_folder
 from PIL import Image
 
 import maskrl
@@ -254,6 +254,7 @@ def test_wrong_input_to_training_ends_in_one_line_and_exit_code_2(run, tmp_path,
     student, teacher = out / "student.pt", out / "teacher.pt"
     junk.write_bytes(b"junk")
     empty.mkdir()
+    foxes = make_folder(tmp_path / "foxes", ["fox"])
     new = ["--out", tmp_path / "new", "--device", "cpu"]
     rl, distill = train_rl.main, train_distill.main
     cases = [
@@ -275,8 +276,8 @@ def test_wrong_input_to_training_ends_in_one_line_and_exit_code_2(run, tmp_path,
         (distill, ["--teacher", teacher, "--preset", "tiny", *new], "--preset tiny: the settings"),
         (
             distill,
-            ["--teacher", teacher, *new],
-            "--data shapes has classes that the checkpoint does not know",
+            ["--teacher", teacher, "--data", foxes, "--cache", tmp_path / "cache", *new],
+            f"--data {foxes} has classes that the checkpoint does not know: fox",
         ),
         (distill, ["--out", out, "--device", "cpu"], "exists: --resume"),
         (rl, ["--student", junk, *new], "junk.pt is not a checkpoint"),

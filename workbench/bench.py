@@ -11,6 +11,7 @@ import torch
 
 from maskrl import MAR, Sampling, Trace, generate, to_images
 from workbench.data import identity, load_data
+from workbench.devices import possible_precision
 from workbench.files import load_checkpoint
 from workbench.judge import Judge
 from workbench.kl16 import KL16
@@ -167,7 +168,7 @@ def random_models(name: str, device, vae: KL16 | None) -> tuple[dict, Callable]:
         settings = replace(settings, precision="fp32")
     classes = [str(i) for i in range(1000)]
     teacher = MAR(settings, classes, "teacher", image_channels).to(device).eval()
-    set_precision(teacher, settings.precision)
+    set_precision(teacher, possible_precision(settings.precision, device))
     student = copy(teacher)
     student.kind = "student"
     if name in RELEASED:

@@ -106,13 +106,28 @@ def average(p: nn.Parameter) -> None:
     p.grad = mean_over_processes(p.grad)
 
 
-def agreed(number: int, device) -> int:
+def agreed(number: float, device) -> float:
     """The largest `number` of all processes."""
     if not dist.is_initialized():
         return number
-    largest = torch.tensor(number, device=device)
+    largest = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    return type(number)(largest)
+
+
+def of_first_process(x: Tensor) -> Tensor:
+    """x as process 0 has it: on several GPUs the same network need not give the same numbers."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.broadcast(x, 0)
+    return x
+
+
+@torch.no_grad()
+def share_weights(network: nn.Module) -> None:
+    """Give all processes the weights of process 0."""
+    for value in network.state_dict().values():
+        value.copy_(of_first_process(value))
 
 
 def is_lost_process(error: Exception) -> bool:

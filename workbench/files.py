@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from maskrl import MAR, add_noise_policy, add_schedule, checkpoint
+from workbench.devices import possible_precision
 from workbench.distributed import rank
 from workbench.errors import InputError, abbreviate
 from workbench.precision import set_precision
@@ -154,11 +155,12 @@ def foreign_format(start: bytes) -> str:
             return what
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         return "in the safetensors format, which holds no settings; torch.save's is needed"
-    line = start.decode(errors="replace").strip("\ufeff\ufffd\n\r\t ").partition("\n")[0].strip()
-    if line.startswith("<"):
+    text = start.decode(errors="replace").strip("\ufeff \t\r\n")
+    if text.startswith("<"):
         return "a page for a browser (HTML or XML), as servers answer: download the file again"
+    line = " ".join(text.partition("\n")[0][:50].split())
     if line.isprintable() and "\ufffd" not in line:
-        return f"a text that begins with {line[:50]!r}" if line else "empty"
+        return f"a text that begins with {line!r}" if line else "empty"
     return "no file of torch.save"
 
 
@@ -263,8 +265,10 @@ def untrained(content: dict) -> MAR:
 
 
 def frozen(model: MAR, device) -> MAR:
-    """The model on the device, ready for `generate`, in the precision of its RunSettings."""
-    set_precision(model, model.settings.precision, model.settings.checkpointing)
+    """The model on the device, ready for `generate`, in the precision of its RunSettings if the
+    device can."""
+    precision = possible_precision(model.settings.precision, torch.device(device))
+    set_precision(model, precision, model.settings.checkpointing)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -108,7 +108,8 @@ class Judge:
         for part in images.split(512):
             part = part.to(self.device)
             own, class_logits, _ = self.net(part)
-            features.append(self.embed(part) if self.embed else own)
+            # a function of the user's may answer on the CPU
+            features.append(self.embed(part).to(self.device) if self.embed else own)
             logits.append(class_logits)
         return torch.cat(features), torch.cat(logits)
 

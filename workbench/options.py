@@ -14,6 +14,7 @@ import torch
 
 import maskrl
 from workbench.data import Data, load_data
+from workbench.devices import check_processes, possible_precision
 from workbench.distributed import join_processes
 from workbench.errors import InputError
 from workbench.files import read_checkpoint
@@ -203,11 +204,10 @@ def find_device(name: str = "auto", threads: int | None = None) -> torch.device:
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
+        available[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if name == "auto":
         return torch.device(available[0])
-    kind, _, number = name.partition(":")
-    if kind not in available or (number and not (kind == "cuda" and number.isdigit())):
+    if name not in available:
         raise InputError(f"--device {name}: there is none here; there is {', '.join(available)}")
     return torch.device(name)
 
@@ -277,7 +277,9 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
 
     written: the checkpoints that the script writes, the last stage first. base: the content of the
     checkpoint that it starts from."""
-    device = join_processes(find_device(args.device, args.threads))
+    device = find_device(args.device, args.threads)
+    check_processes(device)
+    device = join_processes(device)
     if args.out.exists():
         lock_run_dir(args.out).release()  # tells at once if another run is at work there
         check_out(args)
@@ -285,6 +287,7 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
     resume = begun is not None
     base = begun or base
     settings = settings_from(args, device, base, resume)
+    settings = replace(settings, precision=possible_precision(settings.precision, device))
     print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
     data, settings = measured_data(args, settings, base, device)
     check_memory(settings, data, device)

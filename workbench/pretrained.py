@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 
 from maskrl import rng
 from workbench.errors import InputError, is_out_of_memory
-from workbench.files import load_safely
+from workbench.files import load_safely, problem_of
 from workbench.plugins import named_function, names_function
 
 
@@ -60,6 +60,8 @@ def load_clip(options: ClipOptions, classes: list[str], device) -> tuple[nn.Modu
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if is_file and not weights.endswith(".safetensors") and problem_of(weights):
+            raise InputError(f"--clip-weights {weights} {problem_of(weights)}") from None
         failure = "downloaded; without a network, give a file of weights"
         if is_file:
             failure = f"loaded safely as weights of --clip-model {name}"

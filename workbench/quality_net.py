@@ -17,6 +17,7 @@ from tqdm import tqdm
 from maskrl import optimizer_step, rng
 from workbench.damage import JUDGE_DAMAGE, REWARD_DAMAGE, damage, patch_in_pixels
 from workbench.data import Split
+from workbench.distributed import agreed, rank, share_weights
 from workbench.errors import InputError
 from workbench.files import build_and_load, load_safely, save_safely, tensors_of
 from workbench.settings import RunSettings
@@ -76,12 +77,18 @@ class QualityNet(nn.Module):
 
 
 def train_quality_net(name: str, split: Split, settings: RunSettings, device) -> QualityNet:
-    """The network `name` (reward or judge), trained on the images of `split`, then frozen."""
+    """The network `name` (reward or judge), trained on the images of `split`, then frozen.
+
+    Of several processes the first trains it for all: each alone would get another one."""
     torch.manual_seed(zlib.crc32(f"{name} {settings.seed}".encode()))
     net = QualityNet(name, split.size, number_of_classes(split)).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=settings.judge_iters)
     for step in tqdm(range(settings.judge_iters), name, leave=False):
+        if step % 100 == 0:
+            share_weights(net)  # now and then, so that no process waits for long
+        if rank():
+            continue
         generator = rng(settings.seed, name, step)
         x, labels = split.batch(128, generator, device, settings.flip)
         x, kind = damage(x, labels, patch_in_pixels(x, settings), generator, net.kinds)
@@ -89,6 +96,7 @@ def train_quality_net(name: str, split: Split, settings: RunSettings, device) ->
         loss = F.cross_entropy(class_logits, labels) + F.cross_entropy(damage_logits, kind)
         optimizer_step([loss], optimizer)
         rate.step()
+    share_weights(net)
     return net.eval().requires_grad_(False)
 
 
@@ -115,13 +123,15 @@ def kept_quality_net(
         "seed": settings.seed,
         "judge_iters": settings.judge_iters,
     }
+    net = None
     if resume and Path(path).exists():
         try:
-            return read_quality_net(path, trained_with).to(device)
+            net = read_quality_net(path, trained_with).to(device)
         except InputError as error:
             print(f"the {name} network is trained again: {error}")
-    net = train_quality_net(name, split, settings, device)
-    save_safely(path, {"trained_with": trained_with, "model": net.state_dict()})
+    if agreed(int(net is None), device):  # also where only another process cannot read it
+        net = train_quality_net(name, split, settings, device)
+        save_safely(path, {"trained_with": trained_with, "model": net.state_dict()})
     return net
 
 

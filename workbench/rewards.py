@@ -9,6 +9,7 @@ from torch import Tensor
 from maskrl import MAR, generate, rng, to_images
 from workbench.damage import damage, patch_in_pixels
 from workbench.data import COLOURS, Data, display_names, shape_masks
+from workbench.distributed import of_first_process
 from workbench.errors import InputError, is_out_of_memory
 from workbench.plugins import named_function, names_function
 from workbench.pretrained import ClipOptions, ClipReward
@@ -89,7 +90,8 @@ class CheckedReward:
                 f"--reward {self.name} gave values from {q.min():.4g} to {q.max():.4g}; they "
                 "must lie in [0, 1]"
             )
-        return q.to(images)
+        q = q.to(images)
+        return q if q.requires_grad else of_first_process(q)  # all processes must decide alike
 
     def try_out(self, images: Tensor, labels: Tensor, differentiable: bool = False) -> None:
         """InputError if a check already fails on these images [B, 3, S, S] of labels [B], if all of

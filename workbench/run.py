@@ -26,10 +26,11 @@ from tqdm import tqdm
 from maskrl import MAR
 from workbench.choices import save_run_args
 from workbench.distributed import agreed, average_gradients, rank
-from workbench.errors import InputError, Stopped, abbreviate
+from workbench.errors import InputError, Stopped, abbreviate, is_out_of_memory
 from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
 from workbench.precision import set_precision
 from workbench.settings import RunSettings
+from workbench.timing import clock
 
 SAVE_SECONDS = 60.0  # from one checkpoint to the next, at least,
 SAVE_COST = 20.0  # and so many times as long as it took to write the last one: MAR-H has 30 GB
@@ -152,8 +153,13 @@ class Stage:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log the metrics of this step's update; of some 200 steps in a stage, and the last."""
-        self.record["seconds"] += time.perf_counter() - self.step_began
-        if self.step % max(1, self.iters // 200) == 0 or self.step == self.iters - 1:
+        logged = self.step % max(1, self.iters // 200) == 0 or self.step == self.iters - 1
+        # a GPU is waited for where its time is read or other work begins; what is left of the
+        # other updates counts in the next one
+        waits = logged or self.time_to_measure
+        now = clock(self.training.model.device) if waits else time.perf_counter()
+        self.record["seconds"] += now - self.step_began
+        if logged:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in list(metrics.items())[:3]})
             self.log_measured(metrics)
 
@@ -166,9 +172,10 @@ class Stage:
     def keep_best(self, values: dict[str, float]) -> None:
         """Log values; in the end `ema` gets the weights that had the lowest `validation`."""
         self.log_measured(values)
-        if values["validation"] < self.record["lowest"]:
+        validation = agreed(values["validation"], self.training.model.device)
+        if validation < self.record["lowest"]:
             weights = deepcopy(self.training.ema.state_dict())
-            self.record |= {"lowest": values["validation"], "weights": weights}
+            self.record |= {"lowest": validation, "weights": weights}
 
     def time_to_save(self) -> bool:
         waited = time.monotonic() - self.saved_at
@@ -258,6 +265,8 @@ def restore(training, path: Path, record: dict, iters: int) -> int:
             for name, value in training.state.items():
                 load_state(value, state[name])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).split("\n")[0]
         raise InputError(
             f"{path} is not of this training, or of another version of torch: --resume cannot go "
@@ -283,6 +292,8 @@ def load_state(value, saved) -> None:
     for own, group in zip(form.get("param_groups", []), saved.get("param_groups", [])):
         if own["params"] != group["params"]:
             raise ValueError("an optimizer of other parameters")
+        # how it computes is for the device that it runs on now, not where the file was written
+        group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
     value.load_state_dict(saved)
 
 

@@ -1,8 +1,10 @@
-"""What sample.py is asked for, checked before it draws: an InputError names the option."""
+"""What sample.py is asked for, checked before it draws: an InputError names the option. And random
+numbers that every image has of its own, so that it is the same whatever is drawn with it."""
 
 import math
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskrl import MAR, Sampling
+from maskrl import MAR, Diffusion, Noise, Sampling, draw_noise, rng
 from workbench.data import find_classes
 from workbench.errors import InputError
 from workbench.images import EXTENSIONS
@@ -76,6 +78,48 @@ def check_chain(model: MAR, sampling: Sampling) -> None:
         )
     if sampling.guidance is not None:
         check_guidance(sampling.guidance, model.settings.label_dropout)
+
+
+@dataclass
+class PerImageSampling(Sampling):
+    """Sampling in which a teacher's chains draw the noise of each image from its own generator."""
+
+    generators: tuple[torch.Generator, ...] = ()
+
+    def chains(self, iterations: int) -> list[Diffusion | None]:
+        chains = super().chains(iterations)
+        return [chain and PerImageChain(len(chain.times), self.generators) for chain in chains]
+
+
+class PerImageChain(Diffusion):
+    """A chain for tokens of several images, equally many of each, one image after the other."""
+
+    def __init__(self, n: int, generators: tuple[torch.Generator, ...]):
+        super().__init__(n)
+        self.generators = generators
+
+    def sample(self, head: Callable, x: Tensor, generator, temperature=1.0, limits=None) -> Tensor:
+        """As Diffusion.sample; the batch's generator is not asked."""
+        shape = len(self.times), len(x) // len(self.generators), x.shape[1]
+        noise = torch.cat([torch.randn(shape, generator=g) for g in self.generators], 1)
+        noise = noise.to(x.device)  # [n, N, D]
+        for i in reversed(range(len(self.times))):
+            t = torch.full((len(x),), int(self.times[i]), device=x.device)
+            x = self.step(i, x, head(x, t), noise[i], temperature, limits)
+        return x
+
+
+def per_image(
+    model: MAR, sampling: Sampling, seed: int, numbers: range
+) -> tuple[PerImageSampling, Noise]:
+    """What `generate` needs to draw the images of these numbers of a seed.
+
+    Up to rounding, image i is the same however many others are drawn with it, and on any device."""
+    generators = tuple(rng(seed, "image", i) for i in numbers)
+    drawn = [draw_noise(model, 1, generator, sampling.order) for generator in generators]
+    order, z = (torch.cat([getattr(one, name) for one in drawn]) for name in ("order", "z"))
+    noise = Noise(order.to(model.device), z.to(model.device))
+    return PerImageSampling(**vars(sampling), generators=generators), noise
 
 
 def check_request(args: Namespace, shown: int) -> None:

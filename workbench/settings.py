@@ -148,8 +148,8 @@ def check_guidance(guidance: float, label_dropout: float) -> None:
     """InputError if guidance needs a null class and the teacher has not learned one."""
     if guidance != 1 and label_dropout == 0:
         raise InputError(
-            f"--guidance {guidance:g} needs the null class, which --label-dropout 0 does not train: "
-            "--guidance 1 is none"
+            f"--guidance {guidance:g} needs the null class, which --label-dropout 0 does not "
+            "train: --guidance 1 is none"
         )
 
 

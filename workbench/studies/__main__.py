@@ -59,7 +59,8 @@ def main(argv=None) -> None:
             with FileLock(args.out / ".merge"):  # other processes merge their seeds, too
                 rows = records.save_result(study, seed, measured)
                 study.draw(rows, records.ASSETS / f"{name}.png")
-        print(f"\n{study.title}\n\n{table(rows, study.columns)}\n\n{sentences(study, rows)}")
+        verdict = " ".join(sentences(study.verdict, rows))
+        print(f"\n{study.title}\n\n{table(rows, study.columns)}\n\n{verdict}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What an update of GSIM and of RL costs."""
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 from maskrl import Distillation, rng, to_tokens
 from workbench.studies.study import Study
+from workbench.timing import clock
 
 
 class Cost(Study):
@@ -42,9 +42,9 @@ class Cost(Study):
         rounds = {name: [] for name in updates}
         for i in range(self.rounds):
             for name, update in updates.items():
-                start = time.perf_counter()
+                start = clock(lab.device)
                 update(i)
-                rounds[name].append(1000 * (time.perf_counter() - start))
+                rounds[name].append(1000 * (clock(lab.device) - start))
         return {"ms": {name: statistics.median(ms[1:]) for name, ms in rounds.items()}}
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import time
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -25,6 +24,7 @@ from workbench.rewards import CheckedReward, ShapeFit, calibrate, make_reward
 from workbench.run import Run, read_log
 from workbench.settings import preset
 from workbench.studies.records import provenance, rounded
+from workbench.timing import clock
 
 
 class Lab:
@@ -131,8 +131,8 @@ class Lab:
         """The figures called `key`: from their file, or else from measure()."""
         path = self.path(key)
         if not path.exists():
-            start = time.perf_counter()
-            figures = measure() | {"minutes": (time.perf_counter() - start) / 60}
+            start = clock(self.device)
+            figures = measure() | {"minutes": (clock(self.device) - start) / 60}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(rounded(figures | provenance(self.device))))
         return json.loads(path.read_text())

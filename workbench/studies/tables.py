@@ -114,22 +114,24 @@ class Quoted:
         pairs = [(self.a[seed][key], self.b[seed][key]) for seed in seeds]
         if self.sign == "-":
             differences = [a - b for a, b in pairs]
-            mean = statistics.mean(differences)
-            error = statistics.stdev(differences) / len(differences) ** 0.5
-            return f"{mean:+.{DECIMALS[key]}f} ± {error:.{DECIMALS[key]}f}".replace("-", "−")
+            text = f"{statistics.mean(differences):+.{DECIMALS[key]}f}".replace("-", "−")
+            if len(differences) > 1:
+                error = statistics.stdev(differences) / len(differences) ** 0.5
+                text += f" ± {error:.{DECIMALS[key]}f}"
+            return text
         count = sum(a < b if self.sign == "<" else a > b for a, b in pairs)
         return f"{count} of {len(seeds)}"
 
 
-def sentences(study: Study, rows: dict) -> str:
-    """The verdict, figures filled in."""
+def sentences(verdict: tuple[str, ...], rows: dict) -> list[str]:
+    """The sentences of a verdict, figures filled in; without those whose rows are not measured."""
     said = []
-    for sentence in study.verdict:
+    for sentence in verdict:
         try:
             said.append(sentence.format(Figures(rows)))
         except KeyError:
             continue
-    return " ".join(said)
+    return said
 
 
 def table(rows: dict, columns) -> str:
@@ -178,7 +180,7 @@ def section(study: Study, content: dict) -> str:
     different = ", ".join(f"`{as_option(name, value)}`" for name, value in settings.items())
     parts = [f"## {study.title}", study.question, " · ".join(origin)]
     parts += [f"Other than in the demo: {different}."] if different else []
-    parts += [table(rows, study.columns), sentences(study, rows), study.note]
+    parts += [table(rows, study.columns), " ".join(sentences(study.verdict, rows)), study.note]
     if study.picture and (records.ASSETS / study.picture[0]).exists():
         file, caption = study.picture
         parts.append(f"![{study.title}]({file})\n\n*{caption[0].upper()}{caption[1:]}.*")
@@ -204,7 +206,8 @@ README_VERDICTS = {  # study: what it says of a paper
         "- **MARVAL**: one step in place of 100 makes an image "
         "{0[teacher / student][image_ms]} times as fast. From teacher to student the distance "
         "changes by {0[student - teacher][frechet]}, recall by {0[student - teacher][recall]}, "
-        "precision by {0[student - teacher][precision]}.",
+        "precision by {0[student - teacher][precision]}, the held-out reward by "
+        "{0[student - teacher][held_out]}.",
         "- **RL on z**, both in 8 iterations: from student to policy quality changes by "
         "{0[policy's generator, K = 8 - student, K = 8][quality]}, the held-out reward by "
         "{0[policy's generator, K = 8 - student, K = 8][held_out]}, the distance by "
@@ -215,11 +218,12 @@ README_VERDICTS = {  # study: what it says of a paper
         "- **MaskFocus**, six iterations, two of them optimised: the quality after RL on critical "
         "steps differs from that on all steps by {0[critical - all][quality]}, on random ones by "
         "{0[critical - random][quality]}, on the first two by {0[critical - first][quality]}: "
-        "these are as good a choice.",
+        "choosing the first two is as good.",
     ),
     "schedule": (
         "- **Speed-RL**: the learned schedule takes {0[learned][steps]} of 16 iterations for a "
-        "reward above the best fixed counts' by {0[learned - vector][reward]}. Its distance is "
+        "reward that differs from that of the best fixed counts by "
+        "{0[learned - vector][reward]}. Its distance is "
         "{0[learned / student][frechet]} times the student's in 16: a third of the iterations at "
         "the same quality is *not* reached.",
     ),
@@ -235,8 +239,7 @@ def readme_results() -> str:
         parts += ["Paired differences over the seeds, ± their standard errors:", ""]
     for name, verdict in README_VERDICTS.items():
         content = read_result(name)
-        for sentence in verdict if content else ():
-            parts.append(sentence.format(Figures(content["rows"])))
+        parts += sentences(verdict, content["rows"]) if content else []
     return "\n".join(parts)
 
 

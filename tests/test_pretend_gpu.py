@@ -1,0 +1,270 @@
+"""What a CUDA GPU would refuse on a machine without one: methods, scripts, and faults of old.
+
+helpers_pretend_device says what its pretend GPU shows and what it does not. Where there is a real
+one, the tests of methods and scripts run on that."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model, tiny
+from helpers_child import QUICK, no_matplotlib
+from helpers_pretend_device import GPU, HAS_GPU, OnGpu, pretend_gpu
+from helpers_released import small_mar, small_vae
+from helpers_rewards import SMALL_CLIP, random_clip, shapes
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.functional import to_pil_image
+
+import maskrl
+import sample
+import train_distill
+import train_rl
+from maskrl import Distillation, PolicyGradient, RewardBackpropagation, Sampling, TeacherTraining
+from workbench import devices, pictures
+from workbench.data import draw_shapes
+from workbench.devices import check_processes
+from workbench.errors import InputError
+from workbench.files import load_checkpoint, write_checkpoint
+from workbench.judge import Judge
+from workbench.options import find_device
+from workbench.precision import InBFloat16, set_precision
+from workbench.pretrained import ClipOptions, ClipReward, pretrained_features
+from workbench.quality_net import QualityNet
+from workbench.released import load_model, save_mar
+from workbench.rewards import CheckedReward
+from workbench.run import restore
+
+CUDA = ["--device", "cuda", "--threads", "1"]
+SHORT = [*QUICK[: QUICK.index("--device")], *"--steps 2 --batch 4 --prompts 2 --group 2".split()]
+SHORT += "--teacher-iters 2 --gsim-iters 2 --rl-iters 2 --schedule-iters 1 --judge-iters 2".split()
+only_pretended = pytest.mark.skipif(HAS_GPU, reason="a real GPU draws other noise, and rounds")
+
+
+@pytest.fixture
+def gpu():
+    with pretend_gpu() as gpu:
+        yield gpu
+
+
+# The pretend GPU itself ---------------------------------------------------------------------------
+
+
+def test_it_refuses_what_a_gpu_refuses(gpu):
+    there, here, row = torch.ones(3, device=GPU), torch.ones(3), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(RuntimeError):
+        there + here
+    with pytest.raises(RuntimeError):
+        torch.zeros(()).add_(there.sum())
+    with pytest.raises(RuntimeError):
+        F.linear(there, torch.ones(2, 3))
+    with pytest.raises(RuntimeError):
+        torch.cat([there, here])
+    with pytest.raises(RuntimeError):
+        here[row.to(GPU)]
+    with pytest.raises(RuntimeError):
+        there.gather(0, row)
+    with pytest.raises(RuntimeError):
+        torch.randn(2, generator=maskrl.rng(0), device=GPU)
+    with pytest.raises(RuntimeError):
+        torch.randn(2, generator=maskrl.rng(0, device=GPU))
+    with pytest.raises(TypeError):
+        there.numpy()
+
+
+def test_it_takes_what_a_gpu_takes(gpu):
+    there = torch.arange(3.0, device=GPU)
+    assert there.device.type == "cuda" and there.is_cuda and not there.cpu().is_cuda
+    assert (there + torch.tensor(1.0)).is_cuda  # a number may come from the CPU
+    assert there[torch.tensor([2, 0])].tolist() == [2, 0]  # and so may an index
+    there[torch.tensor([True, False, False])] = 5.0
+    assert there.tolist() == [5, 1, 2] and float(there.sum()) == 8
+    assert torch.as_tensor(there, device="cuda").sum() == 8
+    assert torch.rand(2, generator=maskrl.rng(0, device=GPU), device=GPU).is_cuda
+
+
+def test_a_module_moves_and_learns_there_as_here(gpu):
+    """Through checkpointed blocks, attention with a mask, and a fused optimiser."""
+    results = []
+    for device in ("cpu", "cuda"):
+        block = deepcopy(maskrl.Block(8, 2)) if not results else here
+        here, block = deepcopy(block), block.to(device)
+        x = torch.ones(2, 3, 8, requires_grad=True)
+        keys = torch.ones(2, 3, dtype=torch.bool, device=device)
+        optimizer = torch.optim.AdamW(block.parameters(), fused=True)
+        checkpoint(block, x.to(device), keys, use_reentrant=False).square().sum().backward()
+        optimizer.step()
+        assert not x.grad.is_cuda and block.mlp.fc1.weight.grad.device.type == device
+        results.append([x.grad, *(p.cpu() for p in block.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@only_pretended
+def test_it_counts_what_the_host_waits_for(gpu):
+    x = torch.ones(4, device=GPU)
+    (x + x).view(2, 2).mT.exp()
+    assert dict(gpu.launches) == {"ones": 1, "add": 1, "exp": 1} and not gpu.waits
+    x[x > 0], x.nonzero(), bool(x.sum()), x.to("cpu"), torch.ones(1).to(GPU)
+    names = {what: n for (what, place), n in gpu.waits.items() if place == "elsewhere"}
+    assert names == {
+        "mask as index": 1,
+        "nonzero": 1,
+        "_local_scalar_dense": 1,
+        "copy from the GPU": 1,
+        "copy to the GPU": 1,
+    }
+
+
+@only_pretended
+def test_it_says_which_line_of_ours_waits(gpu):
+    maskrl.generate(random_model("student").to("cuda"), [0, 1], Sampling(steps=2))
+    assert any(place.startswith("maskrl.py:") for _, place in gpu.waits)
+
+
+# The methods --------------------------------------------------------------------------------------
+
+
+def brightness(images, labels):
+    return images.mean((1, 2, 3)).sigmoid()
+
+
+def teacher_training(settings, device):
+    return TeacherTraining(settings, ["a", "b", "c"], device)
+
+
+def distillation(settings, device):
+    return Distillation(random_model().to(device), settings)
+
+
+def policy_gradient(settings, device):
+    student = random_model("student").to(device)
+    return PolicyGradient(student, settings, brightness, torch.zeros(1, 16, 12, device=device))
+
+
+def backpropagation(settings, device):
+    settings.learn_steps = False
+    student, mean_image = random_model("student").to(device), torch.zeros(1, 16, 12, device=device)
+    return RewardBackpropagation(student, settings, brightness, mean_image)
+
+
+LOW = {"precision": "bf16", "checkpointing": True, "micro_batch": 3}
+TRAININGS = {
+    "teacher": (teacher_training, {}),
+    "teacher, bf16": (teacher_training, LOW),
+    "teacher of eps, random orders": (teacher_training, {"predicts": "eps", "muon_lr": 0.0}),
+    "GSIM": (distillation, {}),
+    "GSIM, bf16": (distillation, LOW),
+    "RL, z, then its schedule alone": (policy_gradient, {"rl_iters": 1}),
+    "RL, z, random steps, routed": (policy_gradient, {"rl_steps": "random", "route": 0.5}),
+    "RL, x": (policy_gradient, {"action": "x"}),
+    "RL, x, first steps, bf16": (policy_gradient, {"action": "x", "rl_steps": "first", **LOW}),
+    "backprop, z": (backpropagation, {}),
+    "backprop, x, all steps, bf16": (backpropagation, {"action": "x", "rl_steps": "all", **LOW}),
+}
+
+
+def trained(name, device):
+    """The metrics and weights after two updates."""
+    make, overrides = TRAININGS[name]
+    settings = tiny(**{"steps": 3, "order": "random", **overrides})
+    torch.manual_seed(0)
+    training = make(settings, device)
+    for network in (training.model, training.ema):
+        set_precision(network, settings.precision, settings.checkpointing)
+    labels = (torch.arange(8) % 3).to(device)
+    x = torch.randn(8, 16, 12, generator=maskrl.rng("x")).to(device)
+    inputs = [labels[:2]] if isinstance(training, PolicyGradient) else [x, labels]
+    for step in range(2):
+        metrics = training.update(step, *inputs, seed=0)
+    return metrics, torch.cat([p.detach().cpu().flatten() for p in training.model.parameters()])
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_does_there_what_it_does_here(name):
+    with pretend_gpu():
+        metrics, weights = trained(name, "cuda")
+    assert all(isinstance(value, float) for value in metrics.values())
+    if HAS_GPU:  # it draws other noise
+        return
+    metrics_here, weights_here = trained(name, "cpu")
+    rounding = 0.02 if "bf16" in name else 1e-4
+    assert metrics == pytest.approx(metrics_here, rel=rounding, abs=rounding)
+    if "bf16" not in name:
+        torch.testing.assert_close(weights, weights_here, rtol=1e-4, atol=1e-5)
+
+
+# The scripts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    """script(main, *options): it runs on the GPU, without curves, which take long."""
+
+    def script(main, *options):
+        with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pictures, "pyplot", no_matplotlib)
+            return main([str(a) for a in (*options, *CUDA)])
+
+    return script
+
+
+@pytest.fixture(scope="module")
+def run(script, tmp_path_factory):
+    """The folder of train_rl.py's three stages."""
+    out = tmp_path_factory.mktemp("run")
+    metrics = script(train_rl.main, *SHORT, "--out", out)
+    assert {"real", "teacher", "student", "policy"} < set(metrics["rows"])
+    return out
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student", "policy"])
+def test_every_checkpoint_is_sampled(script, run, tmp_path, kind):
+    """A policy with a schedule once failed: its counts were compared on two devices."""
+    script(sample.main, run / f"{kind}.pt", "--n", 4, "--out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
+def test_films_files_and_completions_are_drawn(script, run, tmp_path):
+    film, files = ["--film", tmp_path / "a.gif"], ["--files", tmp_path / "files"]
+    cached = ["--refresh", 2, "--out", tmp_path / "a.png", "--n", 3]
+    script(sample.main, run / "teacher.pt", *film, *files, *cached)
+    image = next((tmp_path / "files").iterdir())
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 8, 4))
+    mask.save(tmp_path / "mask.png")
+    given = ["--inpaint", image, "--mask", tmp_path / "mask.png", "--out", tmp_path / "b.png"]
+    script(sample.main, run / "policy.pt", *given, "--n", 2)
+    assert (tmp_path / "a.gif").exists() and (tmp_path / "b.png").exists()
+
+
+def test_the_bench_times_teacher_student_and_policy(script, run, tmp_path):
+    how = ["--batches", 1, "--rounds", 2]
+    script(sample.main, run / "policy.pt", "--bench", tmp_path / "bench.json", *how)
+    arms = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {"student + cache", "all together"} < set(arms)
+
+
+@pytest.mark.parametrize("method, action", [("grpo", "x"), ("backprop", "z")])
+def test_rl_goes_on_from_a_student(script, run, tmp_path, method, action):
+    how = ["--method", method, "--action", action, "--no-learn-steps", "--rl-iters", 1]
+    student = ["--student", run / "student.pt", "--reward", "fit", "--out", tmp_path]
+    metrics = script(train_rl.main, *student, *how)
+    assert metrics["rl"]["after"]["steps_std"] == 0
+
+
+def test_latents_of_a_released_teacher_are_distilled(script, tmp_path):
+    torch.manual_seed(0)
+    save_mar(tmp_path / "mar.pth", small_mar(classes=2))
+    torch.save({"model": small_vae().state_dict()}, tmp_path / "kl16.ckpt")
+    for i, image in enumerate(draw_shapes(torch.arange(2).repeat(20), 8)):
+        folder = tmp_path / "images" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(folder / f"{i}.png")
+    teacher = ["--teacher", tmp_path / "mar.pth", "--heads", 2, "--vae", tmp_path / "kl16.ckpt"]
+    how = "--gsim-iters 1 --batch 2 --steps 2 --denoise-steps 2 --judge-iters 1 --judge-n 8"
+    data = ["--data", tmp_path / "images", "--out", tmp_path / "out"]
+    metrics = script(train_distill.main, *teacher, *how.split(), *data)
+    assert {"teacher", "student"} < set(metrics["rows"])
