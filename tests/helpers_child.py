@@ -45,7 +45,7 @@ def work(script, argv, output, save_often, die_at, environ):
     of the environment."""
     torch.set_num_threads(1)
     os.environ |= environ or {}
-    pictures.pyplot = no_matplotlib
+    pictures.figure_class = no_matplotlib
     if save_often:
         run.SAVE_SECONDS, run.SAVE_COST = 0.02, 0.0
     if die_at:

@@ -2,7 +2,7 @@
 
     with pretend_gpu() as gpu:
         train_rl.main(["--device", "cuda", ...])
-    gpu.waits  # {(what, "maskrl.py:567 context"): how often the host waited for the GPU there}
+    gpu.waits  # {(what, "maskrl.py context"): how often the host waited for the GPU there}
     gpu.launches  # {operator: how often it was launched}
 
 Its tensors, `OnGpu`, say that they are on cuda:0 and keep their numbers in a tensor of the CPU.
@@ -194,6 +194,10 @@ def grouped(lists, indices=False):
     return {(device, kind): group for (_, kind), group in REAL.grouped(lists, indices).items()}
 
 
+def synchronize(*_):
+    Gpu.now.count_wait("synchronize")
+
+
 def tensors_in(x) -> list:
     """Those in nested lists."""
     if isinstance(x, (list, tuple)):
@@ -266,13 +270,13 @@ class Gpu(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def count_wait(self, what):
-        """With the line of ours that asked for it."""
+        """With the function of ours that asked for it."""
         frame, place = sys._getframe(), "elsewhere"
         while frame and not frame.f_code.co_filename.startswith(OURS):
             frame = frame.f_back
         if frame:
             file = frame.f_code.co_filename.removeprefix(ROOT)
-            place = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+            place = f"{file} {frame.f_code.co_name}"
         self.waits[what, place] += 1
 
     def run(self, func, args, kwargs):
@@ -351,7 +355,7 @@ def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
         "torch.Tensor.cpu": lambda x: to(x, CPU),
         "torch.Tensor.cuda": lambda x: to(x, GPU),
         "torch._C._group_tensors_by_device_and_dtype": grouped,
-        "torch.accelerator.synchronize": lambda *_: None,
+        "torch.accelerator.synchronize": synchronize,
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.device_count": lambda: 1,
@@ -359,7 +363,7 @@ def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
         "torch.cuda.get_device_name": lambda *_: properties.name,
         "torch.cuda.get_device_properties": lambda *_: properties,
         "torch.cuda.is_available": lambda: True,
-        "torch.cuda.synchronize": lambda *_: None,
+        "torch.cuda.synchronize": synchronize,
     }
     if inner_device.type == "cpu":
         fakes["torch.autocast"] = CpuAutocast

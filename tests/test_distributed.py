@@ -19,7 +19,13 @@ from helpers_child import FOREVER, QUICK, at_work, without_times
 
 import maskrl
 from maskrl import MAR, Head, Sampling, generate
-from workbench.distributed import TORCHRUN, average_gradients, divided, join_processes
+from workbench.distributed import (
+    TORCHRUN,
+    average_gradients,
+    divided,
+    join_processes,
+    several_processes,
+)
 from workbench.run import read_log
 
 
@@ -38,6 +44,8 @@ def test_a_variable_of_some_other_launcher_starts_no_process(monkeypatch, size):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of a GPU that this process does not have
+    assert not several_processes()
     assert join_processes(torch.device("cpu")) == torch.device("cpu")
     assert not dist.is_initialized()
 

@@ -171,16 +171,26 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path, monkeypatch):
     assert not (tmp_path / "curves.png").exists()
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "pyplot", no_matplotlib)
+        patch.setattr(pictures, "figure_class", no_matplotlib)
         curves(tmp_path)
     assert not (tmp_path / "curves.png").exists()
     curves(tmp_path)
     assert Image.open(tmp_path / "curves.png").width > 1000
 
 
+def test_curves_leave_the_backend_of_a_notebook_alone(tmp_path):
+    """A notebook that had trained once showed no figures any more."""
+    matplotlib = pytest.importorskip("matplotlib")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    with matplotlib.rc_context({"backend": "svg"}):
+        curves(tmp_path)
+        assert matplotlib.get_backend() == "svg"
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_without_matplotlib_its_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert pictures.pyplot() is None
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert pictures.figure_class() is None
     assert "pip install matplotlib" in capsys.readouterr().out
 
 

@@ -4,19 +4,22 @@ helpers_pretend_device says what its pretend GPU shows and what it does not. Whe
 one, the tests of methods and scripts run on that."""
 
 import json
+from argparse import Namespace
 from copy import deepcopy
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model, tiny
 from helpers_child import QUICK, no_matplotlib
-from helpers_pretend_device import GPU, HAS_GPU, OnGpu, pretend_gpu
+from helpers_methods import brightness, flatten
+from helpers_pretend_device import GPU, HAS_GPU, pretend_gpu
 from helpers_released import small_mar, small_vae
-from helpers_rewards import SMALL_CLIP, random_clip, shapes
+from helpers_rewards import SMALL_CLIP, Refused, random_clip, shapes
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import shufflenet_v2_x0_5
 from torchvision.transforms.functional import to_pil_image
 
 import maskrl
@@ -30,14 +33,15 @@ from workbench.devices import check_processes
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
 from workbench.judge import Judge
-from workbench.options import find_device
+from workbench.options import find_device, prepare
 from workbench.precision import InBFloat16, set_precision
-from workbench.pretrained import ClipOptions, ClipReward, pretrained_features
+from workbench.pretrained import ClipOptions, ClipReward, TorchvisionFeatures
 from workbench.quality_net import QualityNet
-from workbench.released import load_model, save_mar
+from workbench.released import save_mar
 from workbench.rewards import CheckedReward
-from workbench.run import restore
+from workbench.run import Run, restore
 
+ROOT = Path(maskrl.__file__).parent
 CUDA = ["--device", "cuda", "--threads", "1"]
 SHORT = [*QUICK[: QUICK.index("--device")], *"--steps 2 --batch 4 --prompts 2 --group 2".split()]
 SHORT += "--teacher-iters 2 --gsim-iters 2 --rl-iters 2 --schedule-iters 1 --judge-iters 2".split()
@@ -88,10 +92,9 @@ def test_it_takes_what_a_gpu_takes(gpu):
 
 def test_a_module_moves_and_learns_there_as_here(gpu):
     """Through checkpointed blocks, attention with a mask, and a fused optimiser."""
-    results = []
+    results, initial = [], maskrl.Block(8, 2)
     for device in ("cpu", "cuda"):
-        block = deepcopy(maskrl.Block(8, 2)) if not results else here
-        here, block = deepcopy(block), block.to(device)
+        block = deepcopy(initial).to(device)
         x = torch.ones(2, 3, 8, requires_grad=True)
         keys = torch.ones(2, 3, dtype=torch.bool, device=device)
         optimizer = torch.optim.AdamW(block.parameters(), fused=True)
@@ -119,16 +122,12 @@ def test_it_counts_what_the_host_waits_for(gpu):
 
 
 @only_pretended
-def test_it_says_which_line_of_ours_waits(gpu):
+def test_it_says_which_function_of_ours_waits(gpu):
     maskrl.generate(random_model("student").to("cuda"), [0, 1], Sampling(steps=2))
-    assert any(place.startswith("maskrl.py:") for _, place in gpu.waits)
+    assert any(place.startswith("maskrl.py ") for _, place in gpu.waits)
 
 
 # The methods --------------------------------------------------------------------------------------
-
-
-def brightness(images, labels):
-    return images.mean((1, 2, 3)).sigmoid()
 
 
 def teacher_training(settings, device):
@@ -179,7 +178,7 @@ def trained(name, device):
     inputs = [labels[:2]] if isinstance(training, PolicyGradient) else [x, labels]
     for step in range(2):
         metrics = training.update(step, *inputs, seed=0)
-    return metrics, torch.cat([p.detach().cpu().flatten() for p in training.model.parameters()])
+    return metrics, flatten(p.detach().cpu() for p in training.model.parameters())
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -205,7 +204,7 @@ def script():
 
     def script(main, *options):
         with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pictures, "pyplot", no_matplotlib)
+            patch.setattr(pictures, "figure_class", no_matplotlib)
             return main([str(a) for a in (*options, *CUDA)])
 
     return script
@@ -236,15 +235,15 @@ def test_films_files_and_completions_are_drawn(script, run, tmp_path):
     mask.paste(255, (0, 0, 8, 4))
     mask.save(tmp_path / "mask.png")
     given = ["--inpaint", image, "--mask", tmp_path / "mask.png", "--out", tmp_path / "b.png"]
-    script(sample.main, run / "policy.pt", *given, "--n", 2)
+    script(sample.main, run / "policy.pt", *given, "--n", 2, "--refresh", 2)
     assert (tmp_path / "a.gif").exists() and (tmp_path / "b.png").exists()
 
 
-def test_the_bench_times_teacher_student_and_policy(script, run, tmp_path):
-    how = ["--batches", 1, "--rounds", 2]
-    script(sample.main, run / "policy.pt", "--bench", tmp_path / "bench.json", *how)
+def test_the_bench_times_teacher_and_student(script, tmp_path):
+    how = ["--steps", 1, "--batches", 1, "--rounds", 2]
+    script(sample.main, "tiny", "--bench", tmp_path / "bench.json", *how)
     arms = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert {"student + cache", "all together"} < set(arms)
+    assert {"annealed teacher", "student + cache"} < set(arms)
 
 
 @pytest.mark.parametrize("method, action", [("grpo", "x"), ("backprop", "z")])
@@ -268,3 +267,181 @@ def test_latents_of_a_released_teacher_are_distilled(script, tmp_path):
     data = ["--data", tmp_path / "images", "--out", tmp_path / "out"]
     metrics = script(train_distill.main, *teacher, *how.split(), *data)
     assert {"teacher", "student"} < set(metrics["rows"])
+
+
+# What users give, and where it lies ---------------------------------------------------------------
+
+
+def means_on_the_cpu(images):
+    """Features of a user's function that knows nothing of GPUs."""
+    return images.detach().cpu().double().mean((2, 3))
+
+
+def brightness_on_the_cpu(images, labels):
+    return images.cpu().double().mean((1, 2, 3)).sigmoid()
+
+
+def test_features_and_rewards_may_answer_on_the_cpu(gpu):
+    """They once mixed devices."""
+    settings = tiny(judge_n=18)
+    net = QualityNet("judge", 8, 9).to("cuda").eval().requires_grad_(False)
+    judge = Judge(shapes(), settings, torch.device("cuda"), means_on_the_cpu, draws=2, net=net)
+    assert set(judge.sensitivity) and judge(judge.real_images)["diversity"] > 0
+    images = torch.rand(3, 3, 8, 8, device=GPU, requires_grad=True)
+    labels = torch.arange(3, device=GPU)
+    q = CheckedReward("mine", brightness_on_the_cpu)(images, labels)
+    assert q.is_cuda and q.dtype == torch.float32
+    q.sum().backward()
+    assert images.grad.is_cuda and images.grad.min() > 0
+
+
+def test_clip_and_torchvision_look_at_images_of_the_gpu(gpu, tmp_path):
+    images, labels = torch.rand(2, 3, 8, 8, device=GPU) * 2 - 1, torch.arange(2, device=GPU)
+    random_clip(SMALL_CLIP, tmp_path / "clip.pt")
+    options = ClipOptions(SMALL_CLIP, str(tmp_path / "clip.pt"))
+    assert ClipReward(options, ["a", "b"], torch.device("cuda"))(images, labels).is_cuda
+    weights = tmp_path / "shufflenet_v2_x0_5-random.pth"
+    torch.save(shufflenet_v2_x0_5().state_dict(), weights)
+    assert TorchvisionFeatures(weights, "cuda")(images).is_cuda
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_known_tokens_may_lie_on_the_cpu(gpu, kind):
+    model, mask = random_model(kind).to("cuda"), torch.arange(16) < 5
+    known = torch.ones(2, 16, 12)
+    tokens = maskrl.generate(model, [0, 1], Sampling(steps=2), known=(known, mask))
+    assert (tokens[:, 5:] == 1).all() and not (tokens[:, :5] == 1).any()
+
+
+def test_maskrls_own_files_load_there(gpu, tmp_path):
+    """Also those of a policy with a schedule, and from a GPU without one."""
+    policy = random_model("policy").to("cuda")
+    maskrl.add_noise_policy(policy)
+    maskrl.add_schedule(policy)
+    maskrl.save(tmp_path / "policy.pt", policy)
+    loaded = maskrl.load(tmp_path / "policy.pt", "cuda")
+    assert loaded.device.type == "cuda" and maskrl.generate(loaded, [0]).is_cuda
+    assert maskrl.load(tmp_path / "policy.pt").device.type == "cpu"
+
+
+# A run that changes its device --------------------------------------------------------------------
+
+
+def updated(training, steps, device="cpu"):
+    labels, x = torch.arange(8) % 3, torch.randn(8, 16, 12, generator=maskrl.rng("x"))
+    for step in steps:
+        training.update(step, x.to(device), labels.to(device), seed=0)
+    return training
+
+
+def state_of(training):
+    return {name: value.state_dict() for name, value in training.state.items()}
+
+
+def restored(training, path):
+    record = {"seconds": 0.0, "lowest": 0.0, "weights": {}}
+    return restore(training, path, record, training.iters)
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_a_run_of_the_cpu_goes_on_with_the_fused_optimisers_of_a_gpu(tmp_path, fused):
+    """The file's flag once made it as slow there as it was here."""
+    path, settings = tmp_path / "teacher.pt", tiny(order="random")
+    torch.manual_seed(0)
+    training = updated(teacher_training(settings, "cpu"), range(2))
+    state = state_of(training) | {"record": {"seconds": 1.0, "lowest": 1.0, "weights": {}}}
+    for group in state["adamw"]["param_groups"]:
+        group["fused"] = fused
+    write_checkpoint(path, training.model, training.ema, 2, state)
+    with pretend_gpu():
+        there = teacher_training(settings, "cuda")
+        assert restored(there, path) == 2
+        assert all(group["fused"] for group in there.optimizers["adamw"].param_groups)
+        states = there.optimizers["adamw"].state.values()
+        assert {x.device.type for s in states for x in s.values()} == {"cuda"}
+        updated(there, [2], "cuda")
+        if HAS_GPU:
+            return
+        weights = flatten(p.detach().cpu() for p in there.model.parameters())
+    before = flatten(p.detach() for p in training.model.parameters())
+    here = flatten(p.detach() for p in updated(training, [2]).model.parameters())
+    assert (weights - here).abs().sum() < 0.1 * (here - before).abs().sum()  # many are near 0
+
+
+def test_too_little_memory_for_a_file_to_resume_stays_what_it_is(tmp_path, monkeypatch):
+    """It once was a file of another training."""
+    path, training = tmp_path / "teacher.pt", teacher_training(tiny(), "cpu")
+    write_checkpoint(path, training.model, training.ema, training.iters)
+    error = Refused(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    monkeypatch.setattr(training.model, "load_state_dict", error)
+    with pytest.raises(torch.OutOfMemoryError):
+        restored(training, path)
+
+
+# Which GPUs there are -----------------------------------------------------------------------------
+
+
+@only_pretended
+def test_a_gpu_that_is_not_there_is_refused(gpu):
+    assert find_device("cuda:0") == find_device("cuda:0") == GPU
+    with pytest.raises(InputError, match="cuda:9: there is none here; there is cuda, cuda:0, cpu"):
+        find_device("cuda:9")
+
+
+@only_pretended
+@pytest.mark.parametrize("variable, value", [("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")])
+def test_more_processes_than_gpus_are_refused(gpu, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match="2 processes, and 1 GPUs here: --nproc_per_node=1"):
+        check_processes(GPU)
+    with pytest.raises(InputError, match="need CUDA GPUs, or --device cpu"):
+        check_processes(torch.device("mps"))
+    check_processes(torch.device("cpu"))
+
+
+@pytest.fixture
+def old_gpu():
+    """Before Ampere."""
+    devices.emulates_bfloat16.cache_clear()
+    with pretend_gpu(capability=(7, 5)) as gpu:
+        yield gpu
+    devices.emulates_bfloat16.cache_clear()
+
+
+@only_pretended
+def test_an_old_gpu_computes_in_float32_and_says_so_once(old_gpu, tmp_path, capsys):
+    """A T4 emulates bfloat16, slowly and without a word."""
+    argv = [*SHORT, "--precision", "bf16", "--out", str(tmp_path / "out"), *CUDA]
+    settings = prepare(train_distill.parse(argv), ["student.pt", "teacher.pt"]).settings
+    write_checkpoint(tmp_path / "teacher.pt", random_model(precision="bf16"))
+    loaded = load_checkpoint(tmp_path / "teacher.pt", device="cuda")
+    assert settings.precision == "fp32" and "context" not in vars(loaded)
+    assert capsys.readouterr().out.count("cuda only emulates bfloat16") == 1
+
+
+def test_a_newer_gpu_computes_in_bfloat16(gpu, tmp_path):
+    write_checkpoint(tmp_path / "teacher.pt", random_model(precision="bf16"))
+    loaded = load_checkpoint(tmp_path / "teacher.pt", device="cuda")
+    assert isinstance(loaded.context, InBFloat16)
+
+
+# Times --------------------------------------------------------------------------------------------
+
+
+@only_pretended
+def test_times_are_read_when_the_gpu_is_done(gpu, tmp_path, capsys):
+    """Of MPS they once were read before, and of an update of any GPU."""
+    sources = [*ROOT.glob("*.py"), *(ROOT / "workbench").rglob("*.py")]
+    readers = {path.name for path in sources if "perf_counter" in path.read_text()}
+    assert readers == {"timing.py", "run.py"}
+    student = random_model("student")
+    write_checkpoint(tmp_path / "student.pt", student)
+    sample.main([str(tmp_path / "student.pt"), "--out", str(tmp_path / "a.png"), "--n", "1", *CUDA])
+    assert gpu.waits["synchronize", "workbench/timing.py clock"] == 2
+    gpu.waits.clear()
+    run = Run(Namespace(out=tmp_path, resume=False), tiny(teacher_iters=400), None, GPU)
+    with run.stage(teacher_training(run.settings, "cuda")) as stage:
+        for stage.step in range(9):  # of which every other is logged
+            stage.step_began = 0.0
+            stage.log({"loss": 1.0})
+    assert gpu.waits["synchronize", "workbench/timing.py clock"] == 5

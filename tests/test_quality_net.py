@@ -6,6 +6,7 @@ from conftest import tiny
 from helpers_rewards import Attack, reward_net, shapes
 
 from workbench import quality_net
+from workbench.data import load_data
 from workbench.quality_net import QualityNet, kept_quality_net, train_quality_net
 
 
@@ -34,6 +35,14 @@ def test_colours_that_no_image_has_do_not_pay():
     net, labels = QualityNet("reward", 8, 3), torch.zeros(5, dtype=torch.long)
     x = 4 * torch.rand(5, 3, 8, 8) - 2
     assert torch.equal(net.quality(x, labels), net.quality(x.clamp(-1, 1), labels))
+
+
+@pytest.mark.parametrize("name", ["reward", "judge"])
+def test_images_of_one_token_of_two_pixels_are_enough(name):
+    """The smallest that the settings allow; of one pixel it once ended in a traceback."""
+    settings = tiny(image_size=2, patch=2, steps=1, judge_iters=2)
+    net = train_quality_net(name, load_data(settings).train, settings, "cpu")
+    assert net.quality(torch.zeros(2, 3, 2, 2), torch.tensor([0, 1])).isfinite().all()
 
 
 def test_calibration_lifts_the_median_to_one_half_and_keeps_the_order():

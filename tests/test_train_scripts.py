@@ -356,7 +356,7 @@ def whole(tmp_path_factory):
     """A run that nobody interrupts."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "pyplot", no_matplotlib)
+        patch.setattr(pictures, "figure_class", no_matplotlib)
         train_rl.main([*SHORT, "--out", str(out)])
     return out
 
@@ -382,7 +382,7 @@ def test_an_interrupted_run_resumes_to_the_very_same_weights(
         patch.setattr(run_module.Stage, "time_to_save", every_other_step)
         with pytest.raises(KeyboardInterrupt):
             train_rl.main([*SHORT, "--out", str(tmp_path)])
-    monkeypatch.setattr(pictures, "pyplot", no_matplotlib)
+    monkeypatch.setattr(pictures, "figure_class", no_matplotlib)
     last = read_checkpoint(tmp_path / f"{kind}.pt")
     assert 0 < last["step"] <= step
     assert last["training"]

@@ -31,10 +31,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def several_processes() -> bool:
+    """Whether torchrun started this process and others. A cluster sets some of its variables."""
+    return all(os.environ.get(name) for name in TORCHRUN) and os.environ["WORLD_SIZE"] != "1"
+
+
 def join_processes(device: torch.device) -> torch.device:
     """The device of this process, if torchrun started several; else `device`."""
-    started_by_torchrun = all(os.environ.get(name) for name in TORCHRUN)
-    if not started_by_torchrun or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+    if not several_processes() or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

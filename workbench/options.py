@@ -15,7 +15,7 @@ import torch
 import maskrl
 from workbench.data import Data, load_data
 from workbench.devices import check_processes, possible_precision
-from workbench.distributed import join_processes
+from workbench.distributed import join_processes, several_processes
 from workbench.errors import InputError
 from workbench.files import read_checkpoint
 from workbench.images import class_folders, class_paths
@@ -278,7 +278,8 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
     written: the checkpoints that the script writes, the last stage first. base: the content of the
     checkpoint that it starts from."""
     device = find_device(args.device, args.threads)
-    check_processes(device)
+    if several_processes():
+        check_processes(device)
     device = join_processes(device)
     if args.out.exists():
         lock_run_dir(args.out).release()  # tells at once if another run is at work there

@@ -118,24 +118,22 @@ def film(path, tokens: Tensor, trace: Trace, settings: Settings, decode=identity
     save_picture(path, pictures[0], save_all=True, append_images=rest, duration=250, loop=0)
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files; None, with a message, where it is not installed."""
+def figure_class() -> Any:
+    """matplotlib's Figure, for files; None, with a message, where matplotlib is not installed.
+
+    pyplot, which would draw on the screen, is left to the notebook that may call us."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("curves are not drawn: pip install matplotlib")
         return None
-    matplotlib.use("agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    return Figure
 
 
 def save_figure(path, figure) -> None:
-    """Write a figure of matplotlib as PNG, and close it."""
+    """Write a figure of matplotlib as PNG."""
     with writing(path) as file:
         figure.savefig(file, dpi=80)
-    pyplot().close(figure)
 
 
 CURVES = {  # {stage: {key in the log: title of its panel}}
@@ -173,13 +171,12 @@ def panels(lines: list[dict]) -> dict[str, dict[int, float]]:
 
 def curves(out) -> None:
     """curves.png: what was logged of every stage of the run in the folder `out`."""
-    plt, found = pyplot(), panels(read_log(out))
-    if not plt or not found:
+    new_figure, found = figure_class(), panels(read_log(out))
+    if not new_figure or not found:
         return
     rows = math.ceil(len(found) / 4)
-    figure, axes = plt.subplots(
-        rows, 4, figsize=(13, 2.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(figsize=(13, 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for (title, points), axis in zip(found.items(), axes.flat):
@@ -197,8 +194,8 @@ def quality_one(images: Tensor, labels: Tensor) -> Tensor:
 def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
     """gain.png in the folder `out`: information gain along the rollouts of 16 prompts, the labels
     `occurring` in turn, and how often each step is critical."""
-    plt, model = pyplot(), training.model
-    if not plt:
+    new_figure, model = figure_class(), training.model
+    if not new_figure:
         return
     labels = occurring[torch.arange(16) % len(occurring)].to(model.device)
     rollouts = rollout(model, quality_one, labels, "gain")
@@ -207,7 +204,8 @@ def gain_picture(out, training: PolicyGradient, occurring: Tensor) -> None:
     critical = critical_steps(gain, model.settings.critical_steps)
     gain = gain.masked_fill(~valid, math.nan).cpu()
     steps = range(1, gain.shape[1] + 1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    figure = new_figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(steps, gain[::4].T.numpy(), color="tab:blue", alpha=0.15, linewidth=0.8)
     left.plot(steps, gain.nanmean(0).numpy(), color="black", marker="o", markersize=3)
     left.set(xlabel="step k", title="information gain V_k, and its mean")

@@ -288,12 +288,13 @@ def load_state(value, saved) -> None:
             i: {key: torch.zeros(()) if key == "step" else parameters[i] for key in entries}
             for i, entries in saved["state"].items()
         }
+        for own, group in zip(form["param_groups"], saved["param_groups"]):
+            # how it computes is a matter of this device, not of where the file was written
+            group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
     check_same_form(form, saved)
     for own, group in zip(form.get("param_groups", []), saved.get("param_groups", [])):
         if own["params"] != group["params"]:
             raise ValueError("an optimizer of other parameters")
-        # how it computes is for the device that it runs on now, not where the file was written
-        group |= {key: own[key] for key in ("foreach", "fused", "capturable") if key in own}
     value.load_state_dict(saved)
 
 

@@ -62,7 +62,7 @@ DEPTH = {"at_least": 1, "at_most": 200}
 RATE = {"above": 0, "at_most": 1000}
 FRACTION = {"at_least": 0, "below": 1}
 LIMITS = {
-    "image_size": {"at_least": 2, "at_most": 4096},  # the judge halves it
+    "image_size": {"at_least": 2, "at_most": 4096},  # damage needs two pixels
     "patch": COUNT,
     "mean": {"at_least": -1000, "at_most": 1000},
     "scale": {"at_least": 0, "at_most": 1000},

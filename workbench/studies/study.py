@@ -4,7 +4,7 @@ import statistics
 from functools import partial
 
 from maskrl import Sampling
-from workbench.pictures import pyplot, save_figure
+from workbench.pictures import figure_class, save_figure
 from workbench.studies.lab import MONITORED, Lab
 from workbench.timing import time_in_turns
 
@@ -93,10 +93,11 @@ class Reinforcements(Study):
 
 def subplots(titles) -> tuple:
     """A figure with titled panels, and these panels; (None, []) without matplotlib."""
-    plt, n = pyplot(), len(titles)
-    if not plt:
+    new_figure, n = figure_class(), len(titles)
+    if not new_figure:
         return None, []
-    figure, axes = plt.subplots(1, n, figsize=(3.6 * n, 3), layout="constrained", squeeze=False)
+    figure = new_figure(figsize=(3.6 * n, 3), layout="constrained")
+    axes = figure.subplots(1, n, squeeze=False)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     return figure, list(axes[0])

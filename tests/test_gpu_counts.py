@@ -1,0 +1,118 @@
+"""How often the host waits for a GPU, and how many operators it launches, at most.
+
+Counted on a pretend GPU (see helpers_pretend_device), in bfloat16: generations at the depth of the
+preset `small`, updates of one block of each kind. An operator is about one kernel. Whoever makes a
+number smaller writes the smaller one here."""
+
+import pytest
+import torch
+from helpers_methods import brightness
+from helpers_pretend_device import GPU, HAS_GPU, pretend_gpu
+
+import maskrl
+from maskrl import Distillation, PolicyGradient, RewardBackpropagation, Sampling, TeacherTraining
+from workbench.precision import set_precision
+from workbench.settings import preset
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="counted on a pretend GPU")
+NARROW = {"image_size": 32, "width": 48, "heads": 6, "head_width": 48, "scale": 1.0, "steps": 8}
+FLAT = {"depth": 1, "head_depth": 1, "steps": 4}
+RL = {"prompts": 2, "group": 2, "rl_steps": "all", "learn_steps": False}
+AT_MOST = {  # waits, launches
+    "teacher": (7, 1277),
+    "GSIM": (22, 3366),
+    "RL, z": (35, 3400),
+    "RL, x": (54, 5000),
+    "backprop, z": (172, 11261),
+    "backprop, x": (197, 17876),
+    "an iteration of a student": (3, 409),
+    "an iteration of a policy with a schedule": (5, 450),
+    "a generation of fixed counts, beside its iterations": (2, 30),
+    "a denoising step of a guided chain": (0, 135),
+}
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with pretend_gpu() as gpu:
+        yield gpu
+
+
+def narrow(**overrides):
+    return preset("small", **{**NARROW, **overrides})
+
+
+def counted(gpu, function, *args, **kwargs):
+    """(waits, launches) of a call, and its result."""
+    gpu.waits.clear()
+    gpu.launches.clear()
+    result = function(*args, **kwargs)
+    return sum(gpu.waits.values()), sum(gpu.launches.values()), result
+
+
+def check(gpu, name, waits, launches):
+    most_waits, most_launches = AT_MOST[name]
+    places = ", ".join(f"{n} x {' '.join(where)}" for where, n in gpu.waits.most_common())
+    assert waits <= most_waits, f"{name}: {waits} waits in all: {places}"
+    assert launches <= most_launches, f"{name}: {gpu.launches.most_common(20)}"
+
+
+def model(kind, **overrides):
+    network = maskrl.MAR(narrow(**overrides), ["a", "b"], kind)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    set_precision(network, "bf16")
+    return network.to("cuda").requires_grad_(False)
+
+
+def training(name):
+    """A training, and what its updates get."""
+    stage, _, action = name.partition(", ")
+    settings = narrow(**FLAT, **RL, action=action or "z")
+    x, labels = torch.randn(4, settings.length, 48, device=GPU), torch.arange(4, device=GPU) % 2
+    mean_image = x.mean(0, keepdim=True)
+    if stage == "teacher":
+        made = TeacherTraining(settings, ["a", "b"], "cuda")
+    elif stage == "GSIM":
+        made = Distillation(model("teacher", **FLAT), settings)
+    elif stage == "RL":
+        made = PolicyGradient(model("student", **FLAT), settings, brightness, mean_image)
+    else:
+        made = RewardBackpropagation(model("student", **FLAT), settings, brightness, mean_image)
+    set_precision(made.model, "bf16")
+    return made, (x, labels) if stage in ("teacher", "GSIM") else (labels[:2],)
+
+
+@pytest.mark.parametrize("name", [name for name in AT_MOST if not name.startswith("a")])
+def test_an_update_waits_and_launches(gpu, name):
+    made, inputs = training(name)
+    made.update(0, *inputs, seed=0)  # it makes tables, and the states of optimisers
+    waits, launches, _ = counted(gpu, made.update, 1, *inputs, seed=0)
+    check(gpu, name, waits, launches)
+
+
+def test_a_generation_of_fixed_counts_waits_and_launches(gpu):
+    student, labels = model("student"), torch.arange(4, device=GPU) % 2
+    of_8 = counted(gpu, maskrl.generate, student, labels, Sampling(steps=8))
+    of_4 = counted(gpu, maskrl.generate, student, labels, Sampling(steps=4))
+    each = [(a - b) / 4 for a, b in zip(of_8[:2], of_4[:2])]
+    check(gpu, "an iteration of a student", *each)
+    beside = [a - 4 * b for a, b in zip(of_4[:2], each)]
+    check(gpu, "a generation of fixed counts, beside its iterations", *beside)
+
+
+def test_an_iteration_of_a_learned_schedule_waits_and_launches(gpu):
+    policy, labels = model("policy"), torch.arange(4, device=GPU) % 2
+    maskrl.add_noise_policy(policy)
+    maskrl.add_schedule(policy)
+    waits, launches, (_, trace) = counted(gpu, maskrl.generate, policy, labels, trace=True)
+    iterations = trace.counts.shape[1]
+    check(gpu, "an iteration of a policy with a schedule", waits / iterations, launches / iterations)
+
+
+def test_a_denoising_step_of_a_guided_chain_does_not_wait(gpu):
+    teacher, labels = model("teacher"), torch.arange(4, device=GPU) % 2
+    of_4 = counted(gpu, maskrl.generate, teacher, labels, Sampling(steps=2, denoise_steps=4))
+    of_2 = counted(gpu, maskrl.generate, teacher, labels, Sampling(steps=2, denoise_steps=2))
+    each = [(a - b) / 4 for a, b in zip(of_4[:2], of_2[:2])]
+    check(gpu, "a denoising step of a guided chain", *each)
