@@ -1,3 +1,6 @@
+import contextlib
+import resource
+
 import pytest
 import torch
 
@@ -92,3 +95,16 @@ def error_of(main, argv, capsys, code=2):
         run_script(main, [str(a) for a in argv])
     assert stop.value.code == code
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def full_disk(left):
+    """No file of this process grows beyond `left` bytes: writing more fails, as it really does.
+
+    Not a fixture, for pytest itself may write into a file when a test ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -359,10 +359,13 @@ def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.device_count": lambda: 1,
+        "torch.cuda.empty_cache": lambda: None,
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.cuda.get_device_name": lambda *_: properties.name,
         "torch.cuda.get_device_properties": lambda *_: properties,
         "torch.cuda.is_available": lambda: True,
+        "torch.cuda.max_memory_allocated": lambda *_: 0,
+        "torch.cuda.reset_peak_memory_stats": lambda *_: None,
         "torch.cuda.synchronize": synchronize,
     }
     if inner_device.type == "cpu":

@@ -2,7 +2,6 @@
 
 `make test-long` damages more of the same."""
 
-import contextlib
 import gzip
 import io
 import json
@@ -10,7 +9,6 @@ import math
 import os
 import pickle
 import random
-import resource
 import signal
 import zipfile
 from copy import deepcopy
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import full_disk, random_model
 from helpers_files import DAMAGE, changed, flipped
 from helpers_released import official, small_vae
 from PIL import Image
@@ -46,17 +44,6 @@ from workbench.settings import RunSettings
 TUTORIAL = Path(maskrl.__file__).parent / "assets" / "tutorial"
 
 # Writing ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_disk(left):
-    """No file of this process grows beyond `left` bytes: writing more fails, as it really does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("left", [0, 100, 20_000])

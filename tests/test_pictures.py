@@ -1,12 +1,11 @@
 """Grids, labelled rows, films, single files and curves."""
 
 import json
-import resource
 import sys
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import full_disk, random_model
 from PIL import Image, ImageFont
 
 from maskrl import PolicyGradient, Sampling, generate, rollout, to_images
@@ -46,18 +45,10 @@ def test_a_picture_has_its_images_in_rows_and_enlarges_small_ones():
     assert levels == [0, 51, 102, 153, 204, 255]
 
 
-@pytest.fixture
-def full_disk():
-    """No file of this process grows beyond 100 bytes: writing more fails, as it really does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_picture_on_a_full_disk_names_its_file_and_leaves_nothing(tmp_path, full_disk):
+def test_a_picture_on_a_full_disk_names_its_file_and_leaves_nothing(tmp_path):
     image = Image.effect_noise((200, 200), 50)
-    with pytest.raises(InputError, match="a.png cannot be written: File too large"):
+    message = "a.png cannot be written: File too large"
+    with full_disk(100), pytest.raises(InputError, match=message):
         save_picture(tmp_path / "a.png", image)
     assert list(tmp_path.iterdir()) == []
 

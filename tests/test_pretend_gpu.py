@@ -6,6 +6,8 @@ one, the tests of methods and scripts run on that."""
 import json
 from argparse import Namespace
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from workbench.devices import check_processes
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
 from workbench.judge import Judge
+from workbench.lazymar import LazyContexts
 from workbench.options import find_device, prepare
 from workbench.precision import InBFloat16, set_precision
 from workbench.pretrained import ClipOptions, ClipReward, TorchvisionFeatures
@@ -193,6 +196,33 @@ def test_a_training_does_there_what_it_does_here(name):
     assert metrics == pytest.approx(metrics_here, rel=rounding, abs=rounding)
     if "bf16" not in name:
         torch.testing.assert_close(weights, weights_here, rtol=1e-4, atol=1e-5)
+
+
+@only_pretended
+@pytest.mark.parametrize("kind", ["teacher", "teacher of eps", "student", "policy"])
+def test_bfloat16_by_cudas_own_rules_changes_little(kind):
+    """Which products are in bfloat16, and what is then cast back, is not the same on every device.
+    Here there are no backward passes."""
+    kind, _, of_eps = kind.partition(" of ")
+    model = random_model(kind, predicts=of_eps or "x_0", steps=4)
+    if kind == "policy":
+        maskrl.add_noise_policy(model)
+        maskrl.add_schedule(model)
+    labels, sampling = torch.arange(3), Sampling(steps=(1, 3, 4, 8), contexts=None)
+    expected = maskrl.generate(model, labels, sampling)
+    set_precision(model, "bf16")
+    with pretend_gpu(inner_device=GPU), torch.no_grad():
+        model = model.to("cuda")
+        low = maskrl.generate(model, labels, sampling)
+        cached = replace(sampling, contexts=partial(LazyContexts, every=4))
+        cached = maskrl.generate(model, labels, cached)
+        x, t = low.flatten(0, 1), torch.arange(48, device=GPU) * 20
+        c = model.context(low, torch.rand(3, 16, device=GPU) < 0.5, labels.to(GPU)).flatten(0, 1)
+        loss = maskrl.denoising_loss(model.head, x, c, t, torch.randn(48, 12, device=GPU))
+        assert {y.dtype for y in (low, cached, c, loss)} == {torch.float32}
+        assert cached.isfinite().all() and loss.isfinite()
+        error = (low.cpu() - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.1
 
 
 # The scripts --------------------------------------------------------------------------------------

@@ -195,9 +195,9 @@ def test_files_that_are_none_and_foreign_objects(tmp_path, monkeypatch):
     torch.save({"model": {"weight": torch.zeros(3)}}, "other.pth")
     cases = {
         "none.pth": "there is no checkpoint",
-        "cut.pth": "not a checkpoint that can be read safely",
-        "text.pth": "not a checkpoint that can be read safely",
-        "empty.pth": "not a checkpoint that can be read safely",
+        "cut.pth": "is cut off",
+        "text.pth": "is not a checkpoint: it is a text that begins with 'not weights'",
+        "empty.pth": "is not a checkpoint: it is empty",
         "foreign.pth": "it holds a pathlib",
         "list.pth": "not a file in MAR's format",
         "other.pth": "not a file in MAR's format",

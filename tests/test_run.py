@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import random_model, tiny
+from conftest import full_disk, random_model, tiny
 from helpers_files import changed
 
 from maskrl import MAR, Distillation, PolicyGradient, TeacherTraining, rng
@@ -368,17 +367,6 @@ def test_numbers_that_json_does_not_know_are_null_in_the_log(tmp_path):
     append_log(tmp_path, {"stage": "teacher", "step": 0, "loss": math.nan})
     text = (tmp_path / "log.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
-
-
-@contextmanager
-def full_disk(left):
-    """No file of this process grows beyond `left` bytes: writing more fails, as it really does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("left", [0, 100, 20_000])

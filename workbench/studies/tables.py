@@ -10,6 +10,7 @@ from workbench.studies.budget import released_table, small_table
 from workbench.studies.cost import Cost
 from workbench.studies.critical import Critical
 from workbench.studies.folders import Emoji, Letters
+from workbench.studies.gpu import gpu_table
 from workbench.studies.gsim import Gsim
 from workbench.studies.records import command, read_result
 from workbench.studies.schedule import Schedule
@@ -247,6 +248,7 @@ BLOCKS = {
     "results": readme_results,
     "budget of small": small_table,
     "budget of MAR": released_table,
+    "GPU": gpu_table,
 }
 
 
