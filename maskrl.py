@@ -1553,16 +1553,16 @@ def shuffled_order(order: Tensor, amount: Tensor, generator) -> Tensor:
     return (position + amount[:, None] * jitter).argsort(1)
 
 
-def policy_of(student: MAR, settings: Settings, learn_steps: bool) -> MAR:
-    """A trainable copy of the student, with a noise policy for action z and, if learn_steps, with a
-    schedule policy."""
+def policy_of(student: MAR, settings: Settings, can_learn_steps=True) -> MAR:
+    """A trainable copy of the student, with a noise policy for action z and, if the settings ask
+    for one and it can learn, a schedule policy."""
     if settings.action not in ("z", "x"):
         raise ValueError(f"there is no action {settings.action!r}, only z and x")
     policy = deepcopy(student).requires_grad_(settings.action == "x")
     policy.kind, policy.settings = "policy", settings
     if settings.action == "z":
         add_noise_policy(policy)
-    if learn_steps:
+    if settings.learn_steps and can_learn_steps:
         add_schedule(policy)
     return policy
 
@@ -1632,8 +1632,7 @@ class PolicyGradient:
 
     def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
         self.quality, self.mean_image = quality, mean_image
-        learn_steps = settings.learn_steps and self.can_learn_steps
-        self.model = policy_of(student, settings, learn_steps)
+        self.model = policy_of(student, settings, self.can_learn_steps)
         self.ema = self.model  # no average: the updates are few and small
         self.reference = deepcopy(self.model).requires_grad_(False)
         schedule, noise_policy = self.model.schedule, self.model.noise_policy

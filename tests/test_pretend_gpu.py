@@ -4,12 +4,14 @@ helpers_pretend_device says what its pretend GPU shows and what it does not. Whe
 one, the tests of methods and scripts run on that."""
 
 import json
+import shutil
 from argparse import Namespace
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,16 +31,17 @@ import sample
 import train_distill
 import train_rl
 from maskrl import Distillation, PolicyGradient, RewardBackpropagation, Sampling, TeacherTraining
-from workbench import devices, pictures
+from workbench import devices, pictures, pretrained
 from workbench.data import draw_shapes
 from workbench.devices import check_processes
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
 from workbench.judge import Judge
 from workbench.lazymar import LazyContexts
+from workbench.monitors import ValidationMetric
 from workbench.options import find_device, prepare
 from workbench.precision import InBFloat16, set_precision
-from workbench.pretrained import ClipOptions, ClipReward, TorchvisionFeatures
+from workbench.pretrained import ClipOptions
 from workbench.quality_net import QualityNet
 from workbench.released import save_mar
 from workbench.rewards import CheckedReward
@@ -208,7 +211,7 @@ def test_bfloat16_by_cudas_own_rules_changes_little(kind):
     if kind == "policy":
         maskrl.add_noise_policy(model)
         maskrl.add_schedule(model)
-    labels, sampling = torch.arange(3), Sampling(steps=(1, 3, 4, 8), contexts=None)
+    labels, sampling = torch.arange(3), Sampling(steps=(1, 3, 4, 8))
     expected = maskrl.generate(model, labels, sampling)
     set_precision(model, "bf16")
     with pretend_gpu(inner_device=GPU), torch.no_grad():
@@ -230,11 +233,13 @@ def test_bfloat16_by_cudas_own_rules_changes_little(kind):
 
 @pytest.fixture(scope="module")
 def script():
-    """script(main, *options): it runs on the GPU, without curves, which take long."""
+    """script(main, *options): it runs on the GPU, without curves and much validation, which take
+    long."""
 
     def script(main, *options):
         with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(pictures, "figure_class", no_matplotlib)
+            patch.setattr(train_distill, "ValidationMetric", partial(ValidationMetric, n=18))
             return main([str(a) for a in (*options, *CUDA)])
 
     return script
@@ -269,18 +274,18 @@ def test_films_files_and_completions_are_drawn(script, run, tmp_path):
     assert (tmp_path / "a.gif").exists() and (tmp_path / "b.png").exists()
 
 
-def test_the_bench_times_teacher_and_student(script, tmp_path):
-    how = ["--steps", 1, "--batches", 1, "--rounds", 2]
-    script(sample.main, "tiny", "--bench", tmp_path / "bench.json", *how)
+def test_the_bench_times_and_judges(script, run, tmp_path):
+    shutil.copy(run / "policy.pt", tmp_path)
+    how = ["--data", "shapes", "--batches", 1, "--rounds", 2]
+    script(sample.main, tmp_path / "policy.pt", "--bench", tmp_path / "bench.json", *how)
     arms = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert {"annealed teacher", "student + cache"} < set(arms)
+    assert all(arm["frechet"] >= 0 for arm in arms.values()) and "all together" in arms
 
 
-@pytest.mark.parametrize("method, action", [("grpo", "x"), ("backprop", "z")])
-def test_rl_goes_on_from_a_student(script, run, tmp_path, method, action):
-    how = ["--method", method, "--action", action, "--no-learn-steps", "--rl-iters", 1]
-    student = ["--student", run / "student.pt", "--reward", "fit", "--out", tmp_path]
-    metrics = script(train_rl.main, *student, *how)
+def test_a_reward_is_propagated_through_a_given_student(script, run, tmp_path):
+    how = ["--method", "backprop", "--action", "x", "--rl-iters", 1]
+    student = ["--student", run / "student.pt", "--reward", "helpers_methods:brightness"]
+    metrics = script(train_rl.main, *student, *how, "--out", tmp_path)
     assert metrics["rl"]["after"]["steps_std"] == 0
 
 
@@ -325,14 +330,19 @@ def test_features_and_rewards_may_answer_on_the_cpu(gpu):
     assert images.grad.is_cuda and images.grad.min() > 0
 
 
-def test_clip_and_torchvision_look_at_images_of_the_gpu(gpu, tmp_path):
+def test_clip_and_torchvision_look_at_images_of_the_gpu(gpu, tmp_path, monkeypatch):
     images, labels = torch.rand(2, 3, 8, 8, device=GPU) * 2 - 1, torch.arange(2, device=GPU)
-    random_clip(SMALL_CLIP, tmp_path / "clip.pt")
-    options = ClipOptions(SMALL_CLIP, str(tmp_path / "clip.pt"))
-    assert ClipReward(options, ["a", "b"], torch.device("cuda"))(images, labels).is_cuda
+    clip = random_clip(SMALL_CLIP, tmp_path / "clip.pt").to("cuda")
+    tokens = open_clip.get_tokenizer(SMALL_CLIP)(["a cat", "a dog"])
+    monkeypatch.setattr(pretrained, "load_clip", partial(given, (clip, tokens)))
+    assert pretrained.ClipReward(ClipOptions(), ["a", "b"], GPU)(images, labels).is_cuda
     weights = tmp_path / "shufflenet_v2_x0_5-random.pth"
     torch.save(shufflenet_v2_x0_5().state_dict(), weights)
-    assert TorchvisionFeatures(weights, "cuda")(images).is_cuda
+    assert pretrained.TorchvisionFeatures(weights, GPU)(images).is_cuda
+
+
+def given(answer, *_):
+    return answer
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

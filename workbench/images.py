@@ -313,7 +313,7 @@ def decode(paths: list[str], labels: list[int], size: int, file: BinaryIO) -> di
     reason that may pass; and "digests" of the pixels that could be read of each label, which cost
     little here: each thread has them of its own images."""
     unreadable, failed, digests = [], [], {label: hashlib.sha256() for label in labels}
-    pool = ThreadPool(os.cpu_count())  # threads: Pillow lets others run while it decodes
+    pool = ThreadPool(torch.get_num_threads())  # threads: Pillow lets others run while it decodes
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd metadata, or merely large
