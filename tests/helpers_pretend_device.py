@@ -14,7 +14,7 @@ kernels and their rounding, memory, speed, and streams."""
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -23,6 +23,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import maskrl
 
 HAS_GPU = torch.cuda.is_available()
 aten = torch.ops.aten
@@ -112,9 +114,11 @@ class Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        to_gpu = not on_gpu(x)
-        Gpu.now.count_wait("copy to the GPU" if to_gpu else "copy from the GPU")
-        return OnGpu(x.clone()) if to_gpu else x.host.clone()
+        if on_gpu(x):
+            Gpu.now.count_wait("copy from the GPU")
+            return x.host.clone()
+        Gpu.now.count_wait("copy to the GPU")
+        return OnGpu(x.clone())
 
     @staticmethod
     def backward(ctx, gradient):
@@ -167,6 +171,16 @@ def to(x, *args, **kwargs):
     return REAL.to(x, dtypes[0]) if dtypes else x
 
 
+def to_cpu(x):
+    """Tensor.cpu"""
+    return to(x, CPU)
+
+
+def to_gpu(x):
+    """Tensor.cuda"""
+    return to(x, GPU)
+
+
 def tensor(data, *, device=None, **kwargs):
     """torch.tensor"""
     x = REAL.tensor(data, **kwargs)
@@ -192,6 +206,11 @@ def grouped(lists, indices=False):
     """What optimisers do with their parameters."""
     device = GPU if any(map(on_gpu, tensors_in(lists))) else CPU
     return {(device, kind): group for (_, kind), group in REAL.grouped(lists, indices).items()}
+
+
+def answered(value, *_):
+    """What a function of torch.cuda says."""
+    return value
 
 
 def synchronize(*_):
@@ -304,8 +323,6 @@ class Gpu(TorchDispatchMode):
         out = func(*own, **options)
         if op.in_place and isinstance(args[0], Tensor):
             return args[0]
-        if op.moves and out is own[0]:
-            out = out.clone()
         return wrapped(out) if target else out
 
     def check(self, func, op, args, kwargs, tensors, target):
@@ -352,29 +369,33 @@ def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
         "torch.tensor": tensor,
         "torch.as_tensor": as_tensor,
         "torch.Tensor.to": to,
-        "torch.Tensor.cpu": lambda x: to(x, CPU),
-        "torch.Tensor.cuda": lambda x: to(x, GPU),
+        "torch.Tensor.cpu": to_cpu,
+        "torch.Tensor.cuda": to_gpu,
         "torch._C._group_tensors_by_device_and_dtype": grouped,
         "torch.accelerator.synchronize": synchronize,
-        "torch.cuda._lazy_init": lambda: None,
-        "torch.cuda.current_device": lambda: 0,
-        "torch.cuda.device_count": lambda: 1,
-        "torch.cuda.empty_cache": lambda: None,
-        "torch.cuda.get_device_capability": lambda *_: capability,
-        "torch.cuda.get_device_name": lambda *_: properties.name,
-        "torch.cuda.get_device_properties": lambda *_: properties,
-        "torch.cuda.is_available": lambda: True,
-        "torch.cuda.max_memory_allocated": lambda *_: 0,
-        "torch.cuda.reset_peak_memory_stats": lambda *_: None,
         "torch.cuda.synchronize": synchronize,
     }
+    answers = {
+        "_lazy_init": None,
+        "current_device": 0,
+        "device_count": 1,
+        "empty_cache": None,
+        "get_device_capability": capability,
+        "get_device_name": properties.name,
+        "get_device_properties": properties,
+        "is_available": True,
+        "max_memory_allocated": 0,
+        "reset_peak_memory_stats": None,
+    }
+    fakes |= {f"torch.cuda.{name}": partial(answered, value) for name, value in answers.items()}
     if inner_device.type == "cpu":
         fakes["torch.autocast"] = CpuAutocast
     else:
         torch._C._ensureCUDADeviceGuardSet()
     for name in dir(torch.optim.Optimizer):
         if name.endswith("capture_health_check"):
-            fakes[f"torch.optim.Optimizer.{name}"] = lambda _: None
+            fakes[f"torch.optim.Optimizer.{name}"] = answered
+    maskrl.alpha_sigma_table.cache_clear()  # of another pretend GPU
     foreach = torch.utils._foreach_utils._foreach_supported_types
     with ExitStack() as stack:
         for name, fake in fakes.items():

@@ -1,6 +1,7 @@
 """Several processes train like one; none of them is started by accident, or survives another."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -15,17 +16,23 @@ import helpers_child as child
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import tiny
 from helpers_child import FOREVER, QUICK, at_work, without_times
+from helpers_rewards import shapes
 
 import maskrl
 from maskrl import MAR, Head, Sampling, generate
+from workbench import distributed, quality_net
 from workbench.distributed import (
     TORCHRUN,
+    agreed,
     average_gradients,
     divided,
     join_processes,
+    of_first_process,
     several_processes,
 )
+from workbench.quality_net import train_quality_net
 from workbench.run import read_log
 
 
@@ -81,6 +88,29 @@ def test_hooks_that_average_gradients_end_with_the_stage(model, alone):
     with contextlib.suppress(KeyboardInterrupt), average_gradients([model]):
         raise KeyboardInterrupt
     assert not any(hooks())
+
+
+def test_a_second_process_takes_the_networks_of_the_first(monkeypatch):
+    """Each once trained its own, and on GPUs these differ."""
+    train = partial(train_quality_net, "reward", shapes().train, tiny(), "cpu")
+    first = train()
+    sent = itertools.cycle(first.state_dict().values())
+
+    def received(value):
+        return next(sent)
+
+    monkeypatch.setattr(quality_net, "rank", partial(int, 1))
+    monkeypatch.setattr(quality_net, "optimizer_step", pytest.fail)
+    monkeypatch.setattr(distributed, "of_first_process", received)
+    for name, value in train().state_dict().items():
+        assert torch.equal(value, first.state_dict()[name])
+
+
+def test_what_processes_agree_on_keeps_its_type(alone):
+    assert agreed(0.1, "cpu") == 0.1
+    assert agreed(15, "cpu") == 15 and isinstance(agreed(15, "cpu"), int)
+    x = torch.rand(3, requires_grad=True)
+    assert torch.equal(of_first_process(x), x) and not of_first_process(x).requires_grad
 
 
 # Two processes on this machine --------------------------------------------------------------------

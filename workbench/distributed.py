@@ -122,7 +122,7 @@ def agreed(number: float, device) -> float:
 def of_first_process(x: Tensor) -> Tensor:
     """x as process 0 has it: on several GPUs the same network need not give the same numbers."""
     if dist.is_initialized():
-        x = x.detach().clone()
+        x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(x, 0)
     return x
 
