@@ -184,7 +184,8 @@ class Stage:
     def save(self, step: int) -> None:
         """Write the checkpoint; FloatingPointError, and no file, if a weight is infinite or NaN."""
         began, training = time.monotonic(), self.training
-        if not all(p.isfinite().all() for network in self.networks for p in network.parameters()):
+        weights = [p for network in self.networks for p in network.parameters()]
+        if not torch.stack([p.isfinite().all() for p in weights]).all():  # asked of a GPU once
             raise FloatingPointError("the weights are infinite or NaN")
         state = {name: value.state_dict() for name, value in training.state.items()}
         state["record"] = self.record
