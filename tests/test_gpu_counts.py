@@ -4,10 +4,13 @@ Counted on a pretend GPU (see helpers_pretend_device), in bfloat16: generations 
 preset `small`, updates of one block of each kind. An operator is about one kernel. Whoever makes a
 number smaller writes the smaller one here."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers_methods import brightness
 from helpers_pretend_device import GPU, HAS_GPU, pretend_gpu
+from helpers_rewards import shapes
 
 import maskrl
 from maskrl import Distillation, PolicyGradient, RewardBackpropagation, Sampling, TeacherTraining
@@ -29,6 +32,7 @@ AT_MOST = {  # waits, launches
     "an iteration of a policy with a schedule": (4.25, 445),
     "a generation of fixed counts, beside its iterations": (2, 30),
     "a denoising step of a guided chain": (0, 136),
+    "a batch of mirrored images": (3, 6),
 }
 
 
@@ -118,3 +122,9 @@ def test_a_denoising_step_of_a_guided_chain_does_not_wait(gpu):
     of_2 = counted(gpu, maskrl.generate, teacher, labels, Sampling(steps=2, denoise_steps=2))
     each = [(a - b) / 4 for a, b in zip(of_4[:2], of_2[:2])]
     check(gpu, "a denoising step of a guided chain", *each)
+
+
+def test_a_batch_of_images_waits_for_its_copies(gpu):
+    batch = partial(shapes().train.batch, 4, maskrl.rng(0), GPU, flip=True)
+    waits, launches, _ = counted(gpu, batch)
+    check(gpu, "a batch of mirrored images", waits, launches)

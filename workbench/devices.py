@@ -19,7 +19,7 @@ def check_processes(device: torch.device) -> None:
         raise InputError(f"--device {device}: {here} processes need CUDA GPUs, or --device cpu")
     gpus = torch.cuda.device_count()
     if here > gpus:
-        raise InputError(f"{here} processes, and {gpus} GPUs here: --nproc_per_node={gpus}")
+        raise InputError(f"processes here: {here}, GPUs: {gpus}; take --nproc_per_node={gpus}")
 
 
 def possible_precision(precision: str, device: torch.device) -> str:
