@@ -1520,7 +1520,7 @@ def checked_quality(quality: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"the reward returned {returned}, not a tensor of {len(labels)} numbers")
     if not quality.isfinite().all():
         raise FloatingPointError("the reward is infinite or NaN for some images")
-    return quality
+    return quality.to(labels.device)
 
 
 @torch.no_grad()
@@ -1631,7 +1631,7 @@ class PolicyGradient:
     can_learn_steps = True  # a schedule needs a policy gradient
 
     def __init__(self, student: MAR, settings: Settings, quality: Callable, mean_image: Tensor):
-        self.quality, self.mean_image = quality, mean_image
+        self.quality, self.mean_image = quality, mean_image.to(student.device)
         self.model = policy_of(student, settings, self.can_learn_steps)
         self.ema = self.model  # no average: the updates are few and small
         self.reference = deepcopy(self.model).requires_grad_(False)

@@ -155,7 +155,7 @@ def backpropagation(settings, device):
     return RewardBackpropagation(student, settings, brightness, mean_image)
 
 
-LOW = {"precision": "bf16", "checkpointing": True, "micro_batch": 3}
+LOW = {"precision": "bf16", "checkpointing": True, "micro_batch": 5}
 TRAININGS = {
     "teacher": (teacher_training, {}),
     "teacher, bf16": (teacher_training, LOW),
@@ -252,6 +252,12 @@ def run(script, tmp_path_factory):
     metrics = script(train_rl.main, *SHORT, "--out", out)
     assert {"real", "teacher", "student", "policy"} < set(metrics["rows"])
     return out
+
+
+def test_a_finished_run_is_resumed(script, run):
+    before = json.loads((run / "metrics.json").read_text())["rows"]
+    rows = script(train_rl.main, "--out", run, "--resume")["rows"]
+    assert rows["policy"]["frechet"] == pytest.approx(before["policy"]["frechet"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student", "policy"])
