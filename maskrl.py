@@ -91,6 +91,7 @@ class Settings:
     ema: float = 0.995  # limit of the teacher's EMA decay
     # GSIM
     gsim_iters: int = 650  # updates of the student
+    heads_iters: int = 0  # of these, the first train its head alone, behind the teacher's contexts
     student_lr: float = 6e-4  # learning rate of the student
     aux_lr: float = 1.2e-3  # learning rate of the auxiliary network
     student_ema: float = 0.98  # limit of the student's EMA decay
@@ -567,6 +568,8 @@ class MaskedBatch:
     t: Tensor  # [B, draws, L]
     eps: Tensor  # [B, draws, L, D]
     z: Tensor | None = None  # [B, draws, L, D]
+    c: Tensor | None = None  # [B, L, W], if all networks share the contexts of the class
+    c_null: Tensor | None = None  # [B, L, W], and of the null class
 
     def __getitem__(self, rows: Tensor) -> "MaskedBatch":
         """The sub-batch of these images."""
@@ -582,7 +585,8 @@ class MaskedBatch:
 
     def context(self, network: MAR) -> Tensor:
         """c [N, W]. The costly part, so one context serves all draws."""
-        return self.flat_repeated(network.context(self.x, self.mask, self.labels))
+        c = network.context(self.x, self.mask, self.labels) if self.c is None else self.c
+        return self.flat_repeated(c)
 
     def denoising_loss(self, network: MAR, x_0: Tensor) -> Tensor:
         """The sum of `denoising_loss` over N tokens x_0 [N, D]."""
@@ -941,8 +945,7 @@ class Trace:
     means: Tensor  # [B, L, D]: each token as predicted then, before exploration noise
     counts: Tensor  # [B, T]: tokens revealed
     predictions: Tensor | None  # [B, T, L, D]: the whole image as predicted before each step
-    states: Tensor | None  # [B, T, W + 1]: what the schedule policy saw
-    actions: Tensor | None  # [B, T]: what it chose
+    states: Tensor | None  # [B, T, W + 2]: what the schedule policy saw
 
     @property
     def steps(self) -> Tensor:
@@ -1041,7 +1044,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     means = torch.zeros_like(tokens)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
-    record = {name: [] for name in ("counts", "predictions", "states", "actions")}
+    record = {name: [] for name in ("counts", "predictions", "states")}
     for k in tqdm(range(len(fixed)), "iterations", disable=not sampling.progress, leave=False):
         mask = rank < hidden[:, None]
         if schedule is not None and not mask.any():
@@ -1049,11 +1052,10 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         c, _ = contexts.before(k, tokens, mask)
         count = torch.full_like(hidden, fixed[k])
         if schedule is not None:
-            state = schedule_state(c, mask)
-            action = schedule.select(state, hidden, None if sampling.greedy else generator)
-            count = schedule.count(action, hidden)
+            state = schedule_state(c, mask, (len(fixed) - k) / model.settings.steps)
+            count = schedule.select(state, None if sampling.greedy else generator)
+            count = torch.minimum(count, hidden)  # 0 for a finished image
             record["states"].append(state)
-            record["actions"].append(action)
         hidden = hidden - count
         reveal = mask & (rank >= hidden[:, None])
         c, c_null = contexts.after(reveal)
@@ -1130,6 +1132,11 @@ def velocity_weight(t: Tensor) -> Tensor:
     return 1 / alpha
 
 
+def eps_weight(t: Tensor) -> Tensor:
+    """1 [N, 1]: differences of eps themselves."""
+    return torch.ones_like(t, dtype=torch.float)[:, None]
+
+
 def gsim_terms(
     x_0: Tensor,
     t: Tensor,
@@ -1183,7 +1190,9 @@ class Distillation:
 
         min over phi E |eps - eps_phi(x_t)|^2,   min over theta E[L1 + L2],   x_0 = g_theta(z, c)
 
-    Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations.
+    Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations. The
+    first heads_iters updates train heads alone. No transformer has moved by then, so that the three
+    networks share the contexts of the teacher, which need no gradient: much less work and memory.
     Differs from the paper: by default guidance follows MAR's linear schedule as if the iteration
     revealed one token; gsim_guidance "constant" is the paper's."""
 
@@ -1206,29 +1215,37 @@ class Distillation:
 
         A uniform fraction of the tokens is hidden, since the student meets every stage of
         generation. Each network computes its own context from the same visible data tokens."""
-        size = self.model.settings.micro_batch
+        settings = self.model.settings
+        size = settings.micro_batch
         generator = rng(seed, "gsim", step, device=x.device)
         ratio = torch.rand(len(x), generator=generator, device=x.device)
         mask = random_mask(ratio, x.shape[1], generator)
+        shared = None, None
+        if step < settings.heads_iters:
+            shared = self.teacher_contexts(x, mask, labels)
 
-        batch = self.draw(x, mask, labels, generator)
+        batch = self.draw(x, mask, labels, generator, *shared)
         aux_loss, _ = micro_batched_step(self.aux_loss, batch, size, self.optimizers["aux"])
         self.aux.requires_grad_(False)  # its parameters, but not the way through it to x_t
-        batch = self.draw(x, mask, labels, generator)
+        batch = self.draw(x, mask, labels, generator, *shared)
         loss, norm = micro_batched_step(self.student_loss, batch, size, self.optimizers["student"])
         self.aux.requires_grad_(True)
         for rate in self.rates.values():
             rate.step()
-        update_ema(self.ema, self.model, step, self.model.settings.student_ema)
+        update_ema(self.ema, self.model, step, settings.student_ema)
         return {"loss": loss, "aux_loss": aux_loss, "grad_norm": norm}
 
-    def draw(self, x: Tensor, mask: Tensor, labels: Tensor, generator) -> MaskedBatch:
+    @torch.no_grad()
+    def teacher_contexts(self, x: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return class_and_null_context(self.teacher, x, mask, labels)
+
+    def draw(self, x, mask, labels, generator, c=None, c_null=None) -> MaskedBatch:
         """The images with fresh times, eps and z for every token."""
         B, L, D = x.shape
         shape = B, self.model.settings.draws, L
         t = gsim_times(shape, generator)
         eps, z = torch.randn(2, *shape, D, generator=generator, device=x.device)
-        return MaskedBatch(x, mask, labels, t, eps, z)
+        return MaskedBatch(x, mask, labels, t, eps, z, c, c_null)
 
     def student_tokens(self, batch: MaskedBatch) -> Tensor:
         """g(z, c) [N, D]."""
@@ -1253,7 +1270,9 @@ class Distillation:
         """L_GSIM of the student's tokens, summed over them."""
         with torch.no_grad():
             c_q = batch.context(self.aux)
-            both = class_and_null_context(self.teacher, batch.x, batch.mask, batch.labels)
+        both = batch.c, batch.c_null
+        if batch.c is None:
+            both = self.teacher_contexts(batch.x, batch.mask, batch.labels)
         c_p, c_null = map(batch.flat_repeated, both)
         guided_teacher = guided(self.teacher.head, c_p, c_null, self.guidance(batch))
 
@@ -1262,7 +1281,8 @@ class Distillation:
 
         eps_q = partial(self.aux.head.eps, c=c_q)
         x_0, t, eps = self.student_tokens(batch), batch.flat(batch.t), batch.flat(batch.eps)
-        return self.gsim_loss(x_0, t, eps, eps_q, eps_p).sum()
+        weight = velocity_weight if self.model.head.predicts == "x_0" else eps_weight
+        return self.gsim_loss(x_0, t, eps, eps_q, eps_p, weight=weight).sum()
 
 
 # 8 Critical steps ---------------------------------------------------------------------------------
@@ -1355,50 +1375,54 @@ def starting_noise(model: MAR, z: Tensor, c: Tensor) -> Tensor:
     return z if model.noise_policy is None else z + model.noise_policy(c)
 
 
-def schedule_state(c: Tensor, mask: Tensor) -> Tensor:
-    """What the schedule sees [B, W + 1]: the hidden tokens' mean context, the fraction hidden."""
+def schedule_state(c: Tensor, mask: Tensor, steps_left: float) -> Tensor:
+    """What the schedule sees [B, W + 2]: the hidden tokens' mean context, the fraction of the L
+    tokens that are hidden, and steps_left, the fraction of the K steps that are left."""
     hidden = mask.sum(1, keepdim=True)
     mean_context = (c * mask[..., None]).sum(1) / hidden.clamp(min=1)
-    return torch.cat([mean_context, hidden / mask.shape[1]], 1)
+    left = torch.full_like(mean_context[:, :1], steps_left)
+    return torch.cat([mean_context, hidden / mask.shape[1], left], 1)
 
 
 class SchedulePolicy(nn.Module):
-    """Chooses to reveal unit x 1, 2, 3, 4, 6, 8, 12, ... tokens or all that remain, with unit =
-    ceil(L / K), so that an image takes at most K steps.
+    """Chooses how many tokens a step reveals: any number, and in the Kth step all that are hidden.
 
-    It starts independent of the state and in favour of small counts: probability ~ 1 / count."""
+    pi(n) is in proportion to exp(-(log n - log f m)^2 / (2 w^2)), where m tokens would bring the
+    image to where the cosine schedule is after this step. A network sets the factor f and the width
+    w; they start at 1 and 1/2."""
 
     def __init__(self, width: int, length: int, max_steps: int, inner: int = 64):
         super().__init__()
-        unit = math.ceil(length / max_steps)
-        sizes = [1, *(m * 2**i for i in range(length.bit_length()) for m in (2, 3))]
-        counts = [unit * n for n in sizes if unit * n < length] + [length]
-        self.register_buffer("counts", torch.tensor(counts))
+        self.length, self.max_steps = length, max_steps
+        still_hidden = length - torch.tensor(reveal_counts(length, max_steps)).cumsum(0)
+        self.register_buffer("cosine", still_hidden, persistent=False)  # [K], after each step
         self.norm = nn.LayerNorm(width)
-        self.net = silu_mlp(width + 1, inner, len(counts))
+        self.net = silu_mlp(width + 2, inner, 2)
         nn.init.zeros_(self.net[-1].weight)
-        with torch.no_grad():
-            self.net[-1].bias.copy_(-self.counts.log())
+        nn.init.zeros_(self.net[-1].bias)
 
-    def log_probs(self, states: Tensor, hidden: Tensor) -> Tensor:
-        """log pi [N, choices] for states [N, W + 1] with hidden [N] tokens left.
+    def log_probs(self, states: Tensor) -> Tensor:
+        """log pi [N, L] of revealing 1...L tokens, for states [N, W + 2]."""
+        L, K = self.length, self.max_steps
+        hidden = (L * states[:, -2:-1]).round().clamp(min=1)
+        left = (K * states[:, -1:]).round().long()
+        m = (hidden - self.cosine[K - left]).clamp(min=1)
+        log_f, log_w = self.net(self.features(states)).chunk(2, 1)
+        w = 0.5 * 4 ** log_w.tanh()  # 1/8 to 2
+        n = torch.arange(1, L + 1, device=states.device)
+        logits = -((n.log() - m.log() - log_f) / w).square() / 2
+        least = torch.where(left > 1, 1, hidden)
+        return logits.masked_fill((n < least) | (n > hidden), -math.inf).log_softmax(-1)
 
-        Counts of at least what remains have probability 0; the last action reveals all."""
-        features = torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1)
-        possible = self.counts < hidden[:, None]
-        possible[:, -1] = True
-        return self.net(features).masked_fill(~possible, -math.inf).log_softmax(-1)
+    def features(self, states: Tensor) -> Tensor:
+        return torch.cat([self.norm(states[:, :-2]), states[:, -2:]], 1)
 
-    def select(self, states: Tensor, hidden: Tensor, generator=None) -> Tensor:
-        """Actions [N]: drawn from pi or, without a generator, the most probable ones."""
-        probabilities = self.log_probs(states, hidden).exp()
+    def select(self, states: Tensor, generator=None) -> Tensor:
+        """Counts [N]: drawn from pi or, without a generator, the most probable ones."""
+        log_probs = self.log_probs(states)
         if generator is None:
-            return probabilities.argmax(1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-    def count(self, actions: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens that the actions [N] reveal where hidden [N] remain."""
-        return torch.minimum(self.counts[actions], hidden)
+            return log_probs.argmax(1) + 1
+        return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1) + 1
 
 
 def speed(steps: Tensor, max_steps: int) -> Tensor:
@@ -1577,38 +1601,6 @@ def add_schedule(model: MAR) -> None:
     model.schedule = schedule.to(model.device)
 
 
-@dataclass
-class StepBatch:
-    """M pairs of a rollout and one of its steps: the final image under the step's mask, and which
-    of its tokens count; n is how many count in all pairs."""
-
-    tokens: Tensor  # [M, L, D]
-    mask: Tensor  # [M, L]
-    counted: Tensor  # [M, L]
-    labels: Tensor  # [M]
-    z: Tensor  # [M, L, D]
-    sigma: Tensor  # [M]
-    advantage: Tensor  # [M]
-    sampled_mean: Tensor  # [M, L, D]: g(z, c) as sampled
-
-    def __getitem__(self, rows: Tensor) -> "StepBatch":
-        """The sub-batch of these pairs."""
-        return StepBatch(*(v[rows] for v in vars(self).values()))
-
-    def per_token(self, v: Tensor) -> Tensor:
-        """v [M] -> [n]."""
-        return v.repeat_interleave(self.counted.sum(1))
-
-    def mean(self, network: MAR) -> Tensor:
-        """g(z, c) [n, D] of the counted tokens."""
-        c = network.context(self.tokens, self.mask, self.labels)[self.counted]
-        return one_step(network.head, self.z[self.counted], c, network.settings.noise_ratio)
-
-    def log_prob(self, mean: Tensor) -> Tensor:
-        """log pi [n] of the counted tokens under N(mean, sigma^2)."""
-        return token_log_prob(self.tokens[self.counted], mean, self.per_token(self.sigma))
-
-
 class PolicyGradient:
     """RL on selected steps and on the schedule; `model` is the policy, `reference` the student.
 
@@ -1679,13 +1671,15 @@ class PolicyGradient:
         predictions = settings.rl_steps in NEED_PREDICTIONS
         rollouts = rollout(self.model, self.quality, labels, seed, predictions)
         A, metrics = self.advantages(rollouts)
-        steps = select_steps(rollouts.trace, rollouts.tokens, settings, self.mean_image, generator)
+        trace = rollouts.trace
+        steps = select_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
         is_prefix = steps.float().cumprod(1).sum(1) == steps.sum(1)
         metrics["frac_not_prefix"] = (~is_prefix).float().mean().item()
+        counted = (steps[..., None] & trace.masks()[1]).any(1)
         if A.any() and settings.action == "z":
-            metrics |= self.noise_update(rollouts, A, steps)
+            metrics |= self.noise_update(rollouts, A, counted)
         elif A.any():
-            metrics |= self.generator_update(rollouts, A, steps)
+            metrics |= self.generator_update(rollouts, A, counted)
         if self.model.schedule is not None and settings.action == "z":
             metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
         elif self.model.schedule is not None:
@@ -1715,11 +1709,10 @@ class PolicyGradient:
             "frac_zero_advantage": (A == 0).float().mean().item(),
         }
 
-    def noise_update(self, rollouts: Rollouts, A: Tensor, steps: Tensor) -> dict[str, float]:
-        """Updates of the noise policy on the tokens of the steps [B, T], with advantages A [B]."""
+    def noise_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
+        """Updates of the noise policy on the counted tokens [B, L], with advantages A [B]."""
         model, settings, trace = self.model, self.model.settings, rollouts.trace
-        optimised = steps & (A != 0)[:, None]
-        counted = (optimised[..., None] & trace.masks()[1]).any(1)  # [B, L]
+        counted = counted & (A != 0)[:, None]
         row = counted.nonzero()[:, 0]  # [N]: the rollout of each counted token
         c, sigma = trace.contexts[counted], rollouts.sigma[row]
         mu_old = model.noise_policy(c).detach()
@@ -1737,35 +1730,42 @@ class PolicyGradient:
         first = {"log_ratio": history[0]["log_ratio"]}  # 0 if sampler and learner agree
         return history[-1] | first | {"loss": loss, "grad_norm": norm}
 
-    def generator_update(self, rollouts: Rollouts, A: Tensor, steps: Tensor) -> dict[str, float]:
-        """One update on the tokens of the steps [B, T], with advantages A [B]."""
-        trace = rollouts.trace
-        row, step = (steps & (A != 0)[:, None]).nonzero(as_tuple=True)
-        mask, counted = (masks[row, step] for masks in trace.masks())  # [M, L]
-        inputs = rollouts.labels[row], trace.z[row], rollouts.sigma[row], A[row], trace.means[row]
-        batch = StepBatch(rollouts.tokens[row], mask, counted, *inputs)
+    def generator_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
+        """One update on the counted tokens [B, L], with advantages A [B]."""
         history = []
-        parts = micro_batches(batch.mask, self.model.settings.micro_batch)
-        losses = (self.part_loss(batch[rows], counted.sum(), history) for rows in parts)
+        losses = self.step_losses(rollouts, A, counted & (A != 0)[:, None], history)
         loss, norm = optimizer_step(losses, self.optimizers["generator"])
         total = {key: sum(w * metrics[key] for w, metrics in history) for key in history[0][1]}
         log_ratio = max(metrics["log_ratio"] for _, metrics in history)  # 0 if sampler = learner
         return total | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
 
-    def part_loss(self, part: StepBatch, n: Tensor, history: list) -> Tensor:
-        """The part's contribution to the mean over all n tokens; its weight and metrics go to
-        history. log pi_old is of the means as sampled: the ratio compares sampler and learner."""
-        settings, g = self.model.settings, part.mean(self.model)
-        with torch.no_grad():
-            g_ref = part.mean(self.reference)
-        kl = token_kl(g, g_ref, part.per_token(part.sigma))
-        log_prob, log_old = part.log_prob(g), part.log_prob(part.sampled_mean[part.counted])
-        advantage = part.per_token(part.advantage)
-        loss, metrics = policy_loss(
-            log_prob, log_old, advantage, kl, settings.clip_ratio, settings.beta
-        )
-        history.append((float(len(g) / n), metrics))
-        return loss * len(g) / n
+    def step_losses(self, rollouts: Rollouts, A, counted, history: list) -> Iterable[Tensor]:
+        """The contributions of some steps at a time to the mean over the counted tokens [B, L];
+        history gets the weight and the metrics of each.
+
+        log pi_old is of the means as sampled: the ratio compares sampler and learner."""
+        settings, trace = self.model.settings, rollouts.trace
+        mask, reveal = trace.masks()
+        reveal = reveal & counted[:, None]
+        row, step = reveal.any(2).nonzero(as_tuple=True)
+        mask, reveal = mask[row, step], reveal[row, step]  # [M, L] of M steps
+        for part in micro_batches(mask, settings.micro_batch):
+            rows, reveals = row[part], reveal[part]
+            x = rollouts.tokens[rows]
+            inputs = x, mask[part], rollouts.labels[rows], reveals, trace.z[rows]
+            _, g = revealed_tokens(self.model, *inputs)
+            with torch.no_grad():
+                _, g_ref = revealed_tokens(self.reference, *inputs)
+            of_token = rows.repeat_interleave(reveals.sum(1), output_size=len(g))
+            sigma, x, g_old = rollouts.sigma[of_token], x[reveals], trace.means[rows][reveals]
+            log_prob, log_old = token_log_prob(x, g, sigma), token_log_prob(x, g_old, sigma)
+            kl, advantage = token_kl(g, g_ref, sigma), A[of_token]
+            loss, metrics = policy_loss(
+                log_prob, log_old, advantage, kl, settings.clip_ratio, settings.beta
+            )
+            weight = len(g) / reveal.sum()
+            history.append((float(weight), metrics))
+            yield loss * weight
 
     def schedule_update(self, trace: Trace, A: Tensor) -> float:
         """Updates of the schedule policy on all of its choices in a Trace; the clip fraction.
@@ -1775,11 +1775,10 @@ class PolicyGradient:
         if not A.any():
             return 0.0
         row, step = ((trace.counts > 0) & (A != 0)[:, None]).nonzero(as_tuple=True)
-        states, hidden = trace.states[row, step], trace.hidden()[row, step]
-        actions = trace.actions[row, step, None]
+        states, counts = trace.states[row, step], trace.counts[row, step]
         log_old = None
         for _ in range(self.model.settings.policy_epochs):
-            log_prob = schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
+            log_prob = schedule.log_probs(states).gather(1, counts[:, None] - 1).squeeze(1)
             if log_old is None:
                 log_old = log_prob.detach()
             loss, metrics = policy_loss(log_prob, log_old, A[row], clip_ratio=settings.clip_ratio)
@@ -1887,7 +1886,7 @@ def from_checkpoint(content: dict) -> MAR:
     model = MAR(settings, content["classes"], content["kind"], image_channels)
     if "noise_policy.norm.weight" in weights:
         add_noise_policy(model)
-    if "schedule.counts" in weights:
+    if "schedule.norm.weight" in weights:
         add_schedule(model)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

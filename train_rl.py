@@ -67,6 +67,7 @@ def train_policy(run, student, quality, monitor):
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
     training = method(student, settings, partial(quality_of_decoded, quality, data), mean_image)
     occurring = data.labels
+    monitor.start(training.reference)
     with run.stage(training) as stage:
         for step in stage:
             # there are no images here: RL learns from those that the policy makes

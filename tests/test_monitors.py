@@ -75,3 +75,30 @@ def test_rl_monitors_the_reward_the_judge_and_what_is_held_out(held_out):
     assert 0 < metrics["quality_mean"] < 1
     assert metrics["judge"] > 0
     assert monitor(shapes_model("student")) == metrics
+
+
+class OneStep(torch.nn.Module):
+    """A schedule that has collapsed."""
+
+    def select(self, states, generator=None):
+        return torch.full((len(states),), 16)
+
+
+def test_a_policy_that_collapses_is_told_of_once(capsys):
+    judge = Judge(shapes(), tiny(), torch.device("cpu"))
+    monitor = RLMonitor(tiny(), reward_net().quality, None, judge, n=18)
+    policy = shapes_model("policy")
+    capsys.readouterr()  # what the judge says of itself
+    monitor.start(policy)
+    monitor(policy)
+    assert capsys.readouterr().out == ""
+    policy.schedule = OneStep()
+    monitor(policy)
+    assert "gone to one step" in capsys.readouterr().out
+    monitor.distance_at_start /= 3
+    monitor(policy)
+    said = capsys.readouterr().out
+    assert "judge's distance has risen" in said
+    assert "one step" not in said
+    monitor(policy)
+    assert capsys.readouterr().out == ""

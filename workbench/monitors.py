@@ -1,5 +1,6 @@
 """What is logged during training about the images that the model makes by then."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,7 +63,8 @@ class RLMonitor:
 
     `quality_mean` is the trained reward. To expose reward hacking there are `held_out`, a reward
     that is not trained on (if there is one), and `judge`, the judge's Fréchet distance. n is small:
-    compare within a run."""
+    compare within a run. A policy that collapses is told of once in a line: when it takes one step
+    for all images, and when its distance is twice that of the student, of which `start` is told."""
 
     def __init__(
         self,
@@ -75,10 +77,16 @@ class RLMonitor:
         evenly = torch.linspace(0, len(judge.labels) - 1, min(n, len(judge.labels))).long()
         self.labels = judge.labels[evenly]
         self.settings, self.quality, self.held_out, self.judge = settings, quality, held_out, judge
+        self.distance_at_start, self.said = math.inf, set()
+
+    def start(self, student: MAR) -> None:
+        """Measures the student that RL begins with."""
+        self.distance_at_start = self(student)["judge"]
 
     @torch.no_grad()
     def __call__(self, model: MAR) -> dict[str, float]:
-        tokens = generate(model, self.labels, seed=(self.settings.seed, "monitor"))
+        seed = self.settings.seed, "monitor"
+        tokens, trace = generate(model, self.labels, seed=seed, trace=True)
         images = self.judge.decode(to_images(tokens, self.settings))
         features, _ = self.judge.features(images)
         metrics = {
@@ -87,4 +95,22 @@ class RLMonitor:
         }
         if self.held_out:
             metrics["held_out"] = float(self.held_out(images, self.labels).mean())
+        if model.schedule is not None and trace.steps.max() == 1:
+            self.say_once(
+                "one step",
+                "the policy has gone to one step: this reward does not fall with fewer steps. "
+                "--no-learn-steps learns without a schedule",
+            )
+        if metrics["judge"] > 2 * self.distance_at_start:
+            self.say_once(
+                "distance",
+                f"the judge's distance has risen to {metrics['judge']:.3g} from the student's "
+                f"{self.distance_at_start:.3g}: RL may be hacking the reward, or --alpha be too "
+                "large. A larger --beta holds the policy to the student",
+            )
         return metrics
+
+    def say_once(self, what: str, warning: str) -> None:
+        if what not in self.said:
+            print(f"warning: {warning}")
+        self.said.add(what)
