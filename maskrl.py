@@ -108,6 +108,7 @@ class Settings:
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
+    temperature: float = 1.0  # factor on a policy's z in all iterations but the first
     policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
@@ -828,13 +829,15 @@ class Sampling:
     guidance: s of a teacher, linear in the fraction revealed (a student has it baked in).
     denoise_steps: of a teacher's chain; 1 for a one-step generator; or (50, 5), annealed from the
     first iteration to the last as in DiSA (2505.20297). temperature: a factor on the chain's noise
-    or, in a one-step generator, on z. greedy: a learned schedule takes its most probable count;
-    otherwise it draws one, as in rollouts. contexts: who computes c (see `Contexts`)."""
+    or, in a one-step generator, on z; or (1, 0.8), one for the first iteration, which decides what
+    the image will be, and one for all others, whose tokens have to fit together. greedy: a learned
+    schedule takes its most probable count; otherwise it draws one, as in rollouts. contexts: who
+    computes c (see `Contexts`)."""
 
     steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
     denoise_steps: int | tuple[int, int] | None = None
-    temperature: float = 1.0
+    temperature: float | tuple[float, float] | None = None
     order: str | None = None
     greedy: bool = True
     progress: bool = False
@@ -843,11 +846,13 @@ class Sampling:
     def resolve(self, model: MAR) -> "Sampling":
         """A copy with every field resolved; ValueError for what the model cannot do."""
         settings = model.settings
-        denoise_steps, guidance = self.denoise_steps, self.guidance
+        denoise_steps, guidance, temperature = self.denoise_steps, self.guidance, self.temperature
         if denoise_steps is None:
             denoise_steps = settings.denoise_steps if model.kind == "teacher" else 1
         if guidance is None:
             guidance = 1.0 if denoise_steps == 1 else settings.guidance
+        if temperature is None:
+            temperature = (1.0, settings.temperature) if model.kind == "policy" else 1.0
         if model.kind != "teacher" and denoise_steps != 1:
             raise ValueError(f"a {model.kind} takes one denoising step, not {denoise_steps}")
         if denoise_steps == 1 and guidance != 1:
@@ -855,7 +860,8 @@ class Sampling:
         order = self.order or settings.order
         if order not in ("random", "halton"):
             raise ValueError(f"there is no order {order!r}, only random and halton")
-        return replace(self, denoise_steps=denoise_steps, guidance=guidance, order=order)
+        resolved = {"denoise_steps": denoise_steps, "guidance": guidance}
+        return replace(self, **resolved, temperature=temperature, order=order)
 
     def counts(self, length: int, settings: Settings) -> list[int]:
         """How many of the `length` tokens to be drawn each iteration reveals."""
@@ -874,6 +880,12 @@ class Sampling:
         if isinstance(self.denoise_steps, tuple):
             first, last = self.denoise_steps
         return [Diffusion(round(n)) for n in torch.linspace(first, last, iterations).tolist()]
+
+    def temperature_at(self, k: int) -> float:
+        """The temperature of iteration k = 0, 1, ..."""
+        if isinstance(self.temperature, tuple):
+            return self.temperature[min(k, 1)]
+        return self.temperature
 
 
 @dataclass
@@ -940,7 +952,7 @@ class Trace:
     mask."""
 
     order: Tensor  # [B, L]
-    z: Tensor  # [B, L, D]
+    z: Tensor  # [B, L, D]: what each token was drawn from, after the temperature
     contexts: Tensor  # [B, L, W]: c of each token when it was revealed
     means: Tensor  # [B, L, D]: each token as predicted then, before exploration noise
     counts: Tensor  # [B, T]: tokens revealed
@@ -1039,10 +1051,9 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     chains = sampling.chains(len(fixed))
     contexts = (sampling.contexts or Contexts)(model, labels, sampling.guidance != 1)
 
-    z = noise.z if sampling.denoise_steps != 1 else sampling.temperature * noise.z
     rank = order.argsort(1)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
-    means = torch.zeros_like(tokens)
+    z, means = torch.zeros_like(tokens), torch.zeros_like(tokens)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states")}
     for k in tqdm(range(len(fixed)), "iterations", disable=not sampling.progress, leave=False):
@@ -1063,13 +1074,16 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         # which tokens to draw: the whole image, or only what is revealed
         drawn = (mask if predictions else reveal).nonzero(as_tuple=True)
         scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
+        temperature = sampling.temperature_at(k)
+        z_k = noise.z if chains[k] else temperature * noise.z
         image = tokens.clone()
         c_null = None if c_null is None else c_null[drawn]
         image[drawn] = draw_tokens(
-            model, chains[k], z[drawn], c[drawn], c_null, scale, generator, sampling.temperature
+            model, chains[k], z_k[drawn], c[drawn], c_null, scale, generator, temperature
         )
         shown = reveal[..., None]
-        means, revealed_c = torch.where(shown, image, means), torch.where(shown, c, revealed_c)
+        z, means = torch.where(shown, z_k, z), torch.where(shown, image, means)
+        revealed_c = torch.where(shown, c, revealed_c)
         tokens = torch.where(shown, add_exploration(image, noise.sigma, generator), tokens)
         record["counts"].append(count)
         if predictions:
@@ -1504,7 +1518,7 @@ class Rollouts:
     trace: Trace
     labels: Tensor  # [B]
     quality: Tensor  # [B]
-    sigma: Tensor  # [B]: the standard deviation of each one's actions
+    sigma: Tensor  # [B, L]: the standard deviation of each token's action
 
 
 def rollout(
@@ -1532,6 +1546,10 @@ def rollout(
         noise.sigma = sigma[:, None, None]
     trace = "predictions" if predictions else True
     tokens, trace = generate(model, labels, Sampling(greedy=False), noise, seed=seed, trace=trace)
+    sigma = sigma[:, None].expand(trace.order.shape)
+    if settings.action == "z":
+        first = trace.masks()[1][:, 0]
+        sigma = torch.where(first, sigma, settings.temperature * sigma)
     with torch.no_grad():
         Q = checked_quality(quality(to_images(tokens, settings), labels.clone()), labels)
     return Rollouts(tokens, trace, labels, Q, sigma)
@@ -1714,7 +1732,7 @@ class PolicyGradient:
         model, settings, trace = self.model, self.model.settings, rollouts.trace
         counted = counted & (A != 0)[:, None]
         row = counted.nonzero()[:, 0]  # [N]: the rollout of each counted token
-        c, sigma = trace.contexts[counted], rollouts.sigma[row]
+        c, sigma = trace.contexts[counted], rollouts.sigma[counted]
         mu_old = model.noise_policy(c).detach()
         z = trace.z[counted] + mu_old  # as it was drawn
         log_old = token_log_prob(z, mu_old, sigma)
@@ -1757,7 +1775,8 @@ class PolicyGradient:
             with torch.no_grad():
                 _, g_ref = revealed_tokens(self.reference, *inputs)
             of_token = rows.repeat_interleave(reveals.sum(1), output_size=len(g))
-            sigma, x, g_old = rollouts.sigma[of_token], x[reveals], trace.means[rows][reveals]
+            sigma, g_old = rollouts.sigma[rows][reveals], trace.means[rows][reveals]
+            x = x[reveals]
             log_prob, log_old = token_log_prob(x, g, sigma), token_log_prob(x, g_old, sigma)
             kl, advantage = token_kl(g, g_ref, sigma), A[of_token]
             loss, metrics = policy_loss(
@@ -1845,7 +1864,8 @@ def replay(
             with torch.set_grad_enabled(with_graph):
                 c, g = revealed_tokens(model, *inputs)
             if with_graph and settings.beta and model.noise_policy is not None:
-                kls.append(token_kl(model.noise_policy(c), 0.0, 1.0))
+                sigma = 1.0 if k == 0 else settings.temperature
+                kls.append(token_kl(model.noise_policy(c), 0.0, sigma))
             elif with_graph and settings.beta:
                 with torch.no_grad():
                     _, g_ref = revealed_tokens(reference, *inputs)

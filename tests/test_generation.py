@@ -236,6 +236,18 @@ def test_the_temperature_of_one_step_is_the_standard_deviation_of_z(kind):
     assert not torch.equal(tokens, generate(one_step, [0, 1, 2], sampling, noise))
 
 
+@pytest.mark.parametrize("kind", ["student", "policy"])
+def test_the_first_iteration_may_be_warmer_than_the_others(kind):
+    """As a policy's setting asks for, where nothing else is asked for."""
+    one_step, both = random_model(kind, temperature=0.5), Sampling(steps=4, temperature=(1.0, 0.5))
+    noise = draw_noise(one_step, 3, rng("warm"))
+    tokens, trace = generate(one_step, [0, 1, 2], both, noise, trace=True)
+    first = trace.masks()[1][:, 0, :, None]
+    assert torch.equal(trace.z, torch.where(first, noise.z, 0.5 * noise.z))
+    by_default = generate(one_step, [0, 1, 2], Sampling(steps=4), noise)
+    assert torch.equal(by_default, tokens) == (kind == "policy")
+
+
 @torch.no_grad()
 def test_a_teacher_asked_for_one_step_is_the_start_of_its_student(model):
     labels = torch.tensor([0, 1, 2])

@@ -106,6 +106,8 @@ def test_ratio_is_one_and_kl_zero_on_the_first_pass(student, action):
         {"rl_steps": "random"},
         {"rl_steps": "first"},
         {"route": 2.0},
+        {"route": 2.0, "temperature": 0.7},
+        {"action": "x", "temperature": 0.7},
         {"learn_steps": False},
     ],
 )
@@ -144,6 +146,15 @@ def scored(student, monkeypatch, **overrides):
         patch.setattr(maskrl, "token_log_prob", watched)
         policy_gradient(student, **overrides).update(0, FOUR_PROMPTS, 3)
     return calls[0]
+
+
+def test_z_is_scored_at_the_temperature_that_it_was_drawn_at(student, monkeypatch):
+    """Tokens of the first iteration at 1, all others at the setting."""
+    drawn, sigma = scored(student, monkeypatch, rl_steps="all", temperature=0.5)
+    assert sigma.unique().tolist() == [0.5, 1.0]
+    for temperature in (0.5, 1.0):
+        std = drawn[sigma == temperature].std().item()
+        assert std == pytest.approx(temperature, rel=0.1)
 
 
 @pytest.mark.parametrize("action, sigma", [("x", 0.3), ("z", 1.0)])
