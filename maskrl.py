@@ -108,7 +108,7 @@ class Settings:
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
-    temperature: float = 1.0  # factor on a policy's z in all iterations but the first
+    temperature: float = 1.0  # factor on a policy's z, to which it falls from 1 at the start
     policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
@@ -829,10 +829,9 @@ class Sampling:
     guidance: s of a teacher, linear in the fraction revealed (a student has it baked in).
     denoise_steps: of a teacher's chain; 1 for a one-step generator; or (50, 5), annealed from the
     first iteration to the last as in DiSA (2505.20297). temperature: a factor on the chain's noise
-    or, in a one-step generator, on z; or (1, 0.8), one for the first iteration, which decides what
-    the image will be, and one for all others, whose tokens have to fit together. greedy: a learned
-    schedule takes its most probable count; otherwise it draws one, as in rollouts. contexts: who
-    computes c (see `Contexts`)."""
+    or, in a one-step generator, on z; or (1, 0.4), annealed as well (see `temperature_at`). greedy:
+    a learned schedule takes its most probable count; otherwise it draws one, as in rollouts.
+    contexts: who computes c (see `Contexts`)."""
 
     steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
@@ -881,11 +880,17 @@ class Sampling:
             first, last = self.denoise_steps
         return [Diffusion(round(n)) for n in torch.linspace(first, last, iterations).tolist()]
 
-    def temperature_at(self, k: int) -> float:
-        """The temperature of iteration k = 0, 1, ..."""
+    def temperature_at(self, hidden: Tensor, length: int) -> Tensor:
+        """The temperature where `hidden` [...] of the `length` tokens are hidden.
+
+        A pair is annealed along the cosine schedule, at whose k of K steps 2/pi acos(hidden / L) is
+        k / K: at first tokens decide what the image will be, at last many of them, drawn together,
+        have to fit."""
+        first, last = self.temperature, self.temperature
         if isinstance(self.temperature, tuple):
-            return self.temperature[min(k, 1)]
-        return self.temperature
+            first, last = self.temperature
+        progress = 2 / math.pi * torch.acos(hidden / length)
+        return first + (last - first) * progress
 
 
 @dataclass
@@ -952,7 +957,8 @@ class Trace:
     mask."""
 
     order: Tensor  # [B, L]
-    z: Tensor  # [B, L, D]: what each token was drawn from, after the temperature
+    z: Tensor  # [B, L, D]: what each token was drawn from, noise times its temperature
+    temperature: Tensor  # [B, L]
     contexts: Tensor  # [B, L, W]: c of each token when it was revealed
     means: Tensor  # [B, L, D]: each token as predicted then, before exploration noise
     counts: Tensor  # [B, T]: tokens revealed
@@ -1054,6 +1060,7 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     rank = order.argsort(1)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     z, means = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    temperatures = torch.ones(rank.shape, device=model.device)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states")}
     for k in tqdm(range(len(fixed)), "iterations", disable=not sampling.progress, leave=False):
@@ -1074,22 +1081,23 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         # which tokens to draw: the whole image, or only what is revealed
         drawn = (mask if predictions else reveal).nonzero(as_tuple=True)
         scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
-        temperature = sampling.temperature_at(k)
-        z_k = noise.z if chains[k] else temperature * noise.z
+        temperature = sampling.temperature_at(hidden + count, model.length)[:, None]
+        z_k = noise.z if chains[k] else temperature[..., None] * noise.z
         image = tokens.clone()
         c_null = None if c_null is None else c_null[drawn]
         image[drawn] = draw_tokens(
-            model, chains[k], z_k[drawn], c[drawn], c_null, scale, generator, temperature
+            model, chains[k], z_k[drawn], c[drawn], c_null, scale, generator, temperature[drawn[0]]
         )
         shown = reveal[..., None]
         z, means = torch.where(shown, z_k, z), torch.where(shown, image, means)
+        temperatures = torch.where(reveal, temperature, temperatures)
         revealed_c = torch.where(shown, c, revealed_c)
         tokens = torch.where(shown, add_exploration(image, noise.sigma, generator), tokens)
         record["counts"].append(count)
         if predictions:
             record["predictions"].append(image)
     stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
-    return tokens, Trace(order, z, revealed_c, means, **stacked)
+    return tokens, Trace(order, z, temperatures, revealed_c, means, **stacked)
 
 
 def draw_tokens(model, chain, z, c, c_null, scale, generator, temperature) -> Tensor:
@@ -1558,8 +1566,7 @@ def rollout(
     tokens, trace = generate(model, labels, Sampling(greedy=False), noise, seed=seed, trace=trace)
     sigma = sigma[:, None].expand(trace.order.shape)
     if settings.action == "z":
-        first = trace.masks()[1][:, 0]
-        sigma = torch.where(first, sigma, settings.temperature * sigma)
+        sigma = sigma * trace.temperature
     with torch.no_grad():
         Q = checked_quality(quality(to_images(tokens, settings), labels.clone()), labels)
     return Rollouts(tokens, trace, labels, Q, sigma)
@@ -1845,7 +1852,8 @@ class RewardBackpropagation(PolicyGradient):
     def image_loss(self, history: list, labels, trace: Trace, keep, actions, rows) -> Tensor:
         """The contribution of some images to the means over all; quality and KL go to history."""
         model, settings = self.model, self.model.settings
-        part = replace(trace, order=trace.order[rows], z=trace.z[rows], counts=trace.counts[rows])
+        of_rows = {v: getattr(trace, v)[rows] for v in ("order", "z", "temperature", "counts")}
+        part = replace(trace, **of_rows)
         tokens, kl = replay(model, self.reference, labels[rows], part, keep[rows])
         images = to_images(tokens, settings)
         per_image = checked_quality(self.quality(images, labels[rows].clone()), labels[rows])
@@ -1874,7 +1882,7 @@ def replay(
             with torch.set_grad_enabled(with_graph):
                 c, g = revealed_tokens(model, *inputs)
             if with_graph and settings.beta and model.noise_policy is not None:
-                sigma = 1.0 if k == 0 else settings.temperature
+                sigma = trace.temperature[rows][reveals[rows, k]]
                 kls.append(token_kl(model.noise_policy(c), 0.0, sigma))
             elif with_graph and settings.beta:
                 with torch.no_grad():

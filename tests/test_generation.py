@@ -237,13 +237,16 @@ def test_the_temperature_of_one_step_is_the_standard_deviation_of_z(kind):
 
 
 @pytest.mark.parametrize("kind", ["student", "policy"])
-def test_the_first_iteration_may_be_warmer_than_the_others(kind):
-    """As a policy's setting asks for, where nothing else is asked for."""
-    one_step, both = random_model(kind, temperature=0.5), Sampling(steps=4, temperature=(1.0, 0.5))
+def test_a_temperature_is_annealed_along_the_cosine_schedule(kind):
+    """For a policy to its setting, where nothing else is asked for."""
+    one_step = random_model(kind, temperature=0.5)
     noise = draw_noise(one_step, 3, rng("warm"))
-    tokens, trace = generate(one_step, [0, 1, 2], both, noise, trace=True)
-    first = trace.masks()[1][:, 0, :, None]
-    assert torch.equal(trace.z, torch.where(first, noise.z, 0.5 * noise.z))
+    annealed = Sampling(steps=4, temperature=(1.0, 0.5))
+    tokens, trace = generate(one_step, [0, 1, 2], annealed, noise, trace=True)
+    assert torch.equal(trace.z, trace.temperature[..., None] * noise.z)
+    of_steps = torch.tensor([1, 0.875, 0.75, 0.625])  # k / K of the way; the floor is a little off
+    expected = (trace.masks()[1] * of_steps[:, None]).sum(1)
+    torch.testing.assert_close(trace.temperature, expected, atol=0.04, rtol=0)
     by_default = generate(one_step, [0, 1, 2], Sampling(steps=4), noise)
     assert torch.equal(by_default, tokens) == (kind == "policy")
 
