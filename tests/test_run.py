@@ -407,7 +407,7 @@ def test_a_run_knows_the_minutes_of_the_stages_that_it_trained(tmp_path):
 
 
 def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
-    """After its first minute; as long as this at seven seconds for each of the teacher's updates."""
+    """After its first minute; with seven seconds for each of the teacher's updates."""
     run, settings = a_run(tmp_path), tiny(teacher_iters=30)
     run.settings = settings
     with clock_of(monkeypatch, 0.0) as (advance, _):

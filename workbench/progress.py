@@ -29,10 +29,10 @@ def report_work(n: int, settings: RunSettings, with_policy: bool) -> float:
     return n * (settings.denoise_steps / 10 + others)
 
 
-def minutes_in_all(
+def estimated_time(
     run, stage: str, step: int, done: int, stage_seconds: float, run_seconds: float
-) -> float:
-    """Minutes that the run will take, roughly.
+) -> str:
+    """How long the run will take, roughly, in a sentence.
 
     stage: the one that is running, at `step`; the last `done` of its updates took stage_seconds,
     and all since the run began run_seconds."""
@@ -42,7 +42,10 @@ def minutes_in_all(
     left = work(stage, settings, step) + report_work(n, settings, with_policy)
     left += sum(work(name, settings) for name in later)
     speed = (work(stage, settings, step - done) - work(stage, settings, step)) / stage_seconds
-    return (run_seconds + left / speed) / 60
+    return (
+        f"this run will take about {(run_seconds + left / speed) / 60:.0f} minutes in all: a rough "
+        f"estimate, from the speed of the {stage}'s updates"
+    )
 
 
 def summary_writer() -> Any:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from workbench.distributed import agreed, average_gradients, rank
 from workbench.errors import InputError, Stopped, abbreviate, is_out_of_memory
 from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
 from workbench.precision import set_precision
-from workbench.progress import minutes_in_all, summary_writer
+from workbench.progress import estimated_time, summary_writer
 from workbench.settings import RunSettings
 from workbench.signals import HeldSignals
 from workbench.timing import clock
@@ -51,6 +52,7 @@ class Run:
         self.lock = lock_run_dir(self.out)
         try:
             save_run_args(self.args, self.data)
+            write_text(self.out / "settings.json", as_json(asdict(self.settings), indent=1))
         except BaseException:  # also Ctrl-C
             self.lock.release()
             raise
@@ -149,7 +151,7 @@ class Stage:
             raise Stopped(stop, f"{where}; the same command with --resume continues")
 
     def save_if_due(self, done: int) -> None:
-        """Save after the last step, from time to time, and before Stopped, which a signal raises."""
+        """Save at the end, from time to time, and before Stopped, which a signal raises."""
         stop, complete = self.agreed_signal(), self.is_complete(done)
         if complete and self.record["weights"]:
             self.training.ema.load_state_dict(self.record["weights"])
@@ -198,12 +200,8 @@ class Stage:
         if self.run.is_estimated or now - self.run.began < ESTIMATE_AFTER or done < 3:
             return
         self.run.is_estimated = True
-        updates = (self.name, self.step + 1, done, now - self.began)
-        minutes = minutes_in_all(self.run, *updates, now - self.run.began)
-        self.bar.write(
-            f"this run will take about {minutes:.0f} minutes in all: a rough estimate, from the "
-            f"speed of the {self.name}'s updates"
-        )
+        seconds = now - self.began, now - self.run.began
+        self.bar.write(estimated_time(self.run, self.name, self.step + 1, done, *seconds))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log the metrics of this step's update; of some 200 steps in a stage, and the last."""
