@@ -6,7 +6,7 @@
     python sample.py runs/demo/student.pt --film film.gif              # watch the unmasking
     python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png --classes "red circle"
                                                                        # complete: white is drawn
-    python sample.py runs/demo/policy.pt --bench           # teacher, student and policy: seconds
+    python sample.py runs/demo/policy.pt --bench           # what an image takes, in about a minute
     python sample.py mar_b --bench --steps 64              # random weights of that size
     python sample.py mar_b.pth --vae kl16.ckpt --classes 207 360 --steps 64  # MAR's released models
 
@@ -112,6 +112,12 @@ def parse(argv=None):
     )
     add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
     add("--rounds", type=int, default=5, metavar="N", help="the first warms up (default: 5)")
+    add(
+        "--judge",
+        action="store_true",
+        help="also train a judge and draw some 2,000 images in every way, for their quality: many "
+        "times as long",
+    )
     add("--data", default="shapes", metavar="FOLDER", help="what the judge compares with")
     return parser.parse_args(argv)
 
@@ -134,7 +140,9 @@ def run_bench(args, device):
     vae = load_kl16(args.vae, device) if args.vae else None
     models, decode = bench_models(args.checkpoint, device, vae, args.heads)
     check_steps(args.steps, next(iter(models.values())).length)
-    judge = None if random else bench_judge(models, args.data, vae, device)
+    judge = None
+    if args.judge and not random:
+        judge = bench_judge(models, args.data, vae, device)
     result = {
         "weights": "random: for speed only" if random else args.checkpoint,
         "hardware": hardware(device),
