@@ -133,7 +133,8 @@ def main(argv=None):
         quality = quality or make_reward("embedded", settings, data, device, reward_net)
 
         models = models or trained_models(run, reward_net)
-        calibrate(reward_net, models["student"], data)
+        role = "the reward" if args.reward == "embedded" else "the held-out reward"
+        calibrate(reward_net, models["student"], data, role)
         held_out = held_out_reward(args.reward, data, reward_net, device)
         times, n = policy_measurements(settings, len(judge.labels))
         monitor = RLMonitor(settings, quality, held_out, judge, n)

@@ -304,6 +304,8 @@ def test_few_images_come_with_what_that_means(tmp_path):
     data = load_data(tiny(), make_folder(tmp_path / "photos", ["a", "b"]))
     text = describe(data, tiny(judge_n=2250))
     assert "72 to train on, 24 for the judge, 24 held out, n = 12 in each row" in text
+    assert "not --judge-n 2250: as many of every class, and at most half" in text
+    assert "--judge-n" not in describe(data, tiny(judge_n=12))
     assert "distances are rough" in text and "resized to 8 x 8 pixels (--image-size" in text
 
 

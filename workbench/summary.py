@@ -58,6 +58,11 @@ def describe(data: Data, settings: RunSettings) -> str:
         f"{len(data.labels)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
         f"for the judge, {len(data.test)} held out, n = {n} in each row of the judge's table"
     )
+    if n < settings.judge_n:
+        text += (
+            f", not --judge-n {settings.judge_n}: as many of every class, and at most half of "
+            "those held out"
+        )
     if n < 500:
         text += " (few: its distances are rough)"
     if data.name != "shapes":
