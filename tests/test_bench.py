@@ -1,6 +1,7 @@
 """The bench: the arms, their times, and what a checkpoint's folder gives."""
 
 import json
+import re
 import time
 
 import pytest
@@ -288,7 +289,7 @@ def test_the_bench_of_a_checkpoint_judges_it_and_the_others_in_its_folder(folder
     said = capsys.readouterr().out
     assert "timing 7 ways to make an image, 2 rounds in batches of 2" in said
     assert "training a judge: 5 updates" in said
-    assert "drawing 27 images in each way: about 0.0 minutes" in said
+    assert re.search(r"drawing \d+ images in each way: about \d+\.\d minutes", said)
     assert "measured all together" in said
 
 
