@@ -15,6 +15,29 @@ from workbench.quality_net import QualityNet
 from workbench.settings import RunSettings
 
 
+def measurements(affordable: int, existing: int, most: int) -> tuple[int, int]:
+    """How many times a stage is measured, and on how many images, where it has time for
+    `affordable` images in all: ten times, on at most `most` images.
+
+    In short stages first on fewer images, but 128 or as many as are `existing` to compare with;
+    then fewer times. It depends on nothing but settings and data, since what is measured decides
+    which weights are kept."""
+    n = max(2, min(most, existing, max(128, affordable // 10)))
+    return min(10, max(1, affordable // n)), n
+
+
+def student_measurements(settings: RunSettings, existing: int) -> tuple[int, int]:
+    """`measurements` that take about a tenth of GSIM's time, against `existing` training images."""
+    updates = settings.gsim_iters * settings.batch * settings.draws
+    return measurements(updates // settings.steps, existing, most=1024)
+
+
+def policy_measurements(settings: RunSettings, existing: int) -> tuple[int, int]:
+    """`measurements` that take about a tenth of RL's time, against `existing` images of a judge."""
+    updates = settings.rl_iters + (4 * settings.schedule_iters if settings.learn_steps else 0)
+    return measurements(updates * settings.prompts * settings.group // 10, existing, most=512)
+
+
 def view_filters(size: int) -> Tensor:
     """Three filters [6, 3, side, side] that average a colour over a cell of an 8x8 grid, and three
     random ones of the same norm."""
