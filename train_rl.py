@@ -69,7 +69,6 @@ def train_policy(run, student, quality, monitor, times=10):
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
     training = method(student, settings, partial(quality_of_decoded, quality, data), mean_image)
     occurring = data.labels
-    monitor.start(training.reference)
     with run.stage(training, monitor, times) as stage:
         for step in stage:
             # there are no images here: RL learns from those that the policy makes
@@ -139,6 +138,7 @@ def main(argv=None):
         held_out = held_out_reward(args.reward, data, reward_net, device)
         times, n = policy_measurements(settings, len(judge.labels))
         monitor = RLMonitor(settings, quality, held_out, judge, n)
+        monitor.start(models["student"])
         training = train_policy(run, models["student"], quality, monitor, times)
         models["policy"] = training.model
 
