@@ -1096,9 +1096,11 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         # which tokens to draw: the whole image, or only what is revealed
         whole, part = (mask, n_hidden), (reveal, n_hidden - sum(left))
         drawn = find_true(*(whole if predictions else part))
-        scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
+        scale = None
+        if c_null is not None:
+            scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
+            c_null = c_null[drawn]
         image = tokens.clone()
-        c_null = None if c_null is None else c_null[drawn]
         image[drawn] = draw_tokens(
             model, chains[k], z[drawn], c[drawn], c_null, scale, generator, sampling.temperature
         )
@@ -1481,7 +1483,7 @@ def token_log_prob(x: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
 
 def token_kl(mean: Tensor, mean_ref: Tensor | float, sigma: Tensor | float) -> Tensor:
     """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) [N], averaged over channels, as log pi is."""
-    sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
+    sigma = sigma[..., None] if torch.is_tensor(sigma) else sigma
     return ((mean - mean_ref) / sigma).square().mean(-1) / 2
 
 
@@ -1757,8 +1759,8 @@ class PolicyGradient:
         """Updates of the noise policy on the tokens of the steps [B, T], with advantages A [B]."""
         model, settings, trace = self.model, self.model.settings, rollouts.trace
         optimised = steps & (A != 0)[:, None]
-        counted = (optimised[..., None] & trace.masks()[1]).any(1)  # [B, L]
-        row = counted.nonzero()[:, 0]  # [N]: the rollout of each counted token
+        counted = (optimised[..., None] & trace.masks()[1]).any(1).nonzero(as_tuple=True)
+        row = counted[0]  # [N]: the rollout of each counted token
         c, sigma = trace.contexts[counted], rollouts.sigma[row]
         mu_old = model.noise_policy(c).detach()
         z = trace.z[counted] + mu_old  # as it was drawn
@@ -1877,8 +1879,9 @@ def replay(
     for k in range(keep.shape[1]):
         unfinished = reveals[:, k].any(1)
         for with_graph in (True, False):
-            rows = unfinished & (keep[:, k] == with_graph)
-            if not rows.any():
+            chosen = unfinished & (keep[:, k] == with_graph)
+            rows = chosen.nonzero()[:, 0]
+            if len(rows) == 0:
                 continue
             inputs = tokens[rows], masks[rows, k], labels[rows], reveals[rows, k], trace.z[rows]
             with torch.set_grad_enabled(with_graph):
@@ -1889,15 +1892,16 @@ def replay(
                 with torch.no_grad():
                     _, g_ref = revealed_tokens(reference, *inputs)
                 kls.append(token_kl(g, g_ref, settings.explore))
-            tokens = tokens.masked_scatter((rows[:, None] & reveals[:, k])[..., None], g)
+            tokens = tokens.masked_scatter((chosen[:, None] & reveals[:, k])[..., None], g)
     kl = torch.cat(kls).mean() if kls else torch.zeros((), device=tokens.device)
     return tokens, kl
 
 
 def revealed_tokens(network: MAR, tokens, mask, labels, reveal, z) -> tuple[Tensor, Tensor]:
     """c [n, W] and g [n, D] of the tokens that a step reveals."""
-    c = network.context(tokens, mask, labels)[reveal]
-    z = starting_noise(network, z[reveal], c)
+    revealed = reveal.nonzero(as_tuple=True)
+    c = network.context(tokens, mask, labels)[revealed]
+    z = starting_noise(network, z[revealed], c)
     return c, one_step(network.head, z, c, network.settings.noise_ratio)
 
 
