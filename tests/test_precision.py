@@ -302,6 +302,52 @@ def test_hidden_products_are_bfloat16_and_results_float32():
     assert {dtypes[name] for name in dtypes.keys() - outer} == {torch.bfloat16}
 
 
+def as_generated(model):
+    """`outputs` without a graph, of frozen weights."""
+    with torch.no_grad():
+        return outputs(model.requires_grad_(False))
+
+
+def uncached(model):
+    """What bfloat16 computes when every weight is cast at every call."""
+    plain = deepcopy(model)
+    set_precision(plain, "fp32")
+    for module, name in ((plain, "context"), (plain.head, "hidden")):
+        workbench.precision.wrap(module, name, workbench.precision.InBFloat16)
+    return as_generated(plain)
+
+
+def move_by_adamw(model):
+    """One fused step, as of RL between two generations."""
+    model.requires_grad_(True)
+    sum(out.square().sum() for out in outputs(model)).backward()
+    torch.optim.AdamW(model.parameters(), 0.1, fused=True).step()
+
+
+def move_as_an_average(model):
+    maskrl.update_ema(model, random_model("student"), 0, 0.98)
+
+
+def load_others(model):
+    model.load_state_dict(random_model("student").state_dict())
+
+
+@pytest.mark.parametrize("change", [move_by_adamw, move_as_an_average, load_others])
+def test_frozen_weights_are_cast_once_and_again_when_they_changed(change):
+    model = random_model("student")
+    set_precision(model, "bf16")
+    before = as_generated(model)
+    kept = model.encoder_blocks[0].attn.qkv.forward.kept
+    again = as_generated(model)
+    assert model.encoder_blocks[0].attn.qkv.forward.kept is kept
+    assert all(torch.equal(a, b) for a, b in zip(before, again))
+    assert all(torch.equal(a, b) for a, b in zip(before, uncached(model)))
+    change(model)
+    after = as_generated(model)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a, b) for a, b in zip(after, uncached(model)))
+
+
 def test_what_is_made_of_a_prediction_is_not_rounded():
     """eps = (x_t - alpha x_0) / sigma: where x_0 is 0, all 24 bits of x_t / sigma are right."""
     model = random_model()

@@ -73,11 +73,11 @@ class Split:
     def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
         """n random images in [-1, 1] [n, 3, S, S] and their labels [n]; flip: half are mirrored."""
         index = torch.randint(len(self), (n,), generator=generator)
-        x = to_unit(self.stored[self.rows[index]].to(device))
+        images = self.stored[self.rows[index]]
         if flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5
-            x = torch.where(mirrored, x.flip(-1), x)
-        return x, self.labels[index].to(device)
+            mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        return to_unit(images.to(device)), self.labels[index].to(device)
 
     def balanced_half(self, most: int) -> int:
         """How many images of each class either of the `balanced_halves` has."""
