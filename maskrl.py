@@ -113,7 +113,7 @@ class Settings:
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
     learn_steps: bool = True  # learn a schedule of at most K iterations
-    schedule_lr: float = 3e-3  # learning rate of the schedule policy
+    schedule_lr: float = 1e-2  # learning rate of the schedule policy
     schedule_iters: int = 100  # updates of the schedule alone, at the end
     alpha: float = 0.5  # reward = quality x speed^alpha
 
@@ -1472,7 +1472,7 @@ class SchedulePolicy(nn.Module):
         left = (K * states[:, -1:]).round().long()
         m = (hidden - self.cosine[K - left]).clamp(min=1)
         log_f, log_w = self.net(self.features(states)).chunk(2, 1)
-        w = 0.5 * 4 ** log_w.tanh()  # 1/8 to 2
+        w = 0.5 * 2 ** log_w.tanh()  # 1/4 to 1: narrower, it would no longer explore
         n = torch.arange(1, L + 1, device=states.device)
         logits = -((n.log() - m.log() - log_f) / w).square() / 2
         least = torch.where(left > 1, 1, hidden)
