@@ -152,6 +152,14 @@ def test_a_step_may_reveal_any_number_of_hidden_tokens_and_the_last_one_all():
         assert (row.nonzero()[:, 0] + 1).tolist() == list(range(least, most + 1))
 
 
+def test_a_schedule_never_stops_exploring():
+    """Its width has a floor: with 1/8 the first counts were soon always the same."""
+    policy = SchedulePolicy(width=4, length=16, max_steps=16)
+    policy.net[-1].bias.data[1] = -50.0
+    p = policy.log_probs(states_of([16], [16], 16, 16))[0].exp()
+    assert p[1] / p[0] == pytest.approx(math.exp(-8 * math.log(2) ** 2))  # of revealing 2, not 1
+
+
 def test_a_schedule_draws_counts_with_its_probabilities():
     policy = SchedulePolicy(width=4, length=16, max_steps=16)
     state = states_of([16], [16], 16, 16)
