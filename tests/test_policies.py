@@ -157,8 +157,8 @@ def test_a_schedule_never_stops_exploring():
     policy = SchedulePolicy(width=4, length=16, max_steps=16)
     policy.net[-1].bias.data[1] = -50.0
     p = policy.log_probs(states_of([16], [16], 16, 16))[0].exp()
-    ratio = (p[1] / p[0]).item()
-    assert ratio == pytest.approx(math.exp(-8 * math.log(2) ** 2), rel=1e-3)  # of revealing 2, not 1
+    ratio = (p[1] / p[0]).item()  # of revealing two tokens and one
+    assert ratio == pytest.approx(math.exp(-8 * math.log(2) ** 2), rel=1e-3)
 
 
 def test_a_schedule_draws_counts_with_its_probabilities():
