@@ -108,14 +108,14 @@ class Settings:
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
-    temperature: float = 1.0  # factor on a policy's z, to which it falls from 1 at the start
+    temperature: float = 0.4  # factor on a policy's z, to which it falls from 1 at the start
     policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
     learn_steps: bool = True  # learn a schedule of at most K iterations
     schedule_lr: float = 1e-2  # learning rate of the schedule policy
     schedule_iters: int = 100  # updates of the schedule alone, at the end
-    alpha: float = 0.5  # reward = quality x speed^alpha
+    alpha: float = 0.3  # reward = quality x speed^alpha
 
     @property
     def length(self) -> int:

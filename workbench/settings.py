@@ -188,13 +188,14 @@ PRESETS = {
     "folder": {  # a folder of images, on a CPU
         "image_size": 32, "steps": 32, "batch": 32, "draws": 2, "teacher_iters": 12_000,
         "gsim_iters": 1200, "rl_iters": 50, "schedule_iters": 25, "judge_iters": 800,
+        "temperature": 1.0,
     },
     "small": {  # a folder of images, on a GPU
         "image_size": 64, "patch": 4, "steps": 64, "width": 384, "depth": 6, "heads": 6,
         "buffer": 16, "head_width": 512, "head_depth": 4, "batch": 128, "teacher_iters": 100_000,
         "teacher_lr": 4e-4, "muon_lr": 8e-4, "ema": 0.9999, "gsim_iters": 20_000,
         "student_lr": 3e-5, "aux_lr": 6e-5, "critical_steps": 6, "judge_iters": 2000,
-        "precision": "bf16", "micro_batch": 32,
+        "precision": "bf16", "micro_batch": 32, "temperature": 1.0,
     },
 }
 MAR_SETTINGS = PRESETS["small"] | {

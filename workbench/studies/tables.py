@@ -73,7 +73,7 @@ than one seed; data, judge, weights and noise all differ between seeds.
 *Fréchet distance*: FID's formula on the features of a classifier that nothing trains on, so that
 only numbers of this page compare; *precision* and *recall* by 3 nearest neighbours; *diversity*
 within classes and *nearest*, the distance to the nearest training image: 1 is as real held-out
-images. *Quality*: by the reward network, which RL climbs; *reward*: quality × speed^0.5; *held-out
+images. *Quality*: by the reward network, which RL climbs; *reward*: quality × speed^0.3; *held-out
 reward*: the exact fit to a shape of the class, on which nothing trains. *ms per image*: in batches
 of 32.
 """
