@@ -192,10 +192,11 @@ def add_settings(parser: ArgumentParser) -> None:
 def clip_options(args: Namespace) -> ClipOptions:
     """ClipOptions of the command line; InputError if they are given and nothing uses CLIP."""
     options = ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
-    if options != CLIP and "clip" not in (args.features, getattr(args, "reward", None)):
+    rewards = [*getattr(args, "reward", ()), getattr(args, "held_out", None)]
+    if options != CLIP and "clip" not in (args.features, *rewards):
         raise InputError(
             "--clip-model, --clip-weights, --clip-prompt: only --reward clip and "
-            "--features clip ask CLIP"
+            "--features clip ask CLIP, and --held-out clip"
         )
     return options
 
