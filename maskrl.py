@@ -103,7 +103,7 @@ class Settings:
     rl_lr: float = 1e-4  # learning rate of the generator, with action x
     prompts: int = 16  # P, prompts (class labels) per update
     group: int = 8  # G, rollouts per prompt
-    action: str = "z"  # z ~ N(mu(c), 1), or x ~ N(g(z, c), explore^2)
+    action: str = "z"  # z ~ N(mu(c), temperature^2), or x ~ N(g(z, c), explore^2)
     rl_steps: str = "critical"  # which steps are optimised: critical, random, first or all
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
@@ -1419,7 +1419,7 @@ def select_steps(
 
 
 class NoisePolicy(nn.Module):
-    """The mean mu(c) [N, D] of the noise z ~ N(mu(c), 1) that tokens start from, for c [N, W].
+    """The mean mu(c) [N, D] of the noise z ~ N(mu(c), temperature^2) that tokens start from.
 
     It starts at zero, where the policy is the student."""
 
@@ -1505,7 +1505,7 @@ def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
 # 10 Reinforcement learning ------------------------------------------------------------------------
 # GRPO, group relative policy optimisation, and then MARVAL's back-propagation of a reward. The
 # action is one of two Gaussians, whose log pi is known in closed form:
-#     z   the noise of a token, drawn from N(mu(c), 1); only mu learns
+#     z   the noise of a token, drawn from N(mu(c), temperature^2); only mu learns
 #     x   a token, drawn from N(g(z, c), sigma^2) with z given; the whole generator learns
 # The rollouts of a group share the class and the order and, if z is no action, z: they differ in
 # their actions alone. quality(images [B, 3, H, W] in [-1, 1], labels [B]) -> [B] in [0, 1] is the
