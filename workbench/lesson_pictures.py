@@ -106,7 +106,8 @@ def clouds(panels: dict, behind: Tensor, arrows: dict | None = None, width=2.6) 
 
 def paths(panels: dict, behind: Tensor) -> None:
     """Draw {title: paths [steps, N, 2]} over the points `behind`."""
-    for axis, (title, lines) in zip(subplots(len(panels), 3.2, 2.4), panels.items()):
+    axes = subplots(len(panels), 3.2, 2.4, sharex=True, sharey=True)
+    for axis, (title, lines) in zip(axes, panels.items()):
         axis.scatter(*behind.T, s=4, color="silver")
         for k in range(lines.shape[1]):
             axis.plot(*lines[:, k].T, linewidth=0.7, marker="x" if len(lines) == 1 else None)
