@@ -60,7 +60,7 @@ def curves(panels: dict, xlabel: str, width=3.6, marker="o", **axis_settings) ->
             drawn = {"marker": marker, "markersize": 3, "capsize": 2, "linestyle": style}
             axis.errorbar(xs, mean, std, label=label or None, **drawn)
         axis.set(title=title, xlabel=xlabel, **axis_settings)
-        if axis.get_xscale() == "linear":
+        if all(float(x).is_integer() for xs, _ in lines.values() for x in xs):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if any(lines):
             axis.legend()
