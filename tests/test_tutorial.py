@@ -211,7 +211,7 @@ def test_every_section_ends_with_a_summary_of_three_sentences_and_every_figure_h
     sections = re.split(r"^## ", text, flags=re.M)[1:]
     assert len(sections) == 15
     for section in sections[:-1]:  # the last only points elsewhere
-        summary = section.split("**Summary.**")[1].strip().split("\n\n")[0].split("\n#")[0]
+        summary = re.split(r"\n(?:\n|#|\*\*Exercise)", section.split("**Summary.**")[1].strip())[0]
         assert len(re.findall(r"[.!?](?:\s|$)", summary)) == 3, section.splitlines()[0]
     said = [text for text in markdown_outputs() if text.startswith("**Verdict.**")]
     assert len(said) >= 25
