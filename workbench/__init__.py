@@ -32,5 +32,7 @@ Sampling      sampling     what sample.py is asked for, checked
               inpaint      the image and mask of --inpaint
               lazymar      attention caching
               bench        which idea saves how much time
+Teaching      lessons      what tutorial.ipynb says with, and its upkeep
+              lesson_pictures  what it draws with
 studies/      one file for each measurement in assets/results
 """
