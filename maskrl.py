@@ -91,6 +91,7 @@ class Settings:
     ema: float = 0.995  # limit of the teacher's EMA decay
     # GSIM
     gsim_iters: int = 650  # updates of the student
+    heads_iters: int = 0  # of these, the first train its head alone, behind the teacher's contexts
     student_lr: float = 6e-4  # learning rate of the student
     aux_lr: float = 1.2e-3  # learning rate of the auxiliary network
     student_ema: float = 0.98  # limit of the student's EMA decay
@@ -107,6 +108,7 @@ class Settings:
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
+    temperature: float = 1.0  # factor on a policy's z, to which it falls from 1 at the start
     policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
@@ -567,6 +569,8 @@ class MaskedBatch:
     t: Tensor  # [B, draws, L]
     eps: Tensor  # [B, draws, L, D]
     z: Tensor | None = None  # [B, draws, L, D]
+    c: Tensor | None = None  # [B, L, W], if all networks share the contexts of the class
+    c_null: Tensor | None = None  # [B, L, W], and of the null class
 
     def __getitem__(self, rows: Tensor) -> "MaskedBatch":
         """The sub-batch of these images."""
@@ -582,7 +586,8 @@ class MaskedBatch:
 
     def context(self, network: MAR) -> Tensor:
         """c [N, W]. The costly part, so one context serves all draws."""
-        return self.flat_repeated(network.context(self.x, self.mask, self.labels))
+        c = network.context(self.x, self.mask, self.labels) if self.c is None else self.c
+        return self.flat_repeated(c)
 
     def denoising_loss(self, network: MAR, x_0: Tensor) -> Tensor:
         """The sum of `denoising_loss` over N tokens x_0 [N, D]."""
@@ -824,13 +829,14 @@ class Sampling:
     guidance: s of a teacher, linear in the fraction revealed (a student has it baked in).
     denoise_steps: of a teacher's chain; 1 for a one-step generator; or (50, 5), annealed from the
     first iteration to the last as in DiSA (2505.20297). temperature: a factor on the chain's noise
-    or, in a one-step generator, on z. greedy: a learned schedule takes its most probable count;
-    otherwise it draws one, as in rollouts. contexts: who computes c (see `Contexts`)."""
+    or, in a one-step generator, on z; or (1, 0.4), annealed as well (see `temperature_at`). greedy:
+    a learned schedule takes its most probable count; otherwise it draws one, as in rollouts.
+    contexts: who computes c (see `Contexts`)."""
 
     steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
     denoise_steps: int | tuple[int, int] | None = None
-    temperature: float = 1.0
+    temperature: float | tuple[float, float] | None = None
     order: str | None = None
     greedy: bool = True
     progress: bool = False
@@ -839,11 +845,13 @@ class Sampling:
     def resolve(self, model: MAR) -> "Sampling":
         """A copy with every field resolved; ValueError for what the model cannot do."""
         settings = model.settings
-        denoise_steps, guidance = self.denoise_steps, self.guidance
+        denoise_steps, guidance, temperature = self.denoise_steps, self.guidance, self.temperature
         if denoise_steps is None:
             denoise_steps = settings.denoise_steps if model.kind == "teacher" else 1
         if guidance is None:
             guidance = 1.0 if denoise_steps == 1 else settings.guidance
+        if temperature is None:
+            temperature = (1.0, settings.temperature) if model.kind == "policy" else 1.0
         if model.kind != "teacher" and denoise_steps != 1:
             raise ValueError(f"a {model.kind} takes one denoising step, not {denoise_steps}")
         if denoise_steps == 1 and guidance != 1:
@@ -851,7 +859,8 @@ class Sampling:
         order = self.order or settings.order
         if order not in ("random", "halton"):
             raise ValueError(f"there is no order {order!r}, only random and halton")
-        return replace(self, denoise_steps=denoise_steps, guidance=guidance, order=order)
+        resolved = {"denoise_steps": denoise_steps, "guidance": guidance}
+        return replace(self, **resolved, temperature=temperature, order=order)
 
     def counts(self, length: int, settings: Settings) -> list[int]:
         """How many of the `length` tokens to be drawn each iteration reveals."""
@@ -870,6 +879,18 @@ class Sampling:
         if isinstance(self.denoise_steps, tuple):
             first, last = self.denoise_steps
         return [Diffusion(round(n)) for n in torch.linspace(first, last, iterations).tolist()]
+
+    def temperature_at(self, hidden: Tensor, length: int) -> Tensor:
+        """The temperature where `hidden` [...] of the `length` tokens are hidden.
+
+        A pair is annealed along the cosine schedule, at whose k of K steps 2/pi acos(hidden / L) is
+        k / K: at first tokens decide what the image will be, at last many of them, drawn together,
+        have to fit."""
+        first, last = self.temperature, self.temperature
+        if isinstance(self.temperature, tuple):
+            first, last = self.temperature
+        progress = 2 / math.pi * torch.acos(hidden / length)
+        return first + (last - first) * progress
 
 
 @dataclass
@@ -936,13 +957,13 @@ class Trace:
     mask."""
 
     order: Tensor  # [B, L]
-    z: Tensor  # [B, L, D]
+    z: Tensor  # [B, L, D]: what each token was drawn from, noise times its temperature
+    temperature: Tensor  # [B, L]
     contexts: Tensor  # [B, L, W]: c of each token when it was revealed
     means: Tensor  # [B, L, D]: each token as predicted then, before exploration noise
     counts: Tensor  # [B, T]: tokens revealed
     predictions: Tensor | None  # [B, T, L, D]: the whole image as predicted before each step
-    states: Tensor | None  # [B, T, W + 1]: what the schedule policy saw
-    actions: Tensor | None  # [B, T]: what it chose
+    states: Tensor | None  # [B, T, W + 2]: what the schedule policy saw
 
     @property
     def steps(self) -> Tensor:
@@ -1036,12 +1057,12 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     chains = sampling.chains(len(fixed))
     contexts = (sampling.contexts or Contexts)(model, labels, sampling.guidance != 1)
 
-    z = noise.z if sampling.denoise_steps != 1 else sampling.temperature * noise.z
     rank = order.argsort(1)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
-    means = torch.zeros_like(tokens)
+    z, means = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    temperatures = torch.ones(rank.shape, device=model.device)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
-    record = {name: [] for name in ("counts", "predictions", "states", "actions")}
+    record = {name: [] for name in ("counts", "predictions", "states")}
     for k in tqdm(range(len(fixed)), "iterations", disable=not sampling.progress, leave=False):
         mask = rank < hidden[:, None]
         if schedule is not None and not mask.any():
@@ -1049,11 +1070,10 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         c, _ = contexts.before(k, tokens, mask)
         count = torch.full_like(hidden, fixed[k])
         if schedule is not None:
-            state = schedule_state(c, mask)
-            action = schedule.select(state, hidden, None if sampling.greedy else generator)
-            count = schedule.count(action, hidden)
+            state = schedule_state(c, mask, (len(fixed) - k) / model.settings.steps)
+            count = schedule.select(state, None if sampling.greedy else generator)
+            count = torch.minimum(count, hidden)  # 0 for a finished image
             record["states"].append(state)
-            record["actions"].append(action)
         hidden = hidden - count
         reveal = mask & (rank >= hidden[:, None])
         c, c_null = contexts.after(reveal)
@@ -1061,19 +1081,23 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         # which tokens to draw: the whole image, or only what is revealed
         drawn = (mask if predictions else reveal).nonzero(as_tuple=True)
         scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
+        temperature = sampling.temperature_at(hidden + count, model.length)[:, None]
+        z_k = noise.z if chains[k] else temperature[..., None] * noise.z
         image = tokens.clone()
         c_null = None if c_null is None else c_null[drawn]
         image[drawn] = draw_tokens(
-            model, chains[k], z[drawn], c[drawn], c_null, scale, generator, sampling.temperature
+            model, chains[k], z_k[drawn], c[drawn], c_null, scale, generator, temperature[drawn[0]]
         )
         shown = reveal[..., None]
-        means, revealed_c = torch.where(shown, image, means), torch.where(shown, c, revealed_c)
+        z, means = torch.where(shown, z_k, z), torch.where(shown, image, means)
+        temperatures = torch.where(reveal, temperature, temperatures)
+        revealed_c = torch.where(shown, c, revealed_c)
         tokens = torch.where(shown, add_exploration(image, noise.sigma, generator), tokens)
         record["counts"].append(count)
         if predictions:
             record["predictions"].append(image)
     stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
-    return tokens, Trace(order, z, revealed_c, means, **stacked)
+    return tokens, Trace(order, z, temperatures, revealed_c, means, **stacked)
 
 
 def draw_tokens(model, chain, z, c, c_null, scale, generator, temperature) -> Tensor:
@@ -1130,6 +1154,11 @@ def velocity_weight(t: Tensor) -> Tensor:
     return 1 / alpha
 
 
+def eps_weight(t: Tensor) -> Tensor:
+    """1 [N, 1]: differences of eps themselves."""
+    return torch.ones_like(t, dtype=torch.float)[:, None]
+
+
 def gsim_terms(
     x_0: Tensor,
     t: Tensor,
@@ -1183,7 +1212,9 @@ class Distillation:
 
         min over phi E |eps - eps_phi(x_t)|^2,   min over theta E[L1 + L2],   x_0 = g_theta(z, c)
 
-    Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations.
+    Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations. The
+    first heads_iters updates train heads alone. No transformer has moved by then, so that the three
+    networks share the contexts of the teacher, which need no gradient: much less work and memory.
     Differs from the paper: by default guidance follows MAR's linear schedule as if the iteration
     revealed one token; gsim_guidance "constant" is the paper's."""
 
@@ -1206,29 +1237,37 @@ class Distillation:
 
         A uniform fraction of the tokens is hidden, since the student meets every stage of
         generation. Each network computes its own context from the same visible data tokens."""
-        size = self.model.settings.micro_batch
+        settings = self.model.settings
+        size = settings.micro_batch
         generator = rng(seed, "gsim", step, device=x.device)
         ratio = torch.rand(len(x), generator=generator, device=x.device)
         mask = random_mask(ratio, x.shape[1], generator)
+        shared = None, None
+        if step < settings.heads_iters:
+            shared = self.teacher_contexts(x, mask, labels)
 
-        batch = self.draw(x, mask, labels, generator)
+        batch = self.draw(x, mask, labels, generator, *shared)
         aux_loss, _ = micro_batched_step(self.aux_loss, batch, size, self.optimizers["aux"])
         self.aux.requires_grad_(False)  # its parameters, but not the way through it to x_t
-        batch = self.draw(x, mask, labels, generator)
+        batch = self.draw(x, mask, labels, generator, *shared)
         loss, norm = micro_batched_step(self.student_loss, batch, size, self.optimizers["student"])
         self.aux.requires_grad_(True)
         for rate in self.rates.values():
             rate.step()
-        update_ema(self.ema, self.model, step, self.model.settings.student_ema)
+        update_ema(self.ema, self.model, step, settings.student_ema)
         return {"loss": loss, "aux_loss": aux_loss, "grad_norm": norm}
 
-    def draw(self, x: Tensor, mask: Tensor, labels: Tensor, generator) -> MaskedBatch:
+    @torch.no_grad()
+    def teacher_contexts(self, x: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return class_and_null_context(self.teacher, x, mask, labels)
+
+    def draw(self, x, mask, labels, generator, c=None, c_null=None) -> MaskedBatch:
         """The images with fresh times, eps and z for every token."""
         B, L, D = x.shape
         shape = B, self.model.settings.draws, L
         t = gsim_times(shape, generator)
         eps, z = torch.randn(2, *shape, D, generator=generator, device=x.device)
-        return MaskedBatch(x, mask, labels, t, eps, z)
+        return MaskedBatch(x, mask, labels, t, eps, z, c, c_null)
 
     def student_tokens(self, batch: MaskedBatch) -> Tensor:
         """g(z, c) [N, D]."""
@@ -1253,7 +1292,9 @@ class Distillation:
         """L_GSIM of the student's tokens, summed over them."""
         with torch.no_grad():
             c_q = batch.context(self.aux)
-            both = class_and_null_context(self.teacher, batch.x, batch.mask, batch.labels)
+        both = batch.c, batch.c_null
+        if batch.c is None:
+            both = self.teacher_contexts(batch.x, batch.mask, batch.labels)
         c_p, c_null = map(batch.flat_repeated, both)
         guided_teacher = guided(self.teacher.head, c_p, c_null, self.guidance(batch))
 
@@ -1262,7 +1303,8 @@ class Distillation:
 
         eps_q = partial(self.aux.head.eps, c=c_q)
         x_0, t, eps = self.student_tokens(batch), batch.flat(batch.t), batch.flat(batch.eps)
-        return self.gsim_loss(x_0, t, eps, eps_q, eps_p).sum()
+        weight = velocity_weight if self.model.head.predicts == "x_0" else eps_weight
+        return self.gsim_loss(x_0, t, eps, eps_q, eps_p, weight=weight).sum()
 
 
 # 8 Critical steps ---------------------------------------------------------------------------------
@@ -1355,50 +1397,54 @@ def starting_noise(model: MAR, z: Tensor, c: Tensor) -> Tensor:
     return z if model.noise_policy is None else z + model.noise_policy(c)
 
 
-def schedule_state(c: Tensor, mask: Tensor) -> Tensor:
-    """What the schedule sees [B, W + 1]: the hidden tokens' mean context, the fraction hidden."""
+def schedule_state(c: Tensor, mask: Tensor, steps_left: float) -> Tensor:
+    """What the schedule sees [B, W + 2]: the hidden tokens' mean context, the fraction of the L
+    tokens that are hidden, and steps_left, the fraction of the K steps that are left."""
     hidden = mask.sum(1, keepdim=True)
     mean_context = (c * mask[..., None]).sum(1) / hidden.clamp(min=1)
-    return torch.cat([mean_context, hidden / mask.shape[1]], 1)
+    left = torch.full_like(mean_context[:, :1], steps_left)
+    return torch.cat([mean_context, hidden / mask.shape[1], left], 1)
 
 
 class SchedulePolicy(nn.Module):
-    """Chooses to reveal unit x 1, 2, 3, 4, 6, 8, 12, ... tokens or all that remain, with unit =
-    ceil(L / K), so that an image takes at most K steps.
+    """Chooses how many tokens a step reveals: any number, and in the Kth step all that are hidden.
 
-    It starts independent of the state and in favour of small counts: probability ~ 1 / count."""
+    pi(n) is in proportion to exp(-(log n - log f m)^2 / (2 w^2)), where m tokens would bring the
+    image to where the cosine schedule is after this step. A network sets the factor f and the width
+    w; they start at 1 and 1/2."""
 
     def __init__(self, width: int, length: int, max_steps: int, inner: int = 64):
         super().__init__()
-        unit = math.ceil(length / max_steps)
-        sizes = [1, *(m * 2**i for i in range(length.bit_length()) for m in (2, 3))]
-        counts = [unit * n for n in sizes if unit * n < length] + [length]
-        self.register_buffer("counts", torch.tensor(counts))
+        self.length, self.max_steps = length, max_steps
+        still_hidden = length - torch.tensor(reveal_counts(length, max_steps)).cumsum(0)
+        self.register_buffer("cosine", still_hidden, persistent=False)  # [K], after each step
         self.norm = nn.LayerNorm(width)
-        self.net = silu_mlp(width + 1, inner, len(counts))
+        self.net = silu_mlp(width + 2, inner, 2)
         nn.init.zeros_(self.net[-1].weight)
-        with torch.no_grad():
-            self.net[-1].bias.copy_(-self.counts.log())
+        nn.init.zeros_(self.net[-1].bias)
 
-    def log_probs(self, states: Tensor, hidden: Tensor) -> Tensor:
-        """log pi [N, choices] for states [N, W + 1] with hidden [N] tokens left.
+    def log_probs(self, states: Tensor) -> Tensor:
+        """log pi [N, L] of revealing 1...L tokens, for states [N, W + 2]."""
+        L, K = self.length, self.max_steps
+        hidden = (L * states[:, -2:-1]).round().clamp(min=1)
+        left = (K * states[:, -1:]).round().long()
+        m = (hidden - self.cosine[K - left]).clamp(min=1)
+        log_f, log_w = self.net(self.features(states)).chunk(2, 1)
+        w = 0.5 * 4 ** log_w.tanh()  # 1/8 to 2
+        n = torch.arange(1, L + 1, device=states.device)
+        logits = -((n.log() - m.log() - log_f) / w).square() / 2
+        least = torch.where(left > 1, 1, hidden)
+        return logits.masked_fill((n < least) | (n > hidden), -math.inf).log_softmax(-1)
 
-        Counts of at least what remains have probability 0; the last action reveals all."""
-        features = torch.cat([self.norm(states[:, :-1]), states[:, -1:]], 1)
-        possible = self.counts < hidden[:, None]
-        possible[:, -1] = True
-        return self.net(features).masked_fill(~possible, -math.inf).log_softmax(-1)
+    def features(self, states: Tensor) -> Tensor:
+        return torch.cat([self.norm(states[:, :-2]), states[:, -2:]], 1)
 
-    def select(self, states: Tensor, hidden: Tensor, generator=None) -> Tensor:
-        """Actions [N]: drawn from pi or, without a generator, the most probable ones."""
-        probabilities = self.log_probs(states, hidden).exp()
+    def select(self, states: Tensor, generator=None) -> Tensor:
+        """Counts [N]: drawn from pi or, without a generator, the most probable ones."""
+        log_probs = self.log_probs(states)
         if generator is None:
-            return probabilities.argmax(1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-    def count(self, actions: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens that the actions [N] reveal where hidden [N] remain."""
-        return torch.minimum(self.counts[actions], hidden)
+            return log_probs.argmax(1) + 1
+        return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1) + 1
 
 
 def speed(steps: Tensor, max_steps: int) -> Tensor:
@@ -1480,16 +1526,23 @@ class Rollouts:
     trace: Trace
     labels: Tensor  # [B]
     quality: Tensor  # [B]
-    sigma: Tensor  # [B]: the standard deviation of each one's actions
+    sigma: Tensor  # [B, L]: the standard deviation of each token's action
 
 
 def rollout(
-    model: MAR, quality: Callable, labels: Tensor, seed, predictions=True, explore=True
+    model: MAR,
+    quality: Callable,
+    labels: Tensor,
+    seed,
+    predictions=True,
+    explore=True,
+    varying: Tensor | None = None,
 ) -> Rollouts:
     """G rollouts of each class of `labels` [P].
 
     predictions: whether their Trace has them. explore: whether the generator's actions vary, too,
-    not only the schedule's. Sharing class, order and, if z is no action, z within a group keeps the
+    not only the schedule's. varying [P, L]: the tokens whose z may differ within a group (None:
+    all), for action z. Sharing class, order and, if z is no action, z within a group keeps the
     gradient unbiased and lowers its variance."""
     settings, G = model.settings, model.settings.group
     generator = rng(seed, "shared", device=labels.device)
@@ -1502,12 +1555,18 @@ def rollout(
     labels = labels.repeat_interleave(G)
     if explore and settings.action == "z":
         z = torch.randn(noise.z.shape, generator=generator, device=labels.device)
-        noise.z = sigma[:, None, None] * z
+        z = sigma[:, None, None] * z
+        if varying is not None:
+            z = torch.where(varying.repeat_interleave(G, 0)[..., None], z, noise.z)
+        noise.z = z
     elif explore:
         sigma = settings.explore * sigma
         noise.sigma = sigma[:, None, None]
     trace = "predictions" if predictions else True
     tokens, trace = generate(model, labels, Sampling(greedy=False), noise, seed=seed, trace=trace)
+    sigma = sigma[:, None].expand(trace.order.shape)
+    if settings.action == "z":
+        sigma = sigma * trace.temperature
     with torch.no_grad():
         Q = checked_quality(quality(to_images(tokens, settings), labels.clone()), labels)
     return Rollouts(tokens, trace, labels, Q, sigma)
@@ -1575,38 +1634,6 @@ def add_schedule(model: MAR) -> None:
     settings = model.settings
     schedule = SchedulePolicy(settings.width, settings.length, settings.steps)
     model.schedule = schedule.to(model.device)
-
-
-@dataclass
-class StepBatch:
-    """M pairs of a rollout and one of its steps: the final image under the step's mask, and which
-    of its tokens count; n is how many count in all pairs."""
-
-    tokens: Tensor  # [M, L, D]
-    mask: Tensor  # [M, L]
-    counted: Tensor  # [M, L]
-    labels: Tensor  # [M]
-    z: Tensor  # [M, L, D]
-    sigma: Tensor  # [M]
-    advantage: Tensor  # [M]
-    sampled_mean: Tensor  # [M, L, D]: g(z, c) as sampled
-
-    def __getitem__(self, rows: Tensor) -> "StepBatch":
-        """The sub-batch of these pairs."""
-        return StepBatch(*(v[rows] for v in vars(self).values()))
-
-    def per_token(self, v: Tensor) -> Tensor:
-        """v [M] -> [n]."""
-        return v.repeat_interleave(self.counted.sum(1))
-
-    def mean(self, network: MAR) -> Tensor:
-        """g(z, c) [n, D] of the counted tokens."""
-        c = network.context(self.tokens, self.mask, self.labels)[self.counted]
-        return one_step(network.head, self.z[self.counted], c, network.settings.noise_ratio)
-
-    def log_prob(self, mean: Tensor) -> Tensor:
-        """log pi [n] of the counted tokens under N(mean, sigma^2)."""
-        return token_log_prob(self.tokens[self.counted], mean, self.per_token(self.sigma))
 
 
 class PolicyGradient:
@@ -1679,13 +1706,15 @@ class PolicyGradient:
         predictions = settings.rl_steps in NEED_PREDICTIONS
         rollouts = rollout(self.model, self.quality, labels, seed, predictions)
         A, metrics = self.advantages(rollouts)
-        steps = select_steps(rollouts.trace, rollouts.tokens, settings, self.mean_image, generator)
+        trace = rollouts.trace
+        steps = select_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
         is_prefix = steps.float().cumprod(1).sum(1) == steps.sum(1)
         metrics["frac_not_prefix"] = (~is_prefix).float().mean().item()
+        counted = (steps[..., None] & trace.masks()[1]).any(1)
         if A.any() and settings.action == "z":
-            metrics |= self.noise_update(rollouts, A, steps)
+            metrics |= self.noise_update(rollouts, A, counted)
         elif A.any():
-            metrics |= self.generator_update(rollouts, A, steps)
+            metrics |= self.generator_update(rollouts, A, counted)
         if self.model.schedule is not None and settings.action == "z":
             metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
         elif self.model.schedule is not None:
@@ -1715,13 +1744,12 @@ class PolicyGradient:
             "frac_zero_advantage": (A == 0).float().mean().item(),
         }
 
-    def noise_update(self, rollouts: Rollouts, A: Tensor, steps: Tensor) -> dict[str, float]:
-        """Updates of the noise policy on the tokens of the steps [B, T], with advantages A [B]."""
+    def noise_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
+        """Updates of the noise policy on the counted tokens [B, L], with advantages A [B]."""
         model, settings, trace = self.model, self.model.settings, rollouts.trace
-        optimised = steps & (A != 0)[:, None]
-        counted = (optimised[..., None] & trace.masks()[1]).any(1)  # [B, L]
+        counted = counted & (A != 0)[:, None]
         row = counted.nonzero()[:, 0]  # [N]: the rollout of each counted token
-        c, sigma = trace.contexts[counted], rollouts.sigma[row]
+        c, sigma = trace.contexts[counted], rollouts.sigma[counted]
         mu_old = model.noise_policy(c).detach()
         z = trace.z[counted] + mu_old  # as it was drawn
         log_old = token_log_prob(z, mu_old, sigma)
@@ -1737,35 +1765,43 @@ class PolicyGradient:
         first = {"log_ratio": history[0]["log_ratio"]}  # 0 if sampler and learner agree
         return history[-1] | first | {"loss": loss, "grad_norm": norm}
 
-    def generator_update(self, rollouts: Rollouts, A: Tensor, steps: Tensor) -> dict[str, float]:
-        """One update on the tokens of the steps [B, T], with advantages A [B]."""
-        trace = rollouts.trace
-        row, step = (steps & (A != 0)[:, None]).nonzero(as_tuple=True)
-        mask, counted = (masks[row, step] for masks in trace.masks())  # [M, L]
-        inputs = rollouts.labels[row], trace.z[row], rollouts.sigma[row], A[row], trace.means[row]
-        batch = StepBatch(rollouts.tokens[row], mask, counted, *inputs)
+    def generator_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
+        """One update on the counted tokens [B, L], with advantages A [B]."""
         history = []
-        parts = micro_batches(batch.mask, self.model.settings.micro_batch)
-        losses = (self.part_loss(batch[rows], counted.sum(), history) for rows in parts)
+        losses = self.step_losses(rollouts, A, counted & (A != 0)[:, None], history)
         loss, norm = optimizer_step(losses, self.optimizers["generator"])
         total = {key: sum(w * metrics[key] for w, metrics in history) for key in history[0][1]}
         log_ratio = max(metrics["log_ratio"] for _, metrics in history)  # 0 if sampler = learner
         return total | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
 
-    def part_loss(self, part: StepBatch, n: Tensor, history: list) -> Tensor:
-        """The part's contribution to the mean over all n tokens; its weight and metrics go to
-        history. log pi_old is of the means as sampled: the ratio compares sampler and learner."""
-        settings, g = self.model.settings, part.mean(self.model)
-        with torch.no_grad():
-            g_ref = part.mean(self.reference)
-        kl = token_kl(g, g_ref, part.per_token(part.sigma))
-        log_prob, log_old = part.log_prob(g), part.log_prob(part.sampled_mean[part.counted])
-        advantage = part.per_token(part.advantage)
-        loss, metrics = policy_loss(
-            log_prob, log_old, advantage, kl, settings.clip_ratio, settings.beta
-        )
-        history.append((float(len(g) / n), metrics))
-        return loss * len(g) / n
+    def step_losses(self, rollouts: Rollouts, A, counted, history: list) -> Iterable[Tensor]:
+        """The contributions of some steps at a time to the mean over the counted tokens [B, L];
+        history gets the weight and the metrics of each.
+
+        log pi_old is of the means as sampled: the ratio compares sampler and learner."""
+        settings, trace = self.model.settings, rollouts.trace
+        mask, reveal = trace.masks()
+        reveal = reveal & counted[:, None]
+        row, step = reveal.any(2).nonzero(as_tuple=True)
+        mask, reveal = mask[row, step], reveal[row, step]  # [M, L] of M steps
+        for part in micro_batches(mask, settings.micro_batch):
+            rows, reveals = row[part], reveal[part]
+            x = rollouts.tokens[rows]
+            inputs = x, mask[part], rollouts.labels[rows], reveals, trace.z[rows]
+            _, g = revealed_tokens(self.model, *inputs)
+            with torch.no_grad():
+                _, g_ref = revealed_tokens(self.reference, *inputs)
+            of_token = rows.repeat_interleave(reveals.sum(1), output_size=len(g))
+            sigma, g_old = rollouts.sigma[rows][reveals], trace.means[rows][reveals]
+            x = x[reveals]
+            log_prob, log_old = token_log_prob(x, g, sigma), token_log_prob(x, g_old, sigma)
+            kl, advantage = token_kl(g, g_ref, sigma), A[of_token]
+            loss, metrics = policy_loss(
+                log_prob, log_old, advantage, kl, settings.clip_ratio, settings.beta
+            )
+            weight = len(g) / reveal.sum()
+            history.append((float(weight), metrics))
+            yield loss * weight
 
     def schedule_update(self, trace: Trace, A: Tensor) -> float:
         """Updates of the schedule policy on all of its choices in a Trace; the clip fraction.
@@ -1775,11 +1811,10 @@ class PolicyGradient:
         if not A.any():
             return 0.0
         row, step = ((trace.counts > 0) & (A != 0)[:, None]).nonzero(as_tuple=True)
-        states, hidden = trace.states[row, step], trace.hidden()[row, step]
-        actions = trace.actions[row, step, None]
+        states, counts = trace.states[row, step], trace.counts[row, step]
         log_old = None
         for _ in range(self.model.settings.policy_epochs):
-            log_prob = schedule.log_probs(states, hidden).gather(1, actions).squeeze(1)
+            log_prob = schedule.log_probs(states).gather(1, counts[:, None] - 1).squeeze(1)
             if log_old is None:
                 log_old = log_prob.detach()
             loss, metrics = policy_loss(log_prob, log_old, A[row], clip_ratio=settings.clip_ratio)
@@ -1817,7 +1852,8 @@ class RewardBackpropagation(PolicyGradient):
     def image_loss(self, history: list, labels, trace: Trace, keep, actions, rows) -> Tensor:
         """The contribution of some images to the means over all; quality and KL go to history."""
         model, settings = self.model, self.model.settings
-        part = replace(trace, order=trace.order[rows], z=trace.z[rows], counts=trace.counts[rows])
+        of_rows = {v: getattr(trace, v)[rows] for v in ("order", "z", "temperature", "counts")}
+        part = replace(trace, **of_rows)
         tokens, kl = replay(model, self.reference, labels[rows], part, keep[rows])
         images = to_images(tokens, settings)
         per_image = checked_quality(self.quality(images, labels[rows].clone()), labels[rows])
@@ -1846,7 +1882,8 @@ def replay(
             with torch.set_grad_enabled(with_graph):
                 c, g = revealed_tokens(model, *inputs)
             if with_graph and settings.beta and model.noise_policy is not None:
-                kls.append(token_kl(model.noise_policy(c), 0.0, 1.0))
+                sigma = trace.temperature[rows][reveals[rows, k]]
+                kls.append(token_kl(model.noise_policy(c), 0.0, sigma))
             elif with_graph and settings.beta:
                 with torch.no_grad():
                     _, g_ref = revealed_tokens(reference, *inputs)
@@ -1887,7 +1924,7 @@ def from_checkpoint(content: dict) -> MAR:
     model = MAR(settings, content["classes"], content["kind"], image_channels)
     if "noise_policy.norm.weight" in weights:
         add_noise_policy(model)
-    if "schedule.counts" in weights:
+    if "schedule.norm.weight" in weights:
         add_schedule(model)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

@@ -6,7 +6,7 @@
     python sample.py runs/demo/student.pt --film film.gif              # watch the unmasking
     python sample.py runs/demo/student.pt --inpaint photo.png --mask mask.png --classes "red circle"
                                                                        # complete: white is drawn
-    python sample.py runs/demo/policy.pt --bench           # teacher, student and policy: seconds
+    python sample.py runs/demo/policy.pt --bench           # what an image takes, in about a minute
     python sample.py mar_b --bench --steps 64              # random weights of that size
     python sample.py mar_b.pth --vae kl16.ckpt --classes 207 360 --steps 64  # MAR's released models
 
@@ -14,7 +14,9 @@ A checkpoint carries its own settings. A student or policy draws each token in o
 policy also chooses its own number of unmasking iterations, unless --steps says it.
 """
 
+import sys
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from pathlib import Path
 
 import torch
 
@@ -27,7 +29,7 @@ from workbench.inpaint import read_inpainting
 from workbench.kl16 import load_kl16
 from workbench.latents import autoencoder_for
 from workbench.options import ArgumentParser, add_device, find_device
-from workbench.pictures import film, picture, pixel_mask, save_picture, write_files
+from workbench.pictures import film, grid_columns, picture, pixel_mask, save_picture, write_files
 from workbench.released import load_model
 from workbench.report import hardware
 from workbench.sampling import (
@@ -35,7 +37,9 @@ from workbench.sampling import (
     check_steps,
     checked_sampling,
     class_labels,
+    free_name,
     per_image,
+    unfinished,
 )
 from workbench.settings import LIMITS, PRESETS
 from workbench.timing import clock
@@ -55,7 +59,7 @@ def parse(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="names or a file of them (default: all)")
     add("--class-names", metavar="FILE", help="what to call them: lines such as n01440764 tench")
     add("--n", type=int, default=64, help="number of images, of all classes in turn (default: 64)")
-    add("--out", default="samples.png", help="picture to write (default: samples.png)")
+    add("--out", help="picture to write (default: samples.png or, if there is one, samples-2.png)")
     add("--files", metavar="FOLDER", help="also write every image into a file of its own")
     add("--film", metavar="PATH", help="also draw the unmasking of 8 images, as .gif or in a .png")
     add("--inpaint", metavar="IMAGE", help="complete this image: tokens under --mask are drawn")
@@ -112,6 +116,12 @@ def parse(argv=None):
     )
     add("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
     add("--rounds", type=int, default=5, metavar="N", help="the first warms up (default: 5)")
+    add(
+        "--judge",
+        action="store_true",
+        help="also train a judge and draw some 2,000 images in every way, for their quality: many "
+        "times as long",
+    )
     add("--data", default="shapes", metavar="FOLDER", help="what the judge compares with")
     return parser.parse_args(argv)
 
@@ -134,7 +144,9 @@ def run_bench(args, device):
     vae = load_kl16(args.vae, device) if args.vae else None
     models, decode = bench_models(args.checkpoint, device, vae, args.heads)
     check_steps(args.steps, next(iter(models.values())).length)
-    judge = None if random else bench_judge(models, args.data, vae, device)
+    judge = None
+    if args.judge and not random:
+        judge = bench_judge(models, args.data, vae, device)
     result = {
         "weights": "random: for speed only" if random else args.checkpoint,
         "hardware": hardware(device),
@@ -151,17 +163,22 @@ def main(argv=None):
     if args.bench:
         run_bench(args, device)
         return
+    args.out = args.out or str(free_name(Path("samples.png")))
     check_request(args, SHOWN)
 
     model = load_model(args.checkpoint, None, device, args.heads)
+    if said := unfinished(args.checkpoint):
+        print(said, file=sys.stderr)
     settings = model.settings
     vae = autoencoder_for(model.channels // settings.patch**2, args.vae, device)
     decode = vae.decode if vae else identity
     names = read_class_names(args.class_names, model.classes) if args.class_names else {}
-    labels, columns = class_labels(args.classes, model, names, args.n)
+    labels, classes = class_labels(args.classes, model, names, args.n)
     file_names = display_names(model.classes, names)
     given = mask = None
     if args.inpaint:
+        if not args.classes and classes > 1:
+            print(f"no --classes: completed as each of {classes} classes in turn", file=sys.stderr)
         given, mask = read_inpainting(args.inpaint, args.mask, settings, vae)
         given, mask = given.to(device), mask.to(device)
     sampling = Sampling(
@@ -190,9 +207,8 @@ def main(argv=None):
     if args.inpaint:  # the picture begins with what was given
         given = decode(to_images(given, settings)).cpu()
         grid.insert(0, torch.where(pixel_mask(mask, images.shape[-1]), 0.0, given))
-    if args.inpaint or columns < 3:
-        columns = 8
-    save_picture(args.out, picture(torch.cat(grid), columns))
+    shown = torch.cat(grid)
+    save_picture(args.out, picture(shown, grid_columns(len(shown), classes)))
     written = ", ".join(path for path in (args.out, args.film, args.files) if path)
     print(
         f"{written}: {args.n} images of a {model.kind}, {steps / args.n:.1f} unmasking iterations "

@@ -18,7 +18,7 @@ import torch
 from maskrl import Distillation, TeacherTraining, rng, to_tokens
 from workbench.errors import run_script
 from workbench.judge import Judge
-from workbench.monitors import ValidationMetric
+from workbench.monitors import ValidationMetric, student_measurements
 from workbench.options import add_device, add_settings, clip_options, prepare, training_parser
 from workbench.pretrained import pretrained_features
 from workbench.quality_net import kept_quality_net
@@ -51,14 +51,14 @@ def train_student(run, teacher, reward_net):
     """A one-step student of the teacher; of its weights those of the best validation."""
     data, settings, device = run.data, run.settings, run.device
     training = Distillation(teacher, settings)
-    validation = ValidationMetric(reward_net, data, settings, device)
-    with run.stage(training) as stage:
+    # measured, because the loss does not tell how good the images are
+    times, n = student_measurements(settings, len(data.train))
+    validation = ValidationMetric(reward_net, data, settings, device, n=n)
+    with run.stage(training, validation, times) as stage:
         for step in stage:
             generator = rng(settings.seed, "gsim images", step)
             images, labels = data.learned.batch(settings.batch, generator, device, settings.flip)
             stage.log(training.update(step, to_tokens(images, settings), labels, settings.seed))
-            if stage.time_to_measure:  # ten times: the loss does not tell how good the images are
-                stage.keep_best(validation(training.ema))
     return training.ema
 
 

@@ -30,7 +30,7 @@ from train_distill import (
 )
 from workbench.errors import InputError, run_script
 from workbench.files import load_checkpoint
-from workbench.monitors import RLMonitor
+from workbench.monitors import RLMonitor, policy_measurements
 from workbench.options import add_device, add_settings, clip_options, prepare, training_parser
 from workbench.pictures import gain_picture
 from workbench.released import load_model, read_model
@@ -58,8 +58,10 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def train_policy(run, student, quality, monitor):
-    """RL on the student; the training, whose `model` is the policy and `reference` the student."""
+def train_policy(run, student, quality, monitor, times=10):
+    """RL on the student; the training, whose `model` is the policy and `reference` the student.
+
+    monitor(model) -> what is logged about it, so many times."""
     data, settings, device = run.data, run.settings, run.device
     torch.manual_seed(settings.seed)  # of the first weights of the small networks that RL adds
     # what the information gain subtracts, so that it sees how images differ
@@ -67,15 +69,13 @@ def train_policy(run, student, quality, monitor):
     method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
     training = method(student, settings, partial(quality_of_decoded, quality, data), mean_image)
     occurring = data.labels
-    with run.stage(training) as stage:
+    with run.stage(training, monitor, times) as stage:
         for step in stage:
             # there are no images here: RL learns from those that the policy makes
             generator = rng(settings.seed, "rl", step)
             prompts = torch.randint(len(occurring), (training.prompts(step),), generator=generator)
             labels = occurring[prompts].to(device)
             stage.log(training.update(step, labels, settings.seed))
-            if stage.time_to_measure:
-                stage.log_measured(monitor(training.model))
     return training
 
 
@@ -133,10 +133,13 @@ def main(argv=None):
         quality = quality or make_reward("embedded", settings, data, device, reward_net)
 
         models = models or trained_models(run, reward_net)
-        calibrate(reward_net, models["student"], data)
+        role = "the reward" if args.reward == "embedded" else "the held-out reward"
+        calibrate(reward_net, models["student"], data, role)
         held_out = held_out_reward(args.reward, data, reward_net, device)
-        monitor = RLMonitor(settings, quality, held_out, judge)
-        training = train_policy(run, models["student"], quality, monitor)
+        times, n = policy_measurements(settings, len(judge.labels))
+        monitor = RLMonitor(settings, quality, held_out, judge, n)
+        monitor.start(models["student"])
+        training = train_policy(run, models["student"], quality, monitor, times)
         models["policy"] = training.model
 
         gain_picture(run.out, training, data.labels)

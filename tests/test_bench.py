@@ -1,6 +1,7 @@
 """The bench: the arms, their times, and what a checkpoint's folder gives."""
 
 import json
+import re
 import time
 
 import pytest
@@ -11,7 +12,16 @@ import maskrl
 import sample
 from maskrl import Sampling
 from workbench import bench as bench_module
-from workbench.bench import CACHED, PARTS, bench, bench_arms, bench_table, factors, shares
+from workbench.bench import (
+    CACHED,
+    PARTS,
+    bench,
+    bench_arms,
+    bench_table,
+    factor_ranges,
+    factors,
+    shares,
+)
 from workbench.data import identity, load_data
 from workbench.files import write_checkpoint
 from workbench.lazymar import LazyContexts
@@ -135,11 +145,22 @@ def test_without_a_policy_the_schedule_is_a_quarter_of_the_iterations():
 def test_factors_are_ratios_of_medians_and_multiply():
     seconds = {"teacher, 100 steps": 60.0, "student": 3.0, "student + cache": 2.0}
     seconds |= {"student + schedule": 1.0, "all together": 0.8}
-    rows = {name: {"seconds": {1: [0.0, median, 99.0]}} for name, median in seconds.items()}
     expected = {"one step": 20, "cache": 1.5, "schedule": 3, "product": 90, "all together": 75}
-    assert factors(rows, 1) == pytest.approx(expected)
-    del rows["teacher, 100 steps"]
-    assert factors(rows, 1) == {}
+    assert factors(seconds) == pytest.approx(expected)
+    del seconds["teacher, 100 steps"]
+    assert factors(seconds) == {}
+
+
+def test_the_range_of_a_factor_is_that_of_single_rounds():
+    """Once a product of medians came without one: 132, 119 and 80 on three machines."""
+    seconds = {"teacher, 100 steps": [60.0, 90.0, 30.0], "student": [3.0, 3.0, 3.0]}
+    seconds |= {"student + cache": [2.0, 1.0, 3.0], "student + schedule": [1.0] * 3}
+    ranges = factor_ranges(seconds | {"all together": [1.0, 1.0, 2.0]})
+    assert ranges["one step"] == [10, 20, 30]
+    assert ranges["cache"] == [1, 1.5, 3]
+    assert ranges["product"] == [30, 90, 270]
+    assert ranges["all together"] == [15, 60, 90]
+    assert factor_ranges({"student": [1.0]}) == {}
 
 
 def test_seconds_are_lowest_median_and_highest_per_image_decoded(student, monkeypatch):
@@ -181,8 +202,12 @@ def test_shares_and_factors_are_those_of_the_first_batch_size():
     result = bench(models_of("teacher", "student"), decode, None, 1, (1, 3), rounds=2)
     arms = len(result["rows"])
     assert sizes == [1] * 2 * arms + [3] * 2 * arms + [1] * arms
-    first, other = (factors(result["rows"], batch) for batch in (1, 3))
-    assert result["factors"] == first != other
+    first, other = (
+        factors({name: row["seconds"][batch][1] for name, row in result["rows"].items()})
+        for batch in (1, 3)
+    )
+    assert result["factors"] == pytest.approx(first) != pytest.approx(other)
+    assert result["factor_ranges"][3]["cache"][1] == pytest.approx(other["cache"])
 
 
 def test_a_distance_is_of_the_images_of_its_own_arm():
@@ -237,11 +262,15 @@ def test_the_table_shows_the_median_the_range_the_best_batch_and_the_product():
         **{"steps": 7.0, "frechet": 1.5},
     }
     product = {"one step": 2, "cache": 3, "schedule": 4, "product": 24, "all together": 20}
-    _, line, last = bench_table({"rows": {"an arm": row}, "factors": product}).splitlines()
+    ranges = {8: {name: [value - 1, value, value + 1] for name, value in product.items()}}
+    _, line, last, _ = bench_table({"rows": {"an arm": row}, "factor_ranges": ranges}).splitlines()
     assert line.split() == [
         *("an", "arm", "0.2", "(0.1-0.4)", "0.03", "(8)", "7.0", "50%", "25%", "12%", "1.50"),
     ]
-    assert last.endswith("one step 2.0 x cache 3.00 x schedule 4.00 = 24; measured all together 20")
+    assert last == (
+        "times as fast, batch 8: one step 2 (1-3) x cache 3 (2-4) x schedule 4 (3-5) = 24 (23-25); "
+        "measured all together 20 (19-21)"
+    )
 
 
 # sample.py --bench --------------------------------------------------------------------------------
@@ -249,7 +278,7 @@ def test_the_table_shows_the_median_the_range_the_best_batch_and_the_product():
 
 def test_the_bench_of_a_checkpoint_judges_it_and_the_others_in_its_folder(folder, tmp_path, capsys):
     path = tmp_path / "bench.json"
-    argv = [folder / "student.pt", "--bench", path, "--rounds", 2, "--batches", 2, *CPU]
+    argv = [folder / "student.pt", "--bench", path, "--rounds", 2, "--batches", 2, "--judge", *CPU]
     sample.main([str(a) for a in argv])
     result = json.loads(path.read_text())
     assert len(result["rows"]) == 7
@@ -257,7 +286,20 @@ def test_the_bench_of_a_checkpoint_judges_it_and_the_others_in_its_folder(folder
         assert set(row["seconds"]) == {"2"} and row["frechet"] > 0
     assert result["rows"]["student"]["steps"] == 3
     assert result["rows"]["all together"]["steps"] == 1
-    assert "measured all together" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "timing 7 ways to make an image, 2 rounds in batches of 2" in said
+    assert "training a judge: 5 updates" in said
+    assert re.search(r"drawing \d+ images in each way: about \d+\.\d minutes", said)
+    assert "measured all together" in said
+
+
+def test_a_bench_judges_only_on_request(folder, tmp_path, monkeypatch):
+    """It once trained a judge and drew thousands of images unasked: 12 minutes without a word."""
+    monkeypatch.setattr(sample, "bench_judge", pytest.fail)
+    path = tmp_path / "bench.json"
+    argv = [folder / "student.pt", "--bench", path, "--rounds", 2, "--batches", 1, *CPU]
+    sample.main([str(a) for a in argv])
+    assert not any("frechet" in row for row in json.loads(path.read_text())["rows"].values())
 
 
 def test_models_of_other_classes_or_sizes_are_left_out(folder):

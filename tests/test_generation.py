@@ -236,6 +236,21 @@ def test_the_temperature_of_one_step_is_the_standard_deviation_of_z(kind):
     assert not torch.equal(tokens, generate(one_step, [0, 1, 2], sampling, noise))
 
 
+@pytest.mark.parametrize("kind", ["student", "policy"])
+def test_a_temperature_is_annealed_along_the_cosine_schedule(kind):
+    """For a policy to its setting, where nothing else is asked for."""
+    one_step = random_model(kind, temperature=0.5)
+    noise = draw_noise(one_step, 3, rng("warm"))
+    annealed = Sampling(steps=4, temperature=(1.0, 0.5))
+    tokens, trace = generate(one_step, [0, 1, 2], annealed, noise, trace=True)
+    assert torch.equal(trace.z, trace.temperature[..., None] * noise.z)
+    of_steps = torch.tensor([1, 0.875, 0.75, 0.625])  # k / K of the way; the floor is a little off
+    expected = (trace.masks()[1] * of_steps[:, None]).sum(1)
+    torch.testing.assert_close(trace.temperature, expected, atol=0.04, rtol=0)
+    by_default = generate(one_step, [0, 1, 2], Sampling(steps=4), noise)
+    assert torch.equal(by_default, tokens) == (kind == "policy")
+
+
 @torch.no_grad()
 def test_a_teacher_asked_for_one_step_is_the_start_of_its_student(model):
     labels = torch.tensor([0, 1, 2])
@@ -284,14 +299,12 @@ def test_generate_alone_takes_a_policys_learned_counts(policy):
     """Unless the number of steps is asked for."""
     labels = torch.arange(12) % 3
     _, trace = generate(policy, labels, Sampling(greedy=False), trace=True)
-    hidden = trace.hidden()
-    taken = hidden > 0
-    chosen = policy.schedule.count(trace.actions[taken], hidden[taken])
-    assert torch.equal(trace.counts[taken], chosen)
+    assert (trace.counts.sum(1) == 16).all()
+    assert trace.states.shape == (*trace.counts.shape, 34)
     assert len(set(trace.steps.tolist())) > 1
     _, fixed = generate(policy, labels, Sampling(steps=4), trace=True)
     assert fixed.counts.tolist() == [reveal_counts(16, 4)] * 12
-    assert fixed.actions is None
+    assert fixed.states is None
 
 
 def test_a_learned_schedule_takes_the_most_probable_count_and_explores_in_rollouts(policy):
@@ -300,10 +313,9 @@ def test_a_learned_schedule_takes_the_most_probable_count_and_explores_in_rollou
     rollouts = maskrl.rollout(policy, always_one, labels, 0)
     greedy = generate(policy, labels, trace=True)[1]
     for trace, is_greedy in ((greedy, True), (rollouts.trace, False)):
-        hidden = trace.hidden()
-        taken = hidden > 0
-        log_probs = policy.schedule.log_probs(trace.states[taken], hidden[taken])
-        most_probable = log_probs.argmax(1) == trace.actions[taken]
+        taken = trace.counts > 0
+        log_probs = policy.schedule.log_probs(trace.states[taken])
+        most_probable = log_probs.argmax(1) + 1 == trace.counts[taken]
         assert most_probable.all() == is_greedy
 
 

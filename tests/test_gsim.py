@@ -4,10 +4,19 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import random_model
 from helpers_methods import class_sensitive_teacher, distance_between, gaussian_eps
 
 import maskrl
-from maskrl import Distillation, alpha_sigma, gsim_loss, gsim_terms, rng, velocity_weight
+from maskrl import (
+    Distillation,
+    alpha_sigma,
+    eps_weight,
+    gsim_loss,
+    gsim_terms,
+    rng,
+    velocity_weight,
+)
 
 # The gradient equivalence theorem, for a Gaussian student -----------------------------------------
 
@@ -37,15 +46,10 @@ def pseudo_huber(y):
     return maskrl.pseudo_huber(y, 0.5)
 
 
-def eps_units(t):
-    """The weight that leaves differences of eps as they are."""
-    return torch.ones(len(t), 1)
-
-
 TIMES = (150, 400, 650)
 TEACHERS = {"gaussian": gaussian_eps(0.3, 0.5), "guided": guided_eps, "mixture": mixture_eps}
 DISTANCES = {"squared": squared, "huber": pseudo_huber}
-WEIGHTS = {"velocity": velocity_weight, "eps": eps_units}
+WEIGHTS = {"velocity": velocity_weight, "eps": eps_weight}
 
 
 def student_parameters():
@@ -233,6 +237,60 @@ def test_a_distillation_freezes_its_teacher(model, settings):
         assert all(p.requires_grad for p in network.parameters())
 
 
+def test_the_first_updates_of_a_distillation_may_train_the_heads_alone(model, settings):
+    """Afterwards all weights learn, and the optimisers have states of heads alone until then."""
+    x, labels = torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0])
+    distillation = Distillation(model, settings(guidance=2.0, heads_iters=2))
+    networks = [distillation.model, distillation.aux, distillation.ema]
+
+    def moved():
+        names = [
+            {name for name, p in network.named_parameters() if not torch.equal(p, weights[name])}
+            for network in networks
+        ]
+        return set.union(*names), names
+
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(2):
+        distillation.update(step, x, labels, 0)
+    all_names, names = moved()
+    assert all(names) and all(name.startswith("head.") for name in all_names)
+    for network, optimizer in zip(networks, distillation.optimizers.values()):
+        assert optimizer.state.keys() == set(network.head.parameters())
+    distillation.update(2, x, labels, 0)
+    assert {name for name in moved()[0] if not name.startswith("head.")}
+
+
+def test_heads_alone_get_the_gradient_that_they_have_in_whole_models(model, settings):
+    """Up to the first update all networks are the teacher, and their contexts are its own."""
+    x, labels = torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0])
+    mask, gradients = torch.arange(16) < torch.full((4, 1), 9), []
+    for shares_contexts in (False, True):
+        whole = Distillation(deepcopy(model), settings(guidance=2.0))
+        shared = whole.teacher_contexts(x, mask, labels) if shares_contexts else ()
+        batch = whole.draw(x, mask, labels, rng(0), *shared)
+        (whole.student_loss(batch) + whole.aux_loss(batch)).backward()
+        heads = whole.model.head, whole.aux.head
+        gradients.append([p.grad for head in heads for p in head.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("predicts, weight", [("x_0", velocity_weight), ("eps", eps_weight)])
+def test_a_distillation_compares_what_the_heads_predict_best(predicts, weight, settings):
+    """For heads of eps 1 / alpha, up to 43, would blow up the error of their eps at high noise."""
+    given = []
+
+    def watched_loss(*args, weight):
+        given.append(weight)
+        return gsim_loss(*args, weight=weight)
+
+    teacher = random_model(predicts=predicts)
+    distillation = Distillation(teacher, settings(predicts=predicts), watched_loss)
+    distillation.update(0, torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0]), 0)
+    assert given == [weight]
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_distillation_compares_the_guided_teacher_with_the_auxiliary_network(draws, monkeypatch):
     """The guidance is that of an iteration that reveals one token of what is hidden; each score
@@ -246,10 +304,10 @@ def test_a_distillation_compares_the_guided_teacher_with_the_auxiliary_network(d
         student_calls.append((c, x_0))
         return x_0
 
-    def watched_loss(x_0, t, eps, eps_q, eps_p):
+    def watched_loss(x_0, t, eps, eps_q, eps_p, weight):
         x_t = maskrl.q_sample(x_0, t, eps).detach()
         loss_calls.append((x_0, x_t, t, eps_q(x_t, t), eps_p(x_t, t)))
-        return gsim_loss(x_0, t, eps, eps_q, eps_p)
+        return gsim_loss(x_0, t, eps, eps_q, eps_p, weight=weight)
 
     monkeypatch.setattr(maskrl, "one_step", watched_student)
     x, labels = torch.randn(6, 16, 12), torch.tensor([0, 1, 2, 0, 1, 2])

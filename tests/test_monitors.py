@@ -7,7 +7,14 @@ from helpers_rewards import reward_net, shapes
 
 from maskrl import MAR, rng
 from workbench.judge import Judge
-from workbench.monitors import RLMonitor, ValidationMetric, view_filters
+from workbench.monitors import (
+    RLMonitor,
+    ValidationMetric,
+    policy_measurements,
+    student_measurements,
+    view_filters,
+)
+from workbench.settings import preset
 
 
 def test_noise_and_seams_count_wherever_they_are():
@@ -33,6 +40,31 @@ def test_a_pattern_that_averages_to_nothing_is_seen():
     view = torch.nn.functional.conv2d(stripes, view_filters(32), stride=4)
     assert view[:, :3].abs().max() < 1e-6
     assert view[:, 3:].abs().min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, images, expected",
+    [
+        ({}, 16_200, (10, 1024)),  # the demo, whose figures are published
+        ({"gsim_iters": 325}, 16_200, (10, 520)),
+        ({"gsim_iters": 65}, 16_200, (8, 128)),
+        ({"gsim_iters": 1}, 16_200, (1, 128)),
+        ({"name": "folder", "gsim_iters": 60}, 119, (1, 119)),
+        ({"name": "folder"}, 1896, (10, 240)),
+        ({"name": "folder"}, 119, (10, 119)),
+        ({"name": "small"}, 10**6, (10, 1024)),
+    ],
+)
+def test_short_stages_and_few_images_are_measured_less(options, images, expected):
+    """Of 60 updates that took 36 seconds all measurements once took 343."""
+    settings = preset(**{"name": "tiny"} | options)
+    assert student_measurements(settings, images) == expected
+
+
+def test_rl_is_measured_in_proportion_too():
+    assert policy_measurements(preset("tiny"), 2250) == (10, 512)  # the demo
+    assert policy_measurements(preset("tiny", rl_iters=5, schedule_iters=5), 2250) == (2, 128)
+    assert policy_measurements(preset("tiny", rl_iters=10, learn_steps=False), 36) == (3, 36)
 
 
 def shapes_model(kind):
@@ -75,3 +107,30 @@ def test_rl_monitors_the_reward_the_judge_and_what_is_held_out(held_out):
     assert 0 < metrics["quality_mean"] < 1
     assert metrics["judge"] > 0
     assert monitor(shapes_model("student")) == metrics
+
+
+class OneStep(torch.nn.Module):
+    """A schedule that has collapsed."""
+
+    def select(self, states, generator=None):
+        return torch.full((len(states),), 16)
+
+
+def test_a_policy_that_collapses_is_told_of_once(capsys):
+    judge = Judge(shapes(), tiny(), torch.device("cpu"))
+    monitor = RLMonitor(tiny(), reward_net().quality, None, judge, n=18)
+    policy = shapes_model("policy")
+    capsys.readouterr()  # what the judge says of itself
+    monitor.start(policy)
+    monitor(policy)
+    assert capsys.readouterr().out == ""
+    policy.schedule = OneStep()
+    monitor(policy)
+    assert "gone to one step" in capsys.readouterr().out
+    monitor.distance_at_start /= 3
+    monitor(policy)
+    said = capsys.readouterr().out
+    assert "judge's distance has risen" in said
+    assert "one step" not in said
+    monitor(policy)
+    assert capsys.readouterr().out == ""

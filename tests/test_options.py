@@ -1,10 +1,11 @@
 """The command line of the training scripts, and what is checked before long work."""
 
+import json
 import math
 import os
 import sys
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,8 @@ from workbench.options import (
     usual_preset,
     usual_threads,
 )
-from workbench.settings import RunSettings, documented_fields, flag, preset
+from workbench.settings import MODEL_SETTINGS, RunSettings, documented_fields, flag, preset
+from workbench.summary import QUICK, shortened
 
 CPU, GPU, APPLE = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 WRITTEN = ["student.pt", "teacher.pt"]
@@ -257,6 +259,36 @@ def test_a_checkpoint_fixes_what_its_weights_depend_on():
     assert settings_from(parse("--preset", "tiny"), CPU, content, resume=True) == tiny()
 
 
+def test_quick_shortens_what_no_option_says(tmp_path, threads, capsys):
+    run = run_of(tmp_path / "out", "--quick", short=["--device", "cpu", "--gsim-iters", 9999])
+    said = capsys.readouterr().out
+    assert "--teacher-iters 1500 in place of 2600" in said.partition("settings:")[0]
+    assert "--gsim-iters" not in said.partition("settings:")[0]
+    assert (run.settings.teacher_iters, run.settings.gsim_iters) == (1500, 9999)
+    shorter = {name for name, value in QUICK.items() if getattr(run.settings, name) == value}
+    assert shorter == QUICK.keys() - {"gsim_iters"}
+
+
+def test_quick_leaves_a_given_model_as_it_is():
+    given = preset("folder")
+    assert shortened(given, parse(), MODEL_SETTINGS).image_size == 32
+    assert shortened(given, parse(), ()).image_size == 16
+
+
+def test_quick_lengthens_nothing(capsys):
+    assert shortened(tiny(), parse(), ()) == tiny()
+    assert "saves on: nothing" in capsys.readouterr().out
+
+
+def test_a_quick_run_is_resumed_with_or_without_its_option(tmp_path, threads, capsys):
+    short = ["--device", "cpu", "--per-class", 20]
+    run = run_of(tmp_path, "--quick", short=short)
+    write_checkpoint(tmp_path / "teacher.pt", MAR(run.settings, run.data.classes))
+    for again in ([], ["--quick"]):
+        assert run_of(tmp_path, "--resume", *again, short=short).settings == run.settings
+    assert "settings: those of the teacher (all" in capsys.readouterr().out
+
+
 # Data ---------------------------------------------------------------------------------------------
 
 
@@ -272,6 +304,8 @@ def test_few_images_come_with_what_that_means(tmp_path):
     data = load_data(tiny(), make_folder(tmp_path / "photos", ["a", "b"]))
     text = describe(data, tiny(judge_n=2250))
     assert "72 to train on, 24 for the judge, 24 held out, n = 12 in each row" in text
+    assert "not --judge-n 2250: as many of every class, and at most half" in text
+    assert "--judge-n" not in describe(data, tiny(judge_n=12))
     assert "distances are rough" in text and "resized to 8 x 8 pixels (--image-size" in text
 
 
@@ -295,8 +329,8 @@ def test_a_model_that_does_not_fit_the_memory_is_refused():
 # A run --------------------------------------------------------------------------------------------
 
 
-def run_of(out, *argv, base=None, written=WRITTEN):
-    return prepare(parse(*SHORT, "--out", out, *argv), written, base)
+def run_of(out, *argv, base=None, written=WRITTEN, short=SHORT):
+    return prepare(parse(*short, "--out", out, *argv), written, base)
 
 
 def test_a_run_is_prepared_without_a_trace_in_its_folder(tmp_path, threads, capsys):
@@ -305,9 +339,13 @@ def test_a_run_is_prepared_without_a_trace_in_its_folder(tmp_path, threads, caps
     assert run.out == tmp_path / "out" and not run.out.exists()
     assert run.device == CPU and len(run.data.classes) == 9
     said = capsys.readouterr().out
-    assert said.startswith("settings: image_size=8, patch=2") and "9 classes; images: 108" in said
+    assert said.startswith("settings: preset tiny, but --image-size 8, --patch 2, --width 32")
+    assert "--batch" in said.split("(all of them are in settings.json)")[0]
+    assert "--heads 4" not in said and "9 classes; images: 108" in said
+    assert max(map(len, said.splitlines()[:3])) <= 100
     with run:
-        assert run.out.exists()
+        kept = json.loads((run.out / "settings.json").read_text())
+        assert kept == asdict(run.settings)
 
 
 def test_a_run_that_was_begun_is_continued_only_on_request(tmp_path, threads, capsys):

@@ -15,6 +15,7 @@ from workbench.pictures import (
     curves,
     film,
     gain_picture,
+    grid_columns,
     labelled_rows,
     panels,
     picture,
@@ -35,6 +36,16 @@ def test_a_caption_wider_than_its_images_is_not_cut_off(tmp_path):
     assert sheet.width >= 6 + text
     last_letter = sheet.crop((int(text) - 8, 0, sheet.width, 24))
     assert last_letter.getextrema()[0] < 128
+
+
+@pytest.mark.parametrize(
+    "n, classes, columns",
+    [(64, 9, 8), (63, 9, 9), (18, 9, 9), (5, 9, 5), (100, 1000, 10), (64, 2, 8), (17, 9, 9)],
+)
+def test_a_grid_leaves_few_places_empty(n, classes, columns):
+    """64 images of nine classes once left one alone in the last row."""
+    assert grid_columns(n, classes) == columns
+    assert -n % columns <= 1
 
 
 def test_a_picture_has_its_images_in_rows_and_enlarges_small_ones():

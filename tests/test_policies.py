@@ -14,6 +14,7 @@ from maskrl import (
     critical_steps,
     generate,
     information_gain,
+    reveal_counts,
     rng,
     schedule_state,
     select_steps,
@@ -77,13 +78,13 @@ def test_only_the_chosen_number_of_steps_is_optimised(student, settings):
 def test_only_steps_that_an_image_took_are_optimised(policy, settings, rl_steps):
     """Under a learned schedule images take different numbers of steps; each has K_c optimised, or
     all if it took fewer."""
-    s = settings(critical_steps=6, rl_steps=rl_steps)
+    s = settings(critical_steps=10, rl_steps=rl_steps)
     labels, sampling = torch.arange(12) % 3, Sampling(greedy=False)
     tokens, trace = generate(policy, labels, sampling, trace="predictions")
-    assert trace.steps.min() < 6 < trace.steps.max()
+    assert trace.steps.min() < 10 < trace.steps.max()
     steps = select_steps(trace, tokens, s, 0.0, rng(0))
     assert not (steps & (trace.counts == 0)).any()
-    expected = trace.steps if rl_steps == "all" else trace.steps.clamp(max=6)
+    expected = trace.steps if rl_steps == "all" else trace.steps.clamp(max=10)
     assert torch.equal(steps.sum(1), expected)
 
 
@@ -97,45 +98,69 @@ def test_an_unknown_way_to_select_steps_is_refused(student):
 # 9 Policies ---------------------------------------------------------------------------------------
 
 
-def test_the_schedule_sees_the_mean_context_of_hidden_tokens_and_their_fraction():
+def states_of(hidden, left, length, K, width=4):
+    """States [n, width + 2] with so many hidden tokens and steps left, of mean context 0."""
+    hidden, left = torch.tensor(hidden) / length, torch.tensor(left) / K
+    return torch.cat([torch.zeros(len(hidden), width), hidden[:, None], left[:, None]], 1)
+
+
+def test_the_schedule_sees_the_mean_context_of_hidden_tokens_their_fraction_and_the_steps_left():
     c, mask = torch.randn(2, 4, 3), torch.tensor([[True, False, True, False], [False] * 4])
-    state = schedule_state(c, mask)
-    torch.testing.assert_close(state[0], torch.cat([c[0, [0, 2]].mean(0), torch.tensor([0.5])]))
-    assert state[1].tolist() == [0, 0, 0, 0]  # nothing is hidden, and nothing is divided by 0
+    state = schedule_state(c, mask, 0.75)
+    expected = torch.cat([c[0, [0, 2]].mean(0), torch.tensor([0.5, 0.75])])
+    torch.testing.assert_close(state[0], expected)
+    assert state[1].tolist() == [0, 0, 0, 0, 0.75]  # nothing is hidden or divided by 0
 
 
-def test_probabilities_of_all_schedules_sum_to_one():
-    """Every way to reveal 7 tokens, with a policy whose choice depends on what was done so far."""
-    policy = SchedulePolicy(width=4, length=7, max_steps=7)
+@pytest.mark.parametrize("K", [7, 3, 1])
+def test_probabilities_of_all_schedules_sum_to_one(K):
+    """Every way to reveal 7 tokens within K steps, by a policy whose choice depends on the past."""
+    policy = SchedulePolicy(width=4, length=7, max_steps=K)
     torch.nn.init.normal_(policy.net[-1].weight)
-    assert policy.counts.tolist() == [1, 2, 3, 4, 6, 7]
 
-    def total(history, left):
-        if not left:
+    def total(history, hidden):
+        if not hidden:
             return 1.0
-        state = torch.randn(1, 5, generator=rng(history))
-        p = policy.log_probs(state, torch.tensor([left])).exp()[0]
-        counts = policy.count(torch.arange(6), torch.full((6,), left))
-        possible = [a for a in range(6) if p[a] > 0]
-        return sum(p[a].item() * total((*history, a), left - int(counts[a])) for a in possible)
+        assert len(history) < K
+        state = states_of([hidden], [K - len(history)], 7, K)
+        state[:, :4] = torch.randn(1, 4, generator=rng(history))
+        p = policy.log_probs(state).exp()[0]
+        possible = [n for n in range(1, 8) if p[n - 1] > 0]
+        assert max(possible) <= hidden
+        return sum(p[n - 1].item() * total((*history, n), hidden - n) for n in possible)
 
     assert abs(total((), 7) - 1) < 1e-5
 
 
-def test_a_schedule_starts_in_favour_of_small_counts_and_never_chooses_an_impossible_one():
-    policy = SchedulePolicy(width=4, length=16, max_steps=8)
-    assert policy.counts.tolist() == [2, 4, 6, 8, 12, 16]
-    log_probs = policy.log_probs(torch.zeros(3, 5), torch.tensor([16, 4, 1]))
-    impossible = [[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
-    assert log_probs.isinf().int().tolist() == impossible
-    times_count = log_probs[0].exp() * policy.counts  # in proportion to 1 / count
-    torch.testing.assert_close(times_count, times_count[:1].expand(6))
-
-
-@pytest.mark.parametrize("length, K", [(16, 8), (16, 16), (256, 64), (16, 5)])
-def test_the_longest_schedule_has_at_most_K_steps(length, K):
+@pytest.mark.parametrize("length, K", [(16, 16), (16, 9), (64, 32), (64, 5), (256, 64), (4096, 99)])
+def test_a_schedule_starts_at_the_cosine_schedule(length, K):
+    """Its most probable counts, all K of them, even where fewer than L / K tokens are revealed."""
     policy = SchedulePolicy(width=4, length=length, max_steps=K)
-    assert math.ceil(length / int(policy.counts[0])) <= K
+    counts = torch.tensor(reveal_counts(length, K))
+    hidden = counts.flip(0).cumsum(0).flip(0)
+    left = K - torch.arange(K)
+    state = states_of(hidden.tolist(), left.tolist(), length, K)
+    assert torch.equal(policy.select(state), counts)
+
+
+def test_a_step_may_reveal_any_number_of_hidden_tokens_and_the_last_one_all():
+    policy = SchedulePolicy(width=4, length=16, max_steps=8)
+    state = states_of([16, 10, 10, 1], [8, 2, 1, 5], 16, 8)
+    possible = policy.log_probs(state).isfinite()
+    ranges = [(1, 16), (1, 10), (10, 10), (1, 1)]
+    for row, (least, most) in zip(possible, ranges):
+        assert (row.nonzero()[:, 0] + 1).tolist() == list(range(least, most + 1))
+
+
+def test_a_schedule_draws_counts_with_its_probabilities():
+    policy = SchedulePolicy(width=4, length=16, max_steps=16)
+    state = states_of([16], [16], 16, 16)
+    expected = torch.exp(-(torch.arange(1, 17).log() ** 2) * 2)  # around 1, with w = 1/2
+    expected = expected / expected.sum()
+    torch.testing.assert_close(policy.log_probs(state)[0].exp(), expected)
+    drawn = policy.select(state.expand(20_000, -1), rng(0))
+    frequency = drawn.bincount(minlength=17)[1:] / 20_000
+    torch.testing.assert_close(frequency, expected, atol=0.012, rtol=0)
 
 
 def test_speed_is_one_for_one_step_and_falls_evenly():

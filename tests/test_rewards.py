@@ -12,13 +12,13 @@ from conftest import SHORT, error_of, tiny
 from helpers_rewards import OUT_OF_MEMORY, Refused, reward_net, shapes
 
 import train_rl
-from maskrl import patchify, rng, unpatchify
+from maskrl import MAR, patchify, rng, unpatchify
 from workbench import quality_net, rewards
 from workbench.damage import blur
 from workbench.data import COLOURS, draw_shapes, shape_masks, to_unit
 from workbench.errors import InputError
 from workbench.files import read_checkpoint
-from workbench.rewards import CheckedReward, ShapeFit, check_reward_name, make_reward
+from workbench.rewards import CheckedReward, ShapeFit, calibrate, check_reward_name, make_reward
 
 CPU = torch.device("cpu")
 
@@ -364,3 +364,12 @@ def test_a_reward_that_breaks_later_stops_the_training(module, tmp_path, capsys)
     error = error_of(train_rl.main, [*SHORT, "--rl-iters", 4, *new], capsys, code=1)
     assert f"policy, step 2: --reward {module}:nan_later gave values from nan" in error
     assert read_checkpoint(tmp_path / "run" / "policy.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("role", ["the reward", "the held-out reward"])
+def test_calibration_says_what_the_network_is_there_for(role, capsys):
+    """Under --reward fit it was once called the reward."""
+    torch.manual_seed(0)
+    student = MAR(tiny(), shapes().classes, "student").eval()
+    calibrate(reward_net(), student, shapes(), role)
+    assert capsys.readouterr().out.startswith(f"{role} (embedded) is calibrated: its odds x ")

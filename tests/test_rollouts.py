@@ -104,10 +104,12 @@ def test_routing_raises_the_sigma_of_the_less_uncertain_half_of_the_prompts(stud
     assert (sigma_scale > 1).sum() == 2
     assert ((sigma_scale >= 1) & (sigma_scale <= 3)).all()
     rollouts = rollout(student, always_one, labels, 3)
-    routed = rollouts.sigma > 0.0101
+    sigma = rollouts.sigma[:, 0]
+    assert torch.equal(rollouts.sigma, sigma[:, None].expand(16, 16))
+    routed = sigma > 0.0101
     assert routed.sum() == 2 * student.settings.group
     std = (rollouts.tokens - rollouts.trace.means).std((1, 2))
-    torch.testing.assert_close(std, rollouts.sigma, rtol=0.3, atol=0)  # drawn as it says
+    torch.testing.assert_close(std, sigma, rtol=0.3, atol=0)  # drawn as it says
     order = rollouts.trace.order.view(4, 4, 16)
     same_order = (order == order[:, :1]).all(2)[:, 1:].all(1)
     assert torch.equal(same_order, ~routed.view(4, 4)[:, 0])

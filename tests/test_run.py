@@ -1,5 +1,6 @@
 """Training loop, log and folder of a run: interrupted, stopped, started again, diverging."""
 
+import importlib.util
 import json
 import math
 import random
@@ -9,27 +10,37 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import full_disk, random_model, tiny
+from helpers_child import without_times
 from helpers_files import changed
 
 from maskrl import MAR, Distillation, PolicyGradient, TeacherTraining, rng
 from workbench import run as run_module
+from workbench.data import load_data
 from workbench.errors import InputError, Stopped
 from workbench.files import read_checkpoint
-from workbench.run import Run, append_log, held_signals, lock_run_dir, read_log, trim_log
+from workbench.progress import report_work, work
+from workbench.run import Run, append_log, lock_run_dir, read_log, trim_log
+from workbench.signals import HeldSignals
 
 CLASSES = ["a", "b", "c"]
+
+
+@cache
+def shapes():
+    return load_data(tiny())
 
 
 def a_run(out, resume=False, **args):
     """A Run in the folder `out`."""
     options = {"vae": None, "features": "own"} | args
-    data = SimpleNamespace(name="shapes", digests={})
+    data = shapes()
     return Run(Namespace(out=out, resume=resume, **options), tiny(), data, torch.device("cpu"))
 
 
@@ -44,13 +55,11 @@ def update_teacher(training, step):
     return training.update(step, x, labels, 0)
 
 
-def train(training, out, resume=False, update=update_teacher, measure=None):
+def train(training, out, resume=False, update=update_teacher, measure=None, **args):
     """The loop of the scripts, on random tokens."""
-    with a_run(out, resume).stage(training) as stage:
+    with a_run(out, resume, **args).stage(training, measure) as stage:
         for step in stage:
             stage.log(update(training, step))
-            if measure and stage.time_to_measure:
-                stage.keep_best(measure(training.ema))
     return training
 
 
@@ -131,7 +140,7 @@ def test_a_student_goes_on_with_its_auxiliary_network_and_a_policy_with_its_opti
     state = Distillation(random_model(), settings()).state
     assert len(state) == 5
     assert sum(isinstance(value, MAR) for value in state.values()) == 1
-    training = PolicyGradient(random_model("student"), settings(), None, 0.0)
+    training = PolicyGradient(random_model("student"), settings(), None, torch.zeros(()))
     assert set(training.state) == {"noise", "schedule"}
 
 
@@ -308,18 +317,73 @@ def test_a_signal_lets_the_step_finish_saves_it_and_says_so(tmp_path):
 def test_a_second_signal_does_not_wait_but_several_processes_do(tmp_path):
     """These may get each signal twice, from the machine and from torchrun."""
     with pytest.raises(Stopped, match="the second signal"):
-        with held_signals() as noted:
+        with HeldSignals() as held:
             signal.raise_signal(signal.SIGTERM)
-            assert noted == [signal.SIGTERM]
+            assert held.noted == [signal.SIGTERM]
             signal.raise_signal(signal.SIGTERM)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with held_signals() as noted:
+        with HeldSignals() as held:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
     finally:
         dist.destroy_process_group()
-    assert noted == [signal.SIGTERM, signal.SIGTERM]
+    assert held.noted == [signal.SIGTERM, signal.SIGTERM]
+
+
+def stopped_in(out, resume, signals_at, measured):
+    """Ten updates of a student, each measured; a signal in the measurements `signals_at`."""
+    student = random_model("student")
+    training = SimpleNamespace(model=student, ema=student, state={}, iters=10)
+
+    def update(_, step):
+        student.decoder_norm.bias.data.fill_(step)
+        return {"loss": 0.0}
+
+    def measure(ema):
+        step = int(ema.decoder_norm.bias[0])
+        measured.append(step)
+        if step in signals_at:
+            signal.raise_signal(signal.SIGINT)
+        return {"validation": abs(step - 8.2)}
+
+    return train(training, out, resume, update, measure)
+
+
+@pytest.mark.parametrize("at", [4, 8, 9])
+def test_a_signal_ends_a_measurement_and_the_resumed_run_makes_up_for_it(tmp_path, capsys, at):
+    """A due measurement once came first, and Ctrl-C took two minutes without a word."""
+    stopped_in(tmp_path / "whole", False, [], [])
+    with pytest.raises(Stopped, match=f"student is saved in .* after {at + 1} steps"):
+        stopped_in(tmp_path / "cut", False, [at], [])
+    assert "stopping after this step" in capsys.readouterr().err
+    assert sum("validation" in line for line in read_log(tmp_path / "cut")) == at
+    again = []
+    training = stopped_in(tmp_path / "cut", True, [], again)
+    assert again == list(range(at, 10))
+    assert (training.ema.decoder_norm.bias == 8).all()
+    whole, cut = (without_times(read_log(tmp_path / name)) for name in ("whole", "cut"))
+    assert cut == whole and sum("validation" in line for line in cut) == 10
+    assert read_checkpoint(tmp_path / "cut" / "student.pt")["training"] is None
+
+
+def test_a_signal_before_a_measurement_leaves_it_to_the_resumed_run(tmp_path):
+    measured = []
+
+    def update(training, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update_teacher(training, step)
+
+    def measure(ema):
+        measured.append(0)
+        return {"validation": 1.0}
+
+    with pytest.raises(Stopped, match="after 2 steps"):
+        train(a_teacher(teacher_iters=2), tmp_path, update=update, measure=measure)
+    assert len(measured) == 1
+    train(a_teacher(teacher_iters=2), tmp_path, True, measure=measure)
+    assert len(measured) == 2
 
 
 def test_a_stage_leaves_no_hooks_behind(tmp_path):
@@ -340,6 +404,64 @@ def test_a_run_knows_the_minutes_of_the_stages_that_it_trained(tmp_path):
     with again.stage(a_teacher()) as stage:
         assert list(stage) == []
     assert again.minutes == {}
+
+
+def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
+    """After its first minute; with seven seconds for each of the teacher's updates."""
+    run, settings = a_run(tmp_path), tiny(teacher_iters=30)
+    run.settings = settings
+    with clock_of(monkeypatch, 0.0) as (advance, _):
+        run.began = 0.0
+        with run.stage(a_teacher(teacher_iters=30)) as stage:
+            for _ in stage:
+                advance(7)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "about" in line]
+    images = work("teacher", settings) + work("student", settings)
+    images += report_work(9 * shapes().test.balanced_half(settings.judge_n), settings, False)
+    minutes = 7 * images / settings.batch / 60
+    assert said.startswith(f"this run will take about {minutes:.0f} minutes in all: a rough")
+    assert 5 < minutes < 15
+
+
+def test_the_rest_of_a_stage_costs_what_is_left_of_it():
+    settings = tiny(rl_iters=3, schedule_iters=2, teacher_iters=4)
+    for stage, iters in {"teacher": 4, "student": 4, "policy": 5}.items():
+        left = [work(stage, settings, step) for step in range(iters + 1)]
+        assert left == sorted(left, reverse=True) and left[-1] == 0
+    per_update = [work("policy", settings, i) - work("policy", settings, i + 1) for i in range(5)]
+    assert per_update[3] == pytest.approx(4 * per_update[0])
+
+
+# TensorBoard --------------------------------------------------------------------------------------
+
+has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+
+
+@pytest.mark.skipif(has_tensorboard, reason="TensorBoard is installed")
+def test_without_tensorboard_its_option_says_what_to_install(tmp_path):
+    with pytest.raises(InputError, match="--tensorboard: it is not installed: pip install tensorb"):
+        a_run(tmp_path, tensorboard=True)
+
+
+@pytest.mark.skipif(not has_tensorboard, reason="TensorBoard is not installed")
+def test_tensorboard_shows_every_point_once_though_a_run_was_resumed(tmp_path, save_every_step):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def cut(training, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return {"loss": float(step)}
+
+    def whole(training, step):
+        return {"loss": float(step)}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(a_teacher(), tmp_path, update=cut, tensorboard=True)
+    content = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    torch.save(content | {"step": 2}, tmp_path / "teacher.pt")  # as if steps had been lost
+    train(a_teacher(), tmp_path, True, whole, tensorboard=True)
+    shown = EventAccumulator(str(tmp_path / "tensorboard" / "teacher")).Reload().Scalars("loss")
+    assert [(point.step, point.value) for point in shown] == [(i, float(i)) for i in range(6)]
 
 
 # Log ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 import sample
 from maskrl import MAR, Sampling, add_schedule, rng, to_images, to_tokens
 from workbench.errors import InputError
-from workbench.files import write_checkpoint
+from workbench.files import load_checkpoint, write_checkpoint
 from workbench.inpaint import read_inpainting
 from workbench.sampling import checked_sampling, class_labels
 
@@ -82,6 +82,35 @@ def test_options_of_sampling_reach_the_generator(run, tmp_path, monkeypatch):
     assert (labels, known) == ([0, 1, 2], None)
     assert vars(expected) == {name: getattr(sampling, name) for name in vars(expected)}
     assert seeds == [rng(7, "image", i).initial_seed() for i in range(3)]
+
+
+def test_a_second_picture_does_not_replace_the_first(run, tmp_path, monkeypatch, capsys):
+    """The default once did, whatever the first had taken. A name that is given does."""
+    monkeypatch.chdir(tmp_path)
+    for options in ((), (), (), ("--out", "samples-2.png")):
+        draw(run / "student.pt", "--n", 1, *options)
+    names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["samples.png", "samples-2.png", "samples-3.png", "samples-2.png"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_unfinished_checkpoint_is_sampled_and_says_so(run, tmp_path, capsys):
+    student = load_checkpoint(run / "student.pt")
+    write_checkpoint(tmp_path / "student.pt", student, step=3, training={"record": {}})
+    draw(tmp_path / "student.pt", "--n", 1, "--out", tmp_path / "a.png")
+    assert "the student is unfinished, after 3 of 4 updates" in capsys.readouterr().err
+    draw(run / "student.pt", "--n", 1, "--out", tmp_path / "a.png")
+    assert "unfinished" not in capsys.readouterr().err
+
+
+def test_a_completion_without_classes_says_that_it_goes_through_them(run, photo, tmp_path, capsys):
+    given = ["--inpaint", photo[0], "--mask", photo[1], "--out", tmp_path / "a.png", "--n", 2]
+    draw(run / "student.pt", *given)
+    said = capsys.readouterr().err
+    assert "no --classes: completed as each of 10 classes in turn" in said
+    assert "8 of 16 tokens are drawn; its 80 x 60 pixels are laid on 40 x 30" in said
+    draw(run / "student.pt", *given, "--classes", "3")
+    assert "no --classes" not in capsys.readouterr().err
 
 
 def test_films_and_completions(run, photo, tmp_path):
@@ -201,6 +230,14 @@ def test_classes_are_parted_by_spaces_or_commas_unless_a_name_has_commas(texts, 
 def test_a_class_that_there_is_not_is_named(texts, said):
     with pytest.raises(InputError, match=said):
         class_labels(texts, MAR(tiny(), NAMES), {}, 5)
+
+
+@pytest.mark.parametrize("texts", [["red", "circle"], ["a/b", "red", "circle"]])
+def test_a_name_of_several_words_without_quotes_gets_a_hint(texts):
+    with pytest.raises(InputError, match='Put a name of several words in quotes: "red circle"$'):
+        class_labels(texts, MAR(tiny(), NAMES), {}, 5)
+    with pytest.raises(InputError, match="no class 'circle'; there are: [^.]*$"):
+        class_labels(["circle", "red"][:1], MAR(tiny(), NAMES), {}, 5)
 
 
 # Completing an image ------------------------------------------------------------------------------

@@ -10,19 +10,21 @@ from conftest import tiny
 
 import train_distill
 import train_rl
-from maskrl import PolicyGradient, TeacherTraining, generate
+from maskrl import PolicyGradient, TeacherTraining, generate, rollout
 from workbench import bench
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
 from workbench.monitors import ValidationMetric
 from workbench.precision import set_precision
 from workbench.settings import preset
-from workbench.studies import budget, folders, lab, make_checkpoints, records, study, tables
+from workbench.studies import budget, credit, folders, lab, make_checkpoints, records, study, tables
 from workbench.studies.__main__ import main
 from workbench.studies.action import Action
 from workbench.studies.cost import Cost
+from workbench.studies.credit import Branching, Credit, Window
 from workbench.studies.critical import Critical, EqualNumbers
 from workbench.studies.gsim import Gsim
+from workbench.studies.heads import Heads
 from workbench.studies.schedule import GivenCounts, Schedule, ascending
 from workbench.studies.speed import Bench, Speed
 from workbench.studies.study import Study
@@ -53,6 +55,9 @@ def cut_short(patch, folder):
     patch.setattr(Critical, "lab_settings", {"teacher_iters": 3})
     patch.setattr(Critical, "more_steps", ())
     patch.setattr(Critical, "how", ("critical", "all"))
+    patch.setattr(Credit, "settings", Credit.settings | {"rl_iters": 2})
+    patch.setattr(Credit, "arms", dict(list(Credit.arms.items())[:2]))
+    patch.setattr(Heads, "arms", {"heads alone": (2, 2)})
     patch.setattr(Variance, "trajectories", 4)
     patch.setattr(Variance, "draws", 2)
     patch.setattr(Variance, "steps", (4,))
@@ -275,13 +280,13 @@ def test_equal_numbers_counts_as_many_tokens_but_of_any_step(student, monkeypatc
     training = EqualNumbers(student, settings, brightness, torch.zeros(1, 16, 12))
     given, counted = [], []
 
-    def note(self, rollouts, A, steps):
-        counted.append((steps[..., None] & rollouts.trace.masks()[1]).any(1))
+    def note(self, rollouts, A, tokens):
+        counted.append(tokens)
         return {}
 
-    def note_given(self, rollouts, A, steps):
-        given.append((steps[..., None] & rollouts.trace.masks()[1]).any(1))
-        return own_update(self, rollouts, A, steps)
+    def note_given(self, rollouts, A, tokens):
+        given.append(tokens)
+        return own_update(self, rollouts, A, tokens)
 
     own_update = EqualNumbers.noise_update
     monkeypatch.setattr(PolicyGradient, "noise_update", note)
@@ -289,6 +294,51 @@ def test_equal_numbers_counts_as_many_tokens_but_of_any_step(student, monkeypatc
     training.update(0, torch.tensor([0, 1, 2, 0]), seed=0)
     assert torch.equal(given[0].sum(1), counted[0].sum(1))
     assert not torch.equal(given[0], counted[0])
+
+
+def test_branches_differ_in_the_optimised_tokens_alone(student, monkeypatch):
+    """From the image that told which these are; every token of theirs counts."""
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append(rollout(*args, **kwargs))
+        return seen[-1]
+
+    def note(self, rollouts, A, counted):
+        seen.append(counted)
+        return {}
+
+    monkeypatch.setattr(credit, "rollout", watched)
+    monkeypatch.setattr(PolicyGradient, "noise_update", note)
+    settings = tiny(rl_steps="critical", critical_steps=2, learn_steps=False, steps=8)
+    training = Branching(student, settings, brightness, torch.zeros(1, 16, 12))
+    labels = torch.tensor([0, 1, 2, 0])
+    training.update(0, labels, seed=0)
+    rollouts, counted = seen
+    z = rollouts.trace.z.view(4, -1, 16, 12)
+    varies = (z != z[:, :1]).any(3).any(1).repeat_interleave(z.shape[1], 0)
+    assert torch.equal(varies, counted)
+    assert 0 < counted.float().mean() < 1
+    _, trace = training.one_image_each(labels, (0, "rollout", 0))
+    assert torch.equal(trace.order, rollouts.trace.order.view(4, -1, 16)[:, 0])
+    shared = ~counted.view(4, -1, 16)[:, 0]
+    assert torch.equal(trace.z[shared], z[:, 0][shared])
+
+
+def test_a_window_moves_from_the_first_step_to_the_last(student, monkeypatch):
+    counted = []
+
+    def note(self, rollouts, A, tokens):
+        counted.append(rollouts.trace.masks()[1] & tokens[:, None])
+        return {}
+
+    monkeypatch.setattr(PolicyGradient, "noise_update", note)
+    settings = tiny(rl_iters=8, rl_steps="all", learn_steps=False, steps=4)
+    training = Window(student, settings, brightness, torch.zeros(1, 16, 12))
+    for step in range(8):
+        training.update(step, torch.tensor([0, 1]), seed=0)
+    steps = [tokens.any(2).all(0).nonzero().flatten().tolist() for tokens in counted]
+    assert steps == [[0], [0], [1], [1], [2], [2], [3], [3]]
 
 
 def test_given_counts_are_what_a_generation_reveals(policy):

@@ -53,7 +53,7 @@ def no_monitor(model):
     return {}
 
 
-def no_validation(*_):
+def no_validation(*_, n):
     return one_for_all
 
 
@@ -68,7 +68,7 @@ def test_a_folder_goes_through_all_stages_and_leaves_their_files(run):
     out, metrics = run
     networks, images = "teacher student policy reward judge", "samples neighbours curves gain"
     files = {f"{name}.pt" for name in networks.split()} | {f"{n}.png" for n in images.split()}
-    files |= {"choices.json", "log.jsonl", "metrics.json", "cache"}
+    files |= {"choices.json", "settings.json", "log.jsonl", "metrics.json", "cache"}
     assert files == {path.name for path in out.iterdir()} - {".lock"}
     assert json.loads((out / "metrics.json").read_text())["rows"].keys() == metrics["rows"].keys()
 

@@ -2,7 +2,10 @@
 
 The run       settings     a run's settings, their limits and presets
               options      the command line; from options to a Run
+              summary      what a run says before it begins; --quick
               run          folder, lock, log, checkpoints and --resume
+              progress     how long a run will take; TensorBoard
+              signals      Ctrl-C and SIGTERM
               choices      what a run was begun with, compared by --resume
               errors       messages and exit codes
               files        writing and reading files safely

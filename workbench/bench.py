@@ -59,21 +59,30 @@ def bench(
     rounds: int = 5,
 ) -> dict:
     """Every arm's seconds per image in every batch size, where they go, and with a judge its
-    Fréchet distance; and what each idea contributes. {"rows": {arm: figures}, "factors": ...}.
+    Fréchet distance; and what each idea contributes. {"rows": {arm: figures}, "factors": of the
+    first batch size, "factor_ranges": {batch: {idea: [lowest, of the medians, highest]}}}.
 
     seconds: {batch: [lowest, median, highest]} of rounds - 1 rounds, all arms in turns. Every round
     has its own noise, since a learned schedule takes longer for one image than for another."""
     arms = bench_arms(models, steps)
-    rows = {name: {"seconds": {}} for name in arms}
+    rows, ranges = {name: {"seconds": {}} for name in arms}, {}
+    print(
+        f"timing {len(arms)} ways to make an image, {rounds} rounds in batches of "
+        f"{', '.join(map(str, batches))}"
+    )
     for batch in batches:
         calls = {
             name: partial(make_images, *arm, batch, decode, iter(range(rounds)))
             for name, arm in arms.items()
         }
         device = next(iter(models.values())).device
-        for name, times in seconds_in_turns(calls, rounds, device).items():
-            per_image = [times[0] / batch, lower_median(times) / batch, times[-1] / batch]
+        seconds = seconds_in_turns(calls, rounds, device, f"batch {batch}")
+        for name, times in seconds.items():
+            per_image = [t / batch for t in (min(times), lower_median(times), max(times))]
             rows[name]["seconds"][batch] = per_image
+        ranges[batch] = factor_ranges(seconds)
+    if judge:
+        print(f"drawing {len(judge.labels)} images in each way: {drawing_time(rows, judge)}")
     for name, (model, sampling) in arms.items():
         rows[name]["shares"], rows[name]["steps"] = shares(model, sampling, batches[0], decode)
         if judge:
@@ -82,12 +91,30 @@ def bench(
             )
             rows[name]["frechet"] = judge(images)["frechet"]
             rows[name]["steps"] = float(steps_taken.float().mean())
-    return {"rows": rows, "factors": factors(rows, batches[0])}
+    first = {name: middle for name, (_, middle, _) in ranges[batches[0]].items()}
+    return {"rows": rows, "factors": first, "factor_ranges": ranges}
 
 
-def factors(rows: dict, batch: int) -> dict[str, float]:
-    """How many times as fast each idea alone makes an image; their product, and all together."""
-    seconds = {name: row["seconds"][batch][1] for name, row in rows.items()}
+def drawing_time(rows: dict, judge: Judge) -> str:
+    """How long it takes to draw the judge's images in all ways, by the largest batch timed."""
+    per_image = [list(row["seconds"].values())[-1][1] for row in rows.values()]
+    return f"about {sum(per_image) * len(judge.labels) / 60:.1f} minutes"
+
+
+def factor_ranges(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """{idea: [lowest in a round, that of the median seconds, highest]} of `factors`.
+
+    seconds: {arm: of every round}."""
+    middle = factors({name: lower_median(times) for name, times in seconds.items()})
+    rounds = [factors(dict(zip(seconds, times))) for times in zip(*seconds.values())]
+    of_rounds = {name: [one[name] for one in rounds] for name in middle}
+    return {name: [min(of), middle[name], max(of)] for name, of in of_rounds.items()}
+
+
+def factors(seconds: dict[str, float]) -> dict[str, float]:
+    """How many times as fast each idea alone makes an image; their product, and all together.
+
+    seconds: {arm: seconds}; no factors without a teacher and a student."""
     if not {"teacher, 100 steps", "student"} <= seconds.keys():
         return {}
     one_step = seconds["teacher, 100 steps"] / seconds["student"]
@@ -156,6 +183,7 @@ def bench_judge(models: dict[str, MAR], name: str, vae: KL16 | None, device) -> 
     if data.classes != model.classes:
         print("no Fréchet distance: these are not the classes of --data")
         return None
+    print(f"training a judge: {model.settings.judge_iters} updates (--judge)")
     return Judge(data, model.settings, device)
 
 
@@ -191,10 +219,19 @@ def bench_table(result: dict) -> str:
         line += "".join(f"{row['shares'][part]:13.0%}" for part in PARTS)
         line += f"{row['frechet']:10.2f}" if "frechet" in row else f"{'-':>10}"
         lines.append(line)
-    if result["factors"]:
+    for batch, ranges in result["factor_ranges"].items():
+        said = {
+            name: f"{middle:.3g} ({low:.3g}-{high:.3g})"
+            for name, (low, middle, high) in ranges.items()
+        }
+        if said:
+            lines.append(
+                "times as fast, batch {}: one step {one step} x cache {cache} x schedule "
+                "{schedule} = {product}; measured all together {all together}".format(batch, **said)
+            )
+    if any(result["factor_ranges"].values()):
         lines.append(
-            "times as fast, in the first batch size: one step {one step:.1f} x cache {cache:.2f} x "
-            "schedule {schedule:.2f} = {product:.0f}; measured all together "
-            "{all together:.0f}".format(**result["factors"])
+            "in brackets: lowest and highest of single rounds. Factors depend on batch, processor "
+            "and what else it does; only those of one table compare"
         )
     return "\n".join(lines)

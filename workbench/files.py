@@ -259,7 +259,7 @@ def untrained(content: dict) -> MAR:
     model = MAR(settings, content["classes"], content["kind"], image_channels)
     if model.kind == "policy" and "noise_policy.norm.weight" in weights:
         add_noise_policy(model)
-    if model.kind == "policy" and "schedule.counts" in weights:
+    if model.kind == "policy" and "schedule.norm.weight" in weights:
         add_schedule(model)
     return model
 

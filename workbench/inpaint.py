@@ -12,8 +12,8 @@ from workbench.images import middle_square, read_rgb
 from workbench.kl16 import KL16
 
 
-def read_square(option: str, path, size: int | None = None, behind="white") -> tuple[Tensor, float]:
-    """Pixels uint8 [3, S, S] of the middle of the image at `path`, and its width / height.
+def read_square(option: str, path, size: int | None = None, behind="white") -> tuple[Tensor, tuple]:
+    """Pixels uint8 [3, S, S] of the middle of the image at `path`, and its width and height.
 
     size: S; None for as many pixels as the image has. behind: what transparent pixels show.
     InputError names the option."""
@@ -21,7 +21,7 @@ def read_square(option: str, path, size: int | None = None, behind="white") -> t
         image = read_rgb(path, behind=behind)
     except InputError as error:
         raise InputError(f"--{option} {error}") from None
-    return middle_square(image, size or min(image.size)), image.width / image.height
+    return middle_square(image, size or min(image.size)), image.size
 
 
 def read_inpainting(
@@ -33,8 +33,9 @@ def read_inpainting(
 
     InputError if a file cannot be read, their shapes differ, or nothing is white."""
     stride = vae.stride if vae else 1
-    pixels, shape = read_square("inpaint", image, settings.image_size * stride)
-    white, mask_shape = read_square("mask", mask, behind="black")
+    pixels, (width, height) = read_square("inpaint", image, settings.image_size * stride)
+    white, (mask_width, mask_height) = read_square("mask", mask, behind="black")
+    shape, mask_shape = width / height, mask_width / mask_height
     if abs(shape / mask_shape - 1) > 0.02:
         raise InputError(
             f"--mask {mask} is not of the shape of {image}: width / height "
@@ -46,6 +47,8 @@ def read_inpainting(
     if not hidden.any():
         raise InputError(f"--mask {mask} has no white pixel: nothing to draw")
     drawn = f"{int(hidden.sum())} of {len(hidden)} tokens are drawn"
+    if (width, height) != (mask_width, mask_height):
+        drawn += f"; its {mask_width} x {mask_height} pixels are laid on {width} x {height}"
     print(f"--mask {mask}: {drawn}", file=sys.stderr)
     pixels = to_unit(pixels[None])
     if vae:

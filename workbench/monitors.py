@@ -1,5 +1,6 @@
 """What is logged during training about the images that the model makes by then."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,29 @@ from workbench.data import Data
 from workbench.judge import Judge, frechet_distance
 from workbench.quality_net import QualityNet
 from workbench.settings import RunSettings
+
+
+def measurements(affordable: int, existing: int, most: int) -> tuple[int, int]:
+    """How many times a stage is measured, and on how many images, where it has time for
+    `affordable` images in all: ten times, on at most `most` images.
+
+    In short stages first on fewer images, but 128 or as many as are `existing` to compare with;
+    then fewer times. It depends on nothing but settings and data, since what is measured decides
+    which weights are kept."""
+    n = max(2, min(most, existing, max(128, affordable // 10)))
+    return min(10, max(1, affordable // n)), n
+
+
+def student_measurements(settings: RunSettings, existing: int) -> tuple[int, int]:
+    """`measurements` that take about a tenth of GSIM's time, against `existing` training images."""
+    updates = settings.gsim_iters * settings.batch * settings.draws
+    return measurements(updates // settings.steps, existing, most=1024)
+
+
+def policy_measurements(settings: RunSettings, existing: int) -> tuple[int, int]:
+    """`measurements` that take about a tenth of RL's time, against `existing` images of a judge."""
+    updates = settings.rl_iters + (4 * settings.schedule_iters if settings.learn_steps else 0)
+    return measurements(updates * settings.prompts * settings.group // 10, existing, most=512)
 
 
 def view_filters(size: int) -> Tensor:
@@ -62,7 +86,8 @@ class RLMonitor:
 
     `quality_mean` is the trained reward. To expose reward hacking there are `held_out`, a reward
     that is not trained on (if there is one), and `judge`, the judge's Fréchet distance. n is small:
-    compare within a run."""
+    compare within a run. A policy that collapses is told of once in a line: when it takes one step
+    for all images, and when its distance is twice that of the student, of which `start` is told."""
 
     def __init__(
         self,
@@ -75,10 +100,16 @@ class RLMonitor:
         evenly = torch.linspace(0, len(judge.labels) - 1, min(n, len(judge.labels))).long()
         self.labels = judge.labels[evenly]
         self.settings, self.quality, self.held_out, self.judge = settings, quality, held_out, judge
+        self.distance_at_start, self.said = math.inf, set()
+
+    def start(self, student: MAR) -> None:
+        """Measures the student that RL begins with."""
+        self.distance_at_start = self(student)["judge"]
 
     @torch.no_grad()
     def __call__(self, model: MAR) -> dict[str, float]:
-        tokens = generate(model, self.labels, seed=(self.settings.seed, "monitor"))
+        seed = self.settings.seed, "monitor"
+        tokens, trace = generate(model, self.labels, seed=seed, trace=True)
         images = self.judge.decode(to_images(tokens, self.settings))
         features, _ = self.judge.features(images)
         metrics = {
@@ -87,4 +118,22 @@ class RLMonitor:
         }
         if self.held_out:
             metrics["held_out"] = float(self.held_out(images, self.labels).mean())
+        if model.schedule is not None and trace.steps.max() == 1:
+            self.say_once(
+                "one step",
+                "the policy has gone to one step: this reward does not fall with fewer steps. "
+                "--no-learn-steps learns without a schedule",
+            )
+        if metrics["judge"] > 2 * self.distance_at_start:
+            self.say_once(
+                "distance",
+                f"the judge's distance has risen to {metrics['judge']:.3g} from the student's "
+                f"{self.distance_at_start:.3g}: RL may be hacking the reward, or --alpha be too "
+                "large. A larger --beta holds the policy to the student",
+            )
         return metrics
+
+    def say_once(self, what: str, warning: str) -> None:
+        if what not in self.said:
+            print(f"warning: {warning}")
+        self.said.add(what)

@@ -6,7 +6,7 @@ import os
 import re
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from workbench.settings import (
     flag,
     preset,
 )
+from workbench.summary import describe, describe_settings, shortened
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of the container that we are in
 CLIP = ClipOptions()  # the defaults
@@ -73,6 +74,15 @@ TRAINING_OPTIONS = {
         "choices": PRESETS,
         "help": "settings to start from (default: tiny for the shapes; for a folder small on a "
         "CUDA GPU, and folder elsewhere)",
+    },
+    "--quick": {
+        "action": "store_true",
+        "help": "smaller images and shorter training, to see all stages within minutes; other "
+        "options still count",
+    },
+    "--tensorboard": {
+        "action": "store_true",
+        "help": "also log for TensorBoard, into the folder tensorboard in --out",
     },
     "--teacher": {
         "type": Path,
@@ -272,6 +282,14 @@ def settings_from(args: Namespace, device, base: dict | None, resume: bool) -> R
     return replace(base["settings"], **given)
 
 
+def usual_settings(args: Namespace, base: dict | None, device) -> tuple[RunSettings, str]:
+    """What the settings are without any option, and what to call them."""
+    if base is not None:
+        return base["settings"], f"those of the {base['kind']}"
+    name = args.preset or usual_preset(args.data, device)
+    return preset(name), f"preset {name}"
+
+
 def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Run:
     """The run of a training script; everything that can go wrong does so here, before long work.
 
@@ -289,7 +307,9 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
     base = begun or base
     settings = settings_from(args, device, base, resume)
     settings = replace(settings, precision=possible_precision(settings.precision, device))
-    print("settings: " + ", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
+    if args.quick and not resume:
+        settings = shortened(settings, args, MODEL_SETTINGS if base else ())
+    print(describe_settings(settings, *usual_settings(args, base, device)))
     data, settings = measured_data(args, settings, base, device)
     check_memory(settings, data, device)
     print(f"{describe(data, settings)}; on {hardware(device)}")
@@ -377,18 +397,3 @@ def check_memory(settings: RunSettings, data: Data, device: torch.device) -> Non
             f"to train this model takes at least {needed:,.0f} GiB of memory, and {device} has "
             f"{available:,.0f}: lower --width, --depth, --head-width, --head-depth or --image-size"
         )
-
-
-def describe(data: Data, settings: RunSettings) -> str:
-    """How many images there are and what for, and what must not be expected of them."""
-    n = len(data.labels) * data.test.balanced_half(settings.judge_n)
-    text = (
-        f"{len(data.labels)} classes; images: {len(data.train)} to train on, {len(data.judge)} "
-        f"for the judge, {len(data.test)} held out, n = {n} in each row of the judge's table"
-    )
-    if n < 500:
-        text += " (few: its distances are rough)"
-    if data.name != "shapes":
-        side = data.train.size
-        text += f"; resized to {side} x {side} pixels (--image-size; larger ones need a GPU)"
-    return text

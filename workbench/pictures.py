@@ -34,6 +34,17 @@ def picture(images: Tensor, columns: int, pixels: int = 64, padding: int = 4) ->
     return TF.to_pil_image((grid * 255).round().to(torch.uint8))
 
 
+def grid_columns(n: int, classes: int) -> int:
+    """Columns of a grid of n images whose classes take turns: one for each class if that fills all
+    rows, else as many as leave the fewest places empty."""
+    if n <= 8:
+        return n
+    if 3 <= classes <= 32 and n % classes == 0:
+        return classes
+    empty = {columns: -n % columns for columns in (8, 9, 7, 10, 6, 11, 12)}
+    return min(empty, key=empty.get)  # of several the first
+
+
 def save_picture(path, image: Image.Image, **options) -> None:
     """Write an image in the format that the name ends with; options as of Pillow's `save`."""
     with writing(path) as file:

@@ -151,8 +151,10 @@ def make_reward(
     return reward
 
 
-def calibrate(net: QualityNet, student: MAR, data: Data) -> None:
-    """QualityNet.calibrate on 512 images of the student, with which RL starts."""
+def calibrate(net: QualityNet, student: MAR, data: Data, role: str = "the reward") -> None:
+    """QualityNet.calibrate on 512 images of the student, with which RL starts.
+
+    role: what the network is there for, which is printed."""
     evenly = torch.linspace(0, len(data.train) - 1, 512).long()
     labels = data.train.labels[evenly].to(student.device)
     parts = [
@@ -162,6 +164,6 @@ def calibrate(net: QualityNet, student: MAR, data: Data) -> None:
     net.calibrate(data.decode(to_images(torch.cat(parts), student.settings)), labels)
     if net.odds > 1:
         print(
-            f"the embedded reward is calibrated: its odds x {net.odds:.3g} give half of the "
+            f"{role} (embedded) is calibrated: its odds x {net.odds:.3g} give half of the "
             "student's images a quality above 0.5"
         )

@@ -8,17 +8,14 @@ same weights, because every step draws its noise from (seed, stage, step).
 import json
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from copy import deepcopy
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
@@ -29,11 +26,14 @@ from workbench.distributed import agreed, average_gradients, rank
 from workbench.errors import InputError, Stopped, abbreviate, is_out_of_memory
 from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
 from workbench.precision import set_precision
+from workbench.progress import estimated_time, summary_writer
 from workbench.settings import RunSettings
+from workbench.signals import HeldSignals
 from workbench.timing import clock
 
 SAVE_SECONDS = 60.0  # from one checkpoint to the next, at least,
 SAVE_COST = 20.0  # and so many times as long as it took to write the last one: MAR-H has 30 GB
+ESTIMATE_AFTER = 60.0  # seconds of a run, before it says how long it will take
 
 
 class Run:
@@ -45,11 +45,14 @@ class Run:
         self.args, self.settings, self.data, self.device = args, settings, data, device
         self.out, self.resume = args.out, args.resume
         self.minutes = {}  # {stage: minutes that it took here}
+        self.began, self.is_estimated = time.monotonic(), False
+        self.tensorboard = summary_writer() if getattr(args, "tensorboard", False) else None
 
     def __enter__(self) -> "Run":
         self.lock = lock_run_dir(self.out)
         try:
             save_run_args(self.args, self.data)
+            write_text(self.out / "settings.json", as_json(asdict(self.settings), indent=1))
         except BaseException:  # also Ctrl-C
             self.lock.release()
             raise
@@ -58,42 +61,51 @@ class Run:
     def __exit__(self, *_) -> None:
         self.lock.release()
 
-    def stage(self, training) -> "Stage":
-        """training: a TeacherTraining, Distillation, PolicyGradient or RewardBackpropagation."""
-        return Stage(self, training)
+    def stage(self, training, measure: Callable | None = None, times: int = 10) -> "Stage":
+        """training: a TeacherTraining, Distillation, PolicyGradient or RewardBackpropagation.
+
+        measure(model) -> values to log, so many times in the stage; with a `validation` among them,
+        the stage ends with the weights for which that was lowest."""
+        return Stage(self, training, measure, times)
 
 
 class Stage:
     """One training of a run, which writes out/<kind of model>.pt and out/log.jsonl.
 
-        with run.stage(training) as stage:
+        with run.stage(training, measure, times) as stage:
             for step in stage:
                 stage.log(training.update(step, ...))
-                if stage.time_to_measure:
-                    stage.keep_best({"validation": ...})
 
-    After Ctrl-C or SIGTERM it raises Stopped when the step is finished and saved. To a
+    After Ctrl-C or SIGTERM it raises Stopped when the step is finished and saved; a measurement
+    that was due is left to --resume. To a
     FloatingPointError in the block it adds the stage, the step and the tensors, and it leaves a
     checkpoint from before the step or, if half of the step is done, the last one: from there
     --resume repeats what led to it. InputError if --resume finds a checkpoint of another
     training."""
 
-    def __init__(self, run: Run, training):
-        self.run, self.training = run, training
+    def __init__(self, run: Run, training, measure: Callable | None, times: int):
+        self.run, self.training, self.measure, self.times = run, training, measure, times
         self.networks = [value for value in vars(training).values() if isinstance(value, MAR)]
         self.name, self.iters = training.model.kind, training.iters
         self.path = Path(run.out) / f"{self.name}.pt"
-        # seconds of all updates so far; the lowest validation, and the EMA weights that it is of
-        self.record = {"seconds": 0.0, "lowest": math.inf, "weights": {}}
+        # seconds of all updates so far; the lowest validation, and the EMA weights that it is of;
+        # whether the last step is still to be measured
+        self.record = {"seconds": 0.0, "lowest": math.inf, "weights": {}, "unmeasured": False}
         self.start = 0
 
     def __enter__(self) -> "Stage":
         if self.run.resume and self.path.exists():
             self.start = restore(self.training, self.path, self.record, self.iters)
-        self.step = self.saved = self.start
+        self.saved = self.start
+        self.step = max(0, self.start - 1)
         self.weights_changed = False  # by a step that is not complete
         self.path.parent.mkdir(parents=True, exist_ok=True)
         trim_log(self.run.out, self.name, self.start)
+        self.writer = None
+        if self.run.tensorboard and rank() == 0:
+            folder = Path(self.run.out) / "tensorboard" / self.name
+            # which shows no point from the step on that is now done again
+            self.writer = self.run.tensorboard(folder, purge_step=self.start)
         settings = self.run.settings
         for network in self.networks:
             set_precision(network, settings.precision, settings.checkpointing)
@@ -102,11 +114,13 @@ class Stage:
         )
         with ExitStack() as stack:
             stack.callback(self.bar.close)
+            if self.writer:
+                stack.callback(self.writer.close)
             stack.enter_context(average_gradients(self.networks))
             for value in self.training.state.values():
                 if isinstance(value, torch.optim.Optimizer):
                     stack.callback(value.register_step_post_hook(self.note_change).remove)
-            self.signals = stack.enter_context(held_signals())
+            self.signals = stack.enter_context(HeldSignals())
             self.undo = stack.pop_all()
         self.began = self.saved_at = time.monotonic()
         self.save_seconds = 0.0
@@ -120,43 +134,81 @@ class Stage:
             self.run.minutes[self.name] = (time.monotonic() - self.began) / 60
 
     def __iter__(self) -> Iterator[int]:
+        if self.record["unmeasured"]:
+            self.measure_step()
+            self.save_if_due(self.start)
         for step in self.bar:
             self.step, self.weights_changed = step, False
             self.step_began = time.perf_counter()
             yield step
-            done = step + 1
-            if done == self.iters and self.record["weights"]:
-                self.training.ema.load_state_dict(self.record["weights"])
-            stop = self.agreed_signal()
-            if done == self.iters or stop or self.time_to_save():
-                self.save(done)
-            if stop:
-                self.agreed_signal()  # no process ends before the file is written
-                where = f"{self.name} is saved in {self.path} after {done} steps"
-                raise Stopped(stop, f"{where}; the same command with --resume continues")
-        stop = self.agreed_signal()  # that arrived while the last file was written
-        if stop:
+            if self.is_due:
+                self.measure_step()
+            self.estimate()
+            self.save_if_due(step + 1)
+        stop = self.agreed_signal()
+        if stop:  # it arrived while the last file was written
             where = f"{self.name} is complete in {self.path}"
             raise Stopped(stop, f"{where}; the same command with --resume continues")
 
+    def save_if_due(self, done: int) -> None:
+        """Save at the end, from time to time, and before Stopped, which a signal raises."""
+        stop, complete = self.agreed_signal(), self.is_complete(done)
+        if complete and self.record["weights"]:
+            self.training.ema.load_state_dict(self.record["weights"])
+        if complete or stop or self.time_to_save():
+            self.save(done)
+        if stop and not complete:
+            self.agreed_signal()  # no process ends before the file is written
+            where = f"{self.name} is saved in {self.path} after {done} steps"
+            raise Stopped(stop, f"{where}; the same command with --resume continues")
+
+    def is_complete(self, done: int) -> bool:
+        return done == self.iters and not self.record["unmeasured"]
+
     def agreed_signal(self) -> int:
         """The signal that stops all processes, or 0."""
-        return agreed(self.signals[0] if self.signals else 0, self.training.model.device)
+        return agreed(self.signals.first, self.training.model.device)
 
     def note_change(self, *_) -> None:
         self.weights_changed = True
 
     @property
-    def time_to_measure(self) -> bool:
-        """Whether a tenth of the stage ends with this step."""
-        return (self.step + 1) * 10 // self.iters > self.step * 10 // self.iters
+    def is_due(self) -> bool:
+        """Whether a measurement is due after this step."""
+        if not self.measure:
+            return False
+        return (self.step + 1) * self.times // self.iters > self.step * self.times // self.iters
+
+    def measure_step(self) -> None:
+        """Measure and log what the last step left, unless a signal comes before or meanwhile."""
+        self.record["unmeasured"] = True
+        if self.agreed_signal():
+            return
+        try:
+            with self.signals.raised():
+                values = self.measure(self.training.ema)
+        except Stopped:  # noted, and dealt with when this step is saved
+            return
+        self.log_measured(values)
+        if "validation" in values:
+            self.keep_best(values["validation"])
+        self.record["unmeasured"] = False
+
+    def estimate(self) -> None:
+        """Say, a minute after the run began, how long all of it will take."""
+        done, now = self.step + 1 - self.start, time.monotonic()
+        if self.run.is_estimated or now - self.run.began < ESTIMATE_AFTER or done < 3:
+            return
+        self.run.is_estimated = True
+        seconds = now - self.began, now - self.run.began
+        self.bar.write(estimated_time(self.run, self.name, self.step + 1, done, *seconds))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log the metrics of this step's update; of some 200 steps in a stage, and the last."""
         logged = self.step % max(1, self.iters // 200) == 0 or self.step == self.iters - 1
         # a GPU is waited for where its time is read or other work begins; what is left of the
         # other updates counts in the next one
-        waits = logged or self.time_to_measure
+        waits = logged or self.is_due
         now = clock(self.training.model.device) if waits else time.perf_counter()
         self.record["seconds"] += now - self.step_began
         if logged:
@@ -168,11 +220,13 @@ class Stage:
         values = {"seconds": self.record["seconds"]} | values
         rounded = {name: round(value, 6) for name, value in values.items()}
         append_log(self.run.out, {"stage": self.name, "step": self.step, **rounded})
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.step)
 
-    def keep_best(self, values: dict[str, float]) -> None:
-        """Log values; in the end `ema` gets the weights that had the lowest `validation`."""
-        self.log_measured(values)
-        validation = agreed(values["validation"], self.training.model.device)
+    def keep_best(self, validation: float) -> None:
+        """In the end `ema` gets the weights that had the lowest validation."""
+        validation = agreed(validation, self.training.model.device)
         if validation < self.record["lowest"]:
             weights = deepcopy(self.training.ema.state_dict())
             self.record |= {"lowest": validation, "weights": weights}
@@ -189,7 +243,7 @@ class Stage:
             raise FloatingPointError("the weights are infinite or NaN")
         state = {name: value.state_dict() for name, value in training.state.items()}
         state["record"] = self.record
-        unfinished = state if step < self.iters else None
+        unfinished = None if self.is_complete(step) else state
         write_checkpoint(self.path, training.model, training.ema, step, unfinished)
         self.saved, self.saved_at = step, time.monotonic()
         self.save_seconds = self.saved_at - began
@@ -223,37 +277,13 @@ def non_finite_tensors(training) -> str:
     return f" ({abbreviate(names, 3)})" if names else ""
 
 
-@contextmanager
-def held_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted in the list, for a training step to be finished and saved; the
-    same one once more stops at once, unless there are several processes: torchrun passes on to
-    each what all had got already."""
-    noted = []
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
-        yield noted
-        return
-    note, numbers = partial(note_signal, noted), (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def note_signal(noted: list[int], number: int, _) -> None:
-    if number in noted and not dist.is_initialized():
-        raise Stopped(number, "at once, by the second signal; --resume repeats a few steps")
-    noted.append(number)
-
-
 def restore(training, path: Path, record: dict, iters: int) -> int:
     """Put the checkpoint at `path` into `training` and `record`; returns the step to go on with.
 
     InputError if it does not fit them."""
     content = read_checkpoint(path, training.model.kind)
     step, state = content["step"], content["training"]
-    if step > iters or (state is None) != (step == iters):
+    if step > iters or (state is None and step < iters):
         raise InputError(f"{path} is of step {step} of {iters}: --resume cannot go on with it")
     try:
         load_state(training.model, content["model"])

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from maskrl import MAR, Diffusion, Noise, Sampling, draw_noise, rng
 from workbench.data import find_classes
 from workbench.errors import InputError
+from workbench.files import load_safely
 from workbench.images import EXTENSIONS
 from workbench.lazymar import LazyContexts
+from workbench.released import is_mar_file
 from workbench.settings import check_guidance
 
 
@@ -27,9 +30,43 @@ def class_labels(
     many classes these are. names: {class: what it is called}."""
     chosen = range(len(model.classes))
     if texts:
-        chosen = find_classes(texts, model.classes, names)
+        try:
+            chosen = find_classes(texts, model.classes, names)
+        except InputError as error:
+            raise InputError(f"{error}{quoting_hint(texts, model.classes)}") from None
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)])
     return labels.to(model.device), len(chosen)
+
+
+def quoting_hint(texts: list[str], classes: list[str]) -> str:
+    """How to write a class of several words, if `texts` has these as separate ones."""
+    words = f" {' '.join(texts)} "
+    parted = [name for name in classes if " " in name and f" {name} " in words]
+    return f'. Put a name of several words in quotes: "{parted[0]}"' if parted else ""
+
+
+def free_name(path: Path) -> Path:
+    """The path, or where that exists <stem>-2, <stem>-3 and so on."""
+    names = (path.with_stem(f"{path.stem}-{i}") for i in count(2))
+    return next(name for name in chain([path], names) if not name.exists())
+
+
+def unfinished(path) -> str:
+    """What to say of a checkpoint whose training was interrupted; nothing of any other."""
+    content = load_safely(path, lazily=True)
+    if is_mar_file(content) or content.get("training") is None:
+        return ""
+    kind, settings = content["kind"], content["settings"]
+    fields = {
+        "teacher": ["teacher_iters"],
+        "student": ["gsim_iters"],
+        "policy": ["rl_iters", "schedule_iters"],
+    }
+    iters = sum(settings[name] for name in fields[kind])
+    return (
+        f"{path}: the {kind} is unfinished, after {content['step']} of {iters} updates; its "
+        "training continues with --resume"
+    )
 
 
 def checked_sampling(

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from maskrl import MAR, Sampling, generate
 
@@ -39,22 +40,27 @@ class Stopwatch:
         self.stop(part)
 
 
-def seconds_in_turns(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
-    """Seconds of every call {name: function}, sorted, of all rounds but the first, which warms up.
+def seconds_in_turns(
+    calls: dict[str, Callable], rounds: int, device, title: str = "timing"
+) -> dict[str, list[float]]:
+    """Seconds of every call {name: function} in all rounds but the first, which warms up.
 
-    The calls take turns, so that a busy moment of the machine slows all of them."""
+    The calls take turns, so that a busy moment of the machine slows all of them. title: what the
+    progress bar says."""
     seconds = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = clock(device)
-            call()
-            seconds[name].append(clock(device) - start)
-    return {name: sorted(times[1:]) for name, times in seconds.items()}
+    with tqdm(total=rounds * len(calls), desc=title, leave=False) as bar:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = clock(device)
+                call()
+                seconds[name].append(clock(device) - start)
+                bar.update()
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-def lower_median(ordered: list[float]) -> float:
-    """The middle one of sorted numbers; of an even count the lower of the middle two."""
-    return ordered[(len(ordered) - 1) // 2]
+def lower_median(numbers: list[float]) -> float:
+    """The middle one in size; of an even count the lower of the middle two."""
+    return sorted(numbers)[(len(numbers) - 1) // 2]
 
 
 def time_in_turns(

@@ -1,6 +1,5 @@
 """Which steps should RL optimise?"""
 
-from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -98,11 +97,8 @@ class Critical(Reinforcements):
 class EqualNumbers(PolicyGradient):
     """The control of critical steps: as many tokens of every rollout, but of any step."""
 
-    def noise_update(self, rollouts, A, steps) -> dict[str, float]:
-        counts = (rollouts.trace.counts * steps).sum(1, keepdim=True)
-        generator = rng("equal", int(counts.sum()), device=counts.device)
-        order = torch.rand(rollouts.trace.order.shape, generator=generator, device=counts.device)
-        # a Trace of one step that reveals so many random tokens; it is all that the update reads
-        one_step = replace(rollouts.trace, order=order.argsort(1), counts=counts)
-        rollouts = replace(rollouts, trace=one_step)
-        return super().noise_update(rollouts, A, torch.ones_like(counts, dtype=torch.bool))
+    def noise_update(self, rollouts, A, counted) -> dict[str, float]:
+        count = counted.sum(1, keepdim=True)
+        generator = rng("equal", int(count.sum()), device=count.device)
+        rank = torch.rand(counted.shape, generator=generator, device=count.device).argsort(1)
+        return super().noise_update(rollouts, A, rank < count)

@@ -23,8 +23,8 @@ from maskrl import (
 from workbench.studies.study import Study
 
 
-def L1_alone(*args) -> Tensor:
-    L1, _ = gsim_terms(*args)
+def L1_alone(*args, **kwargs) -> Tensor:
+    L1, _ = gsim_terms(*args, **kwargs)
     return L1
 
 

@@ -141,11 +141,8 @@ class GivenCounts(nn.Module):
         super().__init__()
         self.steps = iter(counts.T)
 
-    def select(self, states, hidden, generator=None) -> Tensor:
-        return next(self.steps, hidden)
-
-    def count(self, actions, hidden) -> Tensor:
-        return torch.minimum(actions, hidden)
+    def select(self, states, generator=None) -> Tensor:
+        return next(self.steps)
 
 
 def ascending(total: int, lengths, least: int = 1) -> list[tuple[int, ...]]:

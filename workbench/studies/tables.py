@@ -8,10 +8,12 @@ from workbench.studies import records
 from workbench.studies.action import Action
 from workbench.studies.budget import released_table, small_table
 from workbench.studies.cost import Cost
+from workbench.studies.credit import Credit
 from workbench.studies.critical import Critical
 from workbench.studies.folders import Emoji, Letters
 from workbench.studies.gpu import gpu_table
 from workbench.studies.gsim import Gsim
+from workbench.studies.heads import Heads
 from workbench.studies.records import command, read_result
 from workbench.studies.schedule import Schedule
 from workbench.studies.speed import Bench, Speed
@@ -24,17 +26,17 @@ DOCUMENTS = (records.ROOT / "README.md", records.ASSETS / "training.md")
 STUDIES = {
     study.name: study
     for study in (
-        *(Story(), Distil(), Gsim(), Variance(), Action(), Critical(), Schedule()),
-        *(Temperature(), Cost(), Speed(), Bench(), Emoji(), Letters()),
+        *(Story(), Distil(), Heads(), Gsim(), Variance(), Action(), Critical(), Credit()),
+        *(Schedule(), Temperature(), Cost(), Speed(), Bench(), Emoji(), Letters()),
     )
 }
 DECIMALS = {  # of the figures in a table
-    **dict.fromkeys(("best_batch", "transformer", "head", "graph_mb", "seconds"), 0),
+    **dict.fromkeys(("best_batch", "transformer", "head", "graph_mb", "seconds", "updates"), 0),
     **dict.fromkeys(("steps", "ms", "train_minutes", "tokens"), 1),
     **dict.fromkeys(("frechet", "nearest", "drift", "image_ms", "best_ms", "faster"), 2),
     **dict.fromkeys(("correlation", "critical", "first", "random", "best"), 2),
     **dict.fromkeys(("held_out_critical", "frac_not_prefix"), 2),
-    **dict.fromkeys(("accuracy", "precision", "recall", "diversity", "kl"), 3),
+    **dict.fromkeys(("accuracy", "precision", "recall", "diversity", "kl", "image_kl"), 3),
     **dict.fromkeys(("quality", "gained", "held_out", "reward"), 3),
     **dict.fromkeys(("margin", "margin_error", "total"), 4),
     "vector": None,  # text
@@ -53,6 +55,7 @@ TITLES = {  # of columns that are not called as the figure
     "faster": "times as fast",
     "train_minutes": "minutes of training",
     "kl": "KL",
+    "image_kl": "KL of the image",
     "frac_not_prefix": "not simply the first",
     "graph_mb": "graph, MB",
     "seconds": "seconds of RL",

@@ -1,0 +1,113 @@
+"""Should rollouts differ only where they are optimised?"""
+
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import train_rl
+from maskrl import PolicyGradient, Trace, draw_noise, generate, rng, rollout, select_steps
+from workbench.studies.study import Reinforcements
+
+
+class Branching(PolicyGradient):
+    """The rollouts of a group differ in the z of the optimised tokens alone, as in TempFlow-GRPO
+    (2508.04324), so that the reward's variance is due to them.
+
+    One image of each prompt, made first, tells which steps these are; a fixed schedule reveals the
+    same tokens in all rollouts of the group."""
+
+    def policy_update(self, labels, seed) -> dict[str, float]:
+        settings, generator = self.model.settings, rng(seed, "update", device=labels.device)
+        tokens, trace = self.one_image_each(labels, seed)
+        steps = select_steps(trace, tokens, settings, self.mean_image, generator)
+        varying = (steps[..., None] & trace.masks()[1]).any(1)  # [P, L]
+        rollouts = rollout(self.model, self.quality, labels, seed, False, varying=varying)
+        A, metrics = self.advantages(rollouts)
+        counted = varying.repeat_interleave(settings.group, 0)
+        return metrics | self.noise_update(rollouts, A, counted)
+
+    def one_image_each(self, labels, seed) -> tuple[Tensor, Trace]:
+        """Tokens and Trace of the image that the rollouts of each prompt branch from."""
+        generator = rng(seed, "shared", device=labels.device)  # as in `rollout`
+        shared = draw_noise(self.model, len(labels), generator, self.model.settings.order)
+        return generate(self.model, labels, noise=shared, trace="predictions")
+
+
+class Window(PolicyGradient):
+    """Optimises one step at a time, from the first to the last, as MixGRPO's window moves
+    (2507.21802)."""
+
+    def update(self, step, labels, seed) -> dict[str, float]:
+        self.now = step * self.model.settings.steps // self.iters
+        return super().update(step, labels, seed)
+
+    def noise_update(self, rollouts, A, counted) -> dict[str, float]:
+        return super().noise_update(rollouts, A, rollouts.trace.masks()[1][:, self.now])
+
+
+class Credit(Reinforcements):
+    title = "Exploring only where one optimises"
+    question = (
+        "Four iterations, where the student leaves something to gain; one step is optimised, or "
+        "all; quality alone is the reward. *Explored there*: the rollouts of a group share z "
+        "everywhere but at the optimised tokens. *Window*: the step moves from the first to the "
+        "last. *KL of the image*: the mean over all tokens of an image, which unlike the KL of the "
+        "counted tokens compares between rows."
+    )
+    seeds = "0,1,2"
+    settings = {
+        "steps": 4,
+        "critical_steps": 1,
+        "learn_steps": False,
+        "alpha": 0.0,
+        "rl_iters": 40,
+    }
+    arms = {  # {row name: (method, rl_steps)}
+        "critical": (PolicyGradient, "critical"),
+        "critical, explored there": (Branching, "critical"),
+        "first": (PolicyGradient, "first"),
+        "first, explored there": (Branching, "first"),
+        "window": (Window, "all"),
+        "all": (PolicyGradient, "all"),
+    }
+    columns = (
+        *("quality", "gained", "held_out", "frechet", "drift", "precision", "recall", "image_kl"),
+        "seconds",
+    )
+    verdict = (
+        "On critical steps exploring there alone gains more than exploring everywhere on "
+        "{0[critical, explored there > critical][gained]} seeds, and at a lower distance on "
+        "{0[critical, explored there < critical][frechet]}. It gains more than the first step, "
+        "explored there alone, on {0[critical, explored there > first, explored there][gained]}, "
+        "and than all steps on {0[critical, explored there > all][gained]}.",
+    )
+    picture = ("credit.png", "the course of RL in four iterations, by what is optimised")
+
+    def rows(self, lab) -> dict:
+        rows = {"start": partial(lab.judged, "student", steps=self.settings["steps"])}
+        for name, (method, rl_steps) in self.arms.items():
+            rows[name] = partial(self.arm, lab, name, method, rl_steps)
+        return rows
+
+    def arm(self, lab, name, method, rl_steps) -> dict:
+        start = lab.judged("student", steps=self.settings["steps"])
+        name, overrides = f"credit, {name}", self.settings | {"rl_steps": rl_steps}
+        with mock.patch.object(train_rl, "PolicyGradient", method):
+            figures = lab.reinforcement(name, **overrides)
+            measured = lab.result(f"KL, {name}", partial(self.image_kl, lab, name, overrides))
+        return figures | {
+            "gained": figures["quality"] - start["quality"],
+            "drift": figures["frechet"] / start["frechet"],
+            "image_kl": measured["image_kl"],
+        }
+
+    @staticmethod
+    @torch.no_grad()
+    def image_kl(lab, name, overrides) -> dict:
+        """Mean over all tokens of the KL of their noise policy from the student's N(0, 1)."""
+        policy = lab.reinforced(lab.run(f"RL/{name}", **overrides)).model
+        _, trace = generate(policy, lab.evenly(450), seed="kl", trace=True)
+        mu = policy.noise_policy(trace.contexts)
+        return {"image_kl": float(mu.square().mean() / 2)}
