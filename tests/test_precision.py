@@ -1,6 +1,7 @@
 """Matrix products in bfloat16, checkpointing, and a batch in parts: none may change what is
 learned."""
 
+import shutil
 from copy import deepcopy
 from functools import partial
 
@@ -12,7 +13,7 @@ import maskrl
 import workbench.precision
 from workbench.precision import set_precision
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def images(B=8):
@@ -149,6 +150,74 @@ def test_bfloat16_is_close_and_not_equal():
     set_precision(model, "bf16")
     for exact, low in zip(before, outputs(model)):
         assert 0 < (low - exact).norm() < 0.02 * exact.norm()
+
+
+def test_tf32_is_allowed_in_the_products_of_a_model_alone():
+    """There and back; not in the reward, nor afterwards. On a CPU it changes nothing."""
+    model, allowed = random_model(), {}
+    expected = outputs(model)
+    set_precision(model, "tf32")
+    assert all(torch.equal(a, b) for a, b in zip(expected, outputs(model)))
+
+    def note(name, *_):
+        allowed[name] = torch.backends.cuda.matmul.allow_tf32
+
+    for name in ("head.res_blocks.0.mlp.0", "decoder_blocks.0.mlp.fc1", "z_proj"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(partial(note, f"{name}, forward"))
+        layer.weight.register_hook(partial(note, f"{name}, backward"))
+    model.head.input_proj.register_forward_hook(partial(note, "outside"))
+    _, g = outputs(model)
+    reward = g.square()
+    reward.register_hook(partial(note, "reward, backward"))
+    note("reward")
+    reward.mean().backward()
+    note("afterwards")
+    exact = {"outside", "reward", "reward, backward", "afterwards"}
+    assert allowed == {name: name not in exact for name in allowed} and len(allowed) == 10
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_computes_the_same_and_is_compiled_a_few_times(
+    monkeypatch, precision, checkpointing
+):
+    """Whatever the numbers of images and of visible tokens; here without a C++ compiler."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    workbench.precision.compiled.cache_clear()
+    model, results = random_model(depth=3), []
+    for is_compiled in (False, True):
+        set_precision(model, precision, checkpointing, is_compiled)
+        model.zero_grad()
+        for n, hidden in ((8, 0.5), (5, 0.3), (3, 0.9)):
+            x, labels = images(n)
+            mask = maskrl.random_mask(
+                hidden * torch.rand(n, generator=maskrl.rng(n)), 16, maskrl.rng(n)
+            )
+            c = model.context(x, mask, labels)
+            z = torch.randn(n * 16, 12, generator=maskrl.rng(n))
+            maskrl.one_step(model.head, z, c.flatten(0, 1), 5.0).square().mean().backward()
+        results.append(gradients(model))
+    workbench.precision.compiled.cache_clear()
+    plain, with_compiler = results
+    torch.testing.assert_close(with_compiler, plain)
+    assert 3 <= len(graphs) <= 6  # encoder, decoder and head, not 3 times each of their blocks
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_torch_compile_with_its_own_compiler_computes_the_same():
+    model = random_model(depth=2)
+    expected = outputs(model)
+    set_precision(model, is_compiled=True)
+    for exact, here in zip(expected, outputs(model)):
+        torch.testing.assert_close(here, exact, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,17 @@ from workbench.files import load_checkpoint, write_checkpoint
 from workbench.monitors import ValidationMetric
 from workbench.precision import set_precision
 from workbench.settings import preset
-from workbench.studies import budget, credit, folders, lab, make_checkpoints, records, study, tables
+from workbench.studies import (
+    budget,
+    credit,
+    folders,
+    lab,
+    make_checkpoints,
+    official,
+    records,
+    study,
+    tables,
+)
 from workbench.studies.__main__ import main
 from workbench.studies.action import Action
 from workbench.studies.cost import Cost
@@ -25,6 +36,7 @@ from workbench.studies.credit import Branching, Credit, Window
 from workbench.studies.critical import Critical, EqualNumbers
 from workbench.studies.gsim import Gsim
 from workbench.studies.heads import Heads
+from workbench.studies.official import Official
 from workbench.studies.schedule import GivenCounts, Schedule, ascending
 from workbench.studies.speed import Bench, Speed
 from workbench.studies.study import Study
@@ -73,10 +85,13 @@ def cut_short(patch, folder):
     patch.setattr(Bench, "rounds", 2)
     patch.setattr(Bench, "steps", 2)
     patch.setattr(Bench, "random_steps", 2)
+    patch.setattr(official, "preset", tiny_preset)
+    patch.setattr(Official, "sizes", {"small": (4, 2)})
     return partial(run, folder / "out")
 
 
 def run(out, *argv):
+    argv = [*argv, "--peer", str(Path(__file__).parent / "data" / "official")]
     main([*argv, "--out", str(out), "--device", "cpu", "--threads", "1"])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskrl import MAR, Attention, Block, Contexts, gather_rows, visible_first
 from workbench.errors import InputError
-from workbench.precision import InBFloat16
+from workbench.precision import in_precision_of
 
 WARM_UP = 3  # iterations at the start, when each token changes most, that compute everything
 
@@ -110,8 +110,7 @@ def lazy_context(model: MAR, tokens, mask, labels, wanted: Tensor, cache: RowCac
 
     All others are as the cache has them. An empty cache needs everything to be wanted. The
     precision is that of `model.context`."""
-    low = isinstance(vars(model).get("context"), InBFloat16)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=low):
+    with in_precision_of(model):
         visible = model.visible(mask)
         x = gather_rows(model.encoder_input(tokens, labels), cache.select(visible & wanted))
         for block in model.encoder_blocks:

@@ -108,7 +108,7 @@ class Stage:
             self.writer = self.run.tensorboard(folder, purge_step=self.start)
         settings = self.run.settings
         for network in self.networks:
-            set_precision(network, settings.precision, settings.checkpointing)
+            set_precision(network, settings.precision, settings.checkpointing, settings.compile)
         self.bar = tqdm(
             range(self.start, self.iters), self.name, self.iters, initial=self.start, mininterval=1
         )

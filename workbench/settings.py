@@ -29,6 +29,7 @@ class RunSettings(maskrl.Settings):
     # memory and speed
     precision: str = "fp32"  # number format of the hidden layers' matrix products
     checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
+    compile: bool = False  # compile blocks and head by torch.compile, which takes minutes
     # training the teacher
     batch: int = 64  # images per update of teacher and student
     # RL
@@ -76,7 +77,7 @@ LIMITS = {
     "head_width": WIDTH,
     "head_depth": DEPTH,
     "predicts": {"choices": ("x_0", "eps")},
-    "precision": {"choices": ("fp32", "bf16")},  # never fp16, whose range losses would leave
+    "precision": {"choices": ("fp32", "tf32", "bf16")},  # not fp16: losses would leave its range
     "steps": COUNT,
     "order": {"choices": ("random", "halton")},
     "denoise_steps": {"at_least": 2, "at_most": 1000},
@@ -180,7 +181,8 @@ MODEL_SETTINGS = (
     *("buffer", "head_width", "head_depth", "predicts"),
 )
 STUDENT_SETTINGS = (*MODEL_SETTINGS, "noise_ratio", "guidance", "gsim_guidance")  # and GSIM
-MEMORY_SETTINGS = ("checkpointing", "precision", "micro_batch")  # how, not what, is computed
+# How, not what, is computed
+MEMORY_SETTINGS = ("checkpointing", "compile", "precision", "micro_batch")
 
 # fmt: off
 PRESETS = {

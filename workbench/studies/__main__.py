@@ -33,6 +33,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--seeds", help="comma-separated (default: those of the study, 0 or 0,1,2)")
     add("--out", type=Path, default=Path("runs/study"), help="default: %(default)s")
     add("--only", nargs="+", default=[], metavar="ROW", help="beginnings of row names")
+    peer = STUDIES["official"].peer
+    add("--peer", type=Path, default=peer, help="the official code of MAR (default: %(default)s)")
     add_device(parser)
     args = parser.parse_args(argv)
     for name in args.studies:
@@ -47,6 +49,7 @@ def main(argv=None) -> None:
         render()
         return
     device = find_device(args.device, args.threads)
+    STUDIES["official"].peer = args.peer
     labs = {}
     for name in args.studies:
         study = STUDIES[name]

@@ -24,7 +24,9 @@ from workbench.precision import InBFloat16, wrap
 from workbench.settings import RELEASED, RunSettings, preset
 
 GB = 1e9
-PEAK = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}  # FLOPs per second of an A100
+# FLOPs per second at a GPU's peak, and bytes per second of its memory
+A100 = {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 2.0e12}
+H100 = {"bf16": 989e12, "tf32": 495e12, "fp32": 67e12, "memory": 3.35e12}
 
 
 class SavedBytes:
@@ -107,7 +109,8 @@ class Budget:
     """Bytes and hours of a model of pixels in its three stages: teacher, GSIM, RL."""
 
     image_channels, classes = 3, 10
-    utilisation = 0.2  # of an A100's peak: an assumption; small products, and much that is none
+    utilisation = 0.2  # of a GPU's peak: an assumption; small products, and much that is none
+    gpu = A100
 
     def __init__(self, settings: RunSettings):
         self.settings = settings
@@ -126,16 +129,26 @@ class Budget:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
+    @cached_property
+    def head_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.head.parameters())
+
+    @property
+    def heads_alone(self) -> bool:
+        """Whether GSIM trains heads alone, all the time."""
+        return self.settings.heads_iters >= self.settings.gsim_iters
+
     def network_bytes(self, copies: int) -> int:
         """So many float32 copies of a network's parameters, and in bf16 a low copy of weights."""
         return self.parameters * (4 * copies + 2 * (self.settings.precision == "bf16"))
 
     def weights(self) -> dict[str, int]:
         """Networks, gradients, the two states of Adam, EMA."""
-        gsim = (1, 1 + 1 + 2 + 1 + 1, 1 + 1 + 2)  # teacher; student, with the best EMA; auxiliary
+        gsim = (1, 1 + 1 + 1, 1)  # teacher; student, with its EMA and the best one; auxiliary
+        trained = 2 * (1 + 2) * 4 * (self.head_parameters if self.heads_alone else self.parameters)
         return {
             "teacher": self.network_bytes(1 + 1 + 2 + 1),
-            "GSIM": sum(map(self.network_bytes, gsim)),
+            "GSIM": sum(map(self.network_bytes, gsim)) + trained,
             "RL": self.network_bytes((1 + 1 + 2) + 3),  # policy; reference, student and teacher
         }
 
@@ -166,7 +179,7 @@ class Budget:
         return {
             "teacher": images * context + round(tokens * own),
             # of the auxiliary network, and two rows of the teacher (guidance), only towards x_t
-            "GSIM": images * context + round(tokens * (own + 3 * frozen)),
+            "GSIM": images * context * (not self.heads_alone) + round(tokens * (own + 3 * frozen)),
             "RL": part * context + round(part * s.length / s.steps * own) + values,
         }
 
@@ -179,41 +192,55 @@ class Budget:
         rl = s.rl_iters + s.schedule_iters
         return {"teacher": s.teacher_iters, "GSIM": s.gsim_iters, "RL": rl}
 
-    def hours(self) -> dict[str, float]:
-        """Of all updates, from their forward passes. A backward pass costs two of them, with
-        checkpointing three for contexts."""
+    def passes(self) -> dict[str, tuple[float, float]]:
+        """Contexts, and tokens through a head, in one update, as forward passes. A backward pass
+        costs two of them, with checkpointing three for contexts."""
         s, backward = self.settings, 2 + self.settings.checkpointing
-        teacher, gsim = s.teacher_iters * s.batch, s.gsim_iters * s.batch
-        tokens = s.length / 2 * s.draws  # an image's, half of them being hidden
+        tokens = s.batch * s.length / 2 * s.draws  # half of them being hidden
         # GSIM: contexts of student and auxiliary network, with gradient and once more without, and
-        # the teacher's two. Heads: the student's twice, and its gradient; the auxiliary network's
-        # twice, and the gradients of its weights and of its input (one pass); two of the teacher's
-        # rows, and the gradient of their input
-        gsim_contexts = 2 * (1 + backward) + 2 + 2
+        # the teacher's two, which heads alone share. Heads: the student's twice, and its gradient;
+        # the auxiliary network's twice, and the gradients of its weights and of its input (one
+        # pass); two of the teacher's rows, and the gradient of their input
         gsim_heads = (2 + 2) + (2 + 2 + 1) + (2 + 2)
-        # RL: the sampler, with the predictions that the information gain needs; the policy with
-        # gradient, and the reference; at the end the schedule alone
+        return {
+            "teacher": (s.batch * (1 + backward), 3 * tokens),
+            "GSIM": (s.batch * (2 * (1 + backward) + 2 + 2), gsim_heads * tokens),
+            "GSIM, heads alone": (s.batch * 2, gsim_heads * tokens),
+        }
+
+    def hours(self) -> dict[str, float]:
+        """Of all updates."""
+        s, passes = self.settings, self.passes()
+        hours = {stage: self.hours_of(*passes[stage]) for stage in passes}
+        alone = min(s.heads_iters, s.gsim_iters)
+        whole = s.gsim_iters - alone
+        return {
+            "teacher": s.teacher_iters * hours["teacher"] + self.hours_of_muon(),
+            "GSIM": whole * hours["GSIM"] + alone * hours["GSIM, heads alone"],
+            "RL": self.hours_of(*self.passes_of_rl()),
+        }
+
+    def passes_of_rl(self) -> tuple[float, float]:
+        """Of all updates: the sampler, with the predictions that the information gain needs; the
+        policy with gradient, and the reference; at the end the schedule alone."""
+        s, backward = self.settings, 2 + self.settings.checkpointing
         images = s.prompts * s.group
         pairs, alone = images * s.critical_steps, 4 * s.schedule_iters * images
         contexts = images * s.steps + (1 + backward + 1) * pairs
         drawn = images * s.length * (1 + s.steps / 2) + (3 + 1) * pairs * s.length / s.steps
-        rl = s.rl_iters * contexts + alone * s.steps, s.rl_iters * drawn + alone * s.length
-        return {
-            "teacher": self.hours_of(teacher * (1 + backward), teacher * 3 * tokens)
-            + self.hours_of_muon(),
-            "GSIM": self.hours_of(gsim * gsim_contexts, gsim * gsim_heads * tokens),
-            "RL": self.hours_of(*rl),
-        }
+        return s.rl_iters * contexts + alone * s.steps, s.rl_iters * drawn + alone * s.length
 
     def hours_of(self, contexts: float, tokens: float) -> float:
+        return self.seconds_at_peak(contexts, tokens) / self.utilisation / 3600
+
+    def seconds_at_peak(self, contexts: float, tokens: float) -> float:
         """Of so many contexts, and tokens through the head, whose outer layers are float32."""
         s = self.settings
         # the weights of projections and MLP, then attention
         block = 2 * self.rows * 12 * s.width**2 + 2 * 2 * self.rows**2 * s.width
         outer = 2 * 3 * self.channels * s.head_width
         inner = contexts * self.blocks * block + tokens * (self.head_flops() - outer)
-        seconds = inner / PEAK[s.precision] + tokens * outer / PEAK["fp32"]
-        return seconds / self.utilisation / 3600
+        return inner / self.gpu[s.precision] + tokens * outer / self.gpu["fp32"]
 
     def head_flops(self) -> int:
         """Of a token, which meets every weight once."""
@@ -224,7 +251,7 @@ class Budget:
         muon = teacher_optimizers(self.model).get("muon")
         shapes = [sorted(p.shape) for p in muon.param_groups[0]["params"]] if muon else []
         total = sum(5 * (2 * 2 * n**2 * m + 2 * n**3) for n, m in shapes)
-        return self.settings.teacher_iters * total / PEAK["bf16"] / self.utilisation / 3600
+        return self.settings.teacher_iters * total / self.gpu["bf16"] / self.utilisation / 3600
 
 
 class ReleasedBudget(Budget):
@@ -244,7 +271,7 @@ class ReleasedBudget(Budget):
         """latents: of 60 % of ImageNet, both flips; and with the reports of distilling and RL."""
         s, own = self.settings, super().hours()
         encode, decode = (  # PyTorch's convolutions use TF32
-            n / PEAK["tf32"] / self.utilisation / 3600 for n in cost_of_autoencoder()[:2]
+            n / self.gpu["tf32"] / self.utilisation / 3600 for n in cost_of_autoencoder()[:2]
         )
         teacher = self.hours_of(2 * s.steps, 2 * s.denoise_steps * s.length) + decode  # an image
         student = self.hours_of(s.steps, s.length) + decode
@@ -260,12 +287,16 @@ class ReleasedBudget(Budget):
 
 
 def small_table(**overrides) -> str:
+    """Also with batches in one part."""
     budget = Budget(preset("small", **overrides))
     hours, peak = budget.hours(), budget.peak()
-    lines = ["| | updates | hours | GB |", "|---|---|---|---|"]
+    whole = Budget(preset("small", **overrides | {"micro_batch": 0})).peak()
+    lines = ["| | updates | hours | GB | GB, `--micro-batch 0` |", "|---" * 5 + "|"]
     for stage, updates in budget.updates().items():
-        lines.append(f"| {stage} | {updates:,} | {hours[stage]:.1f} | {peak[stage] / GB:.1f} |")
-    lines.append(f"| all | | {sum(hours.values()):.1f} | {max(peak.values()) / GB:.1f} |")
+        gigabytes = f"{peak[stage] / GB:.1f} | {whole[stage] / GB:.1f}"
+        lines.append(f"| {stage} | {updates:,} | {hours[stage]:.1f} | {gigabytes} |")
+    gigabytes = f"{max(peak.values()) / GB:.1f} | {max(whole.values()) / GB:.1f}"
+    lines.append(f"| all | | {sum(hours.values()):.1f} | {gigabytes} |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ DRY = {  # of every size, on a CPU
     **{"head_width": 16, "head_depth": 1, "steps": 2, "denoise_steps": 2, "batch": 2},
     **{"prompts": 2, "group": 2, "precision": "fp32", "micro_batch": 0},
 }
-STAGES = ("teacher", "GSIM", "RL, z", "RL, x", "backprop, z")
+STAGES = ("teacher", "GSIM", "RL, z", "RL, x", "backprop, z", "GSIM, heads alone")
 ARMS = ("student", "student + cache", "student + schedule", "all together", "teacher, 100 steps")
 
 
@@ -138,8 +139,12 @@ def brightness(images: Tensor, labels: Tensor) -> Tensor:
 
 def update_of(size: str, stage: str, meter: Meter, **overrides) -> tuple[Callable, nn.Module]:
     """update(), on one batch of noise, and the model that learns."""
-    name, _, action = stage.partition(", ")
-    teacher = random_model(size, "teacher", meter, action=action or "z", **overrides)
+    name, _, how = stage.partition(", ")
+    if name == "GSIM" and how:
+        overrides["heads_iters"] = 1
+    elif how:
+        overrides["action"] = how
+    teacher = random_model(size, "teacher", meter, **overrides)
     settings, device = teacher.settings, meter.device
     x = torch.randn(settings.batch, settings.length, teacher.channels, device=device)
     labels = torch.arange(settings.batch, device=device) % 2
@@ -150,12 +155,12 @@ def update_of(size: str, stage: str, meter: Meter, **overrides) -> tuple[Callabl
         training = Distillation(teacher, settings)
     else:
         method = {"RL": PolicyGradient, "backprop": RewardBackpropagation}[name]
-        student = random_model(size, "student", meter, action=action, **overrides)
+        student = random_model(size, "student", meter, **overrides)
         training = method(student, settings, brightness, x.mean(0, keepdim=True))
         labels = torch.arange(training.prompts(0), device=device) % 2
     for network in vars(training).values():
         if isinstance(network, MAR):
-            set_precision(network, settings.precision, settings.checkpointing)
+            set_precision(network, settings.precision, settings.checkpointing, settings.compile)
     inputs = [x, labels] if name in ("teacher", "GSIM") else [labels]
     return partial(training.update, 0, *inputs, seed=0), training.model
 
@@ -266,16 +271,12 @@ def precision(meter: Meter) -> None:
 
 
 def in_precision(model, labels, expected, meter: Meter, how: str, seconds: float) -> dict:
-    torch.set_float32_matmul_precision("high" if how == "TF32" else "highest")
-    try:
-        set_precision(model, "bf16" if how == "bf16" else "fp32")
-        difference = (generate(model, labels) - expected).square().mean().sqrt()
-        figures = per_second(partial(generate, model, labels), meter.device, seconds / 2)
-        lower = "bf16" if how == "bf16" else "fp32"
-        update, _ = update_of("small", "teacher", meter, precision=lower)
-        trained = per_second(update, meter.device, seconds / 2)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    precision = how.lower()
+    set_precision(model, precision)
+    difference = (generate(model, labels) - expected).square().mean().sqrt()
+    figures = per_second(partial(generate, model, labels), meter.device, seconds / 2)
+    update, _ = update_of("small", "teacher", meter, precision=precision)
+    trained = per_second(update, meter.device, seconds / 2)
     figures["images_per_second"] = len(labels) * figures["per_second"]
     figures["difference"] = float(difference / expected.std())
     return figures | {"updates_per_second": trained["per_second"]}
@@ -283,10 +284,12 @@ def in_precision(model, labels, expected, meter: Meter, how: str, seconds: float
 
 def compiled(meter: Meter) -> None:
     """The head in its chain, and a transformer block there and back: as they are, compiled, and in
-    CUDA graphs."""
+    CUDA graphs; and updates with --compile."""
     ways = ("eager", "compiled", "CUDA graphs")
     calls = {f"chain of the head, {how}": partial(chain_rate, how, meter) for how in ways}
     calls |= {f"block, {how}": partial(block_rate, how, meter) for how in ways}
+    for how, stage in product(ways[:2], ("teacher", "GSIM")):
+        calls[f"update of {stage}, {how}"] = partial(update_rate, stage, how, meter)
     meter.measure(calls)
 
 
@@ -317,6 +320,12 @@ def block_rate(how: str, meter: Meter, seconds: float) -> dict:
     rows = model.settings.buffer + model.length
     x = torch.randn(8, rows, model.settings.width, device=meter.device, requires_grad=True)
     return per_second(partial(there_and_back, block, x), meter.device, seconds)
+
+
+def update_rate(stage: str, how: str, meter: Meter, seconds: float) -> dict:
+    """Updates of `small` a second; a dry run compiles nothing."""
+    update, _ = update_of("small", stage, meter, compile=how == "compiled" and not meter.dry)
+    return per_second(update, meter.device, seconds)
 
 
 def there_and_back(module: Callable, x: Tensor) -> None:

@@ -12,8 +12,10 @@ from workbench.studies.credit import Credit
 from workbench.studies.critical import Critical
 from workbench.studies.folders import Emoji, Letters
 from workbench.studies.gpu import gpu_table
+from workbench.studies.gpu_time import epochs_table, time_table
 from workbench.studies.gsim import Gsim
 from workbench.studies.heads import Heads
+from workbench.studies.official import Official
 from workbench.studies.records import command, read_result
 from workbench.studies.schedule import Schedule
 from workbench.studies.speed import Bench, Speed
@@ -27,7 +29,7 @@ STUDIES = {
     study.name: study
     for study in (
         *(Story(), Distil(), Heads(), Gsim(), Variance(), Action(), Critical(), Credit()),
-        *(Schedule(), Temperature(), Cost(), Speed(), Bench(), Emoji(), Letters()),
+        *(Schedule(), Temperature(), Cost(), Speed(), Bench(), Official(), Emoji(), Letters()),
     )
 }
 DECIMALS = {  # of the figures in a table
@@ -251,6 +253,8 @@ BLOCKS = {
     "results": readme_results,
     "budget of small": small_table,
     "budget of MAR": released_table,
+    "time of updates": time_table,
+    "epochs of MAR-B": epochs_table,
     "GPU": gpu_table,
 }
 
