@@ -169,9 +169,7 @@ def load_data(
     size = settings.image_size * stride
     if name == "shapes":
         if classes or class_names:
-            raise InputError(
-                "--classes and --class-names need another --data; shapes are all drawn"
-            )
+            raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
         classes, images, labels = load_shapes(settings, size)
         return Data(name, classes, {}, *splits(images, labels, divide(labels, name, classes)))
     dataset = read_dataset(name, cache) if name in DATASETS else None

