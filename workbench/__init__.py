@@ -13,6 +13,7 @@ The run       settings     a run's settings, their limits and presets
               distributed  several processes, started by torchrun
               devices      which GPUs there are, and what they can do
 Images        data         the shapes, folders, classes, splits
+              datasets     MNIST, CIFAR and others that are downloaded
               images       reading image files
               cache        decoded images and latents, kept in files
               latents      what a generator of latents learns
