@@ -914,9 +914,9 @@ class Sampling:
         A pair is annealed along the cosine schedule, at whose k of K steps 2/pi acos(hidden / L) is
         k / K: at first tokens decide what the image will be, at last many of them, drawn together,
         have to fit."""
-        first, last = self.temperature, self.temperature
-        if isinstance(self.temperature, tuple):
-            first, last = self.temperature
+        if not isinstance(self.temperature, tuple):
+            return torch.full(hidden.shape, self.temperature, device=hidden.device)
+        first, last = self.temperature
         progress = 2 / math.pi * torch.acos(hidden / length)
         return first + (last - first) * progress
 

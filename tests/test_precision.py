@@ -189,6 +189,7 @@ def test_a_compiled_model_computes_the_same_and_is_compiled_a_few_times(
         graphs.append(graph)
         return graph.forward
 
+    torch._dynamo.reset()  # it compiles the code of a method only so often
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
     workbench.precision.compiled.cache_clear()
     model, results = random_model(depth=3), []
@@ -344,7 +345,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(name, checkpointing):
     """Within 2 %, also those of weights that are used with and without a graph in one update."""
     update, overrides = UPDATES[name]
     results = []
-    for precision in PRECISIONS:
+    for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
         settings = tiny(**overrides, precision=precision, checkpointing=checkpointing)
         results.append(gradients(update(settings)[1]))
