@@ -208,7 +208,7 @@ def test_a_compiled_model_computes_the_same_and_is_compiled_a_few_times(
     workbench.precision.compiled.cache_clear()
     plain, with_compiler = results
     torch.testing.assert_close(with_compiler, plain)
-    assert 3 <= len(graphs) <= 6  # encoder, decoder and head, not 3 times each of their blocks
+    assert 3 <= len(graphs) <= 7  # encoder, decoder and head, not 3 times each of their blocks
 
 
 @pytest.mark.long

@@ -240,7 +240,7 @@ def test_at_the_end_the_schedule_learns_alone_from_four_times_the_prompts(tmp_pa
         policies.append(training.model)
     assert seen == [8, 8, 32, 32]  # G = 4 of P = 2, then of 4 P
     epochs = settings.policy_epochs
-    assert rates[-2 * epochs :] == [3e-3] * epochs + [1.5e-3] * epochs
+    assert rates[-2 * epochs :] == [1e-2] * epochs + [5e-3] * epochs
     (before, start), (after, end) = (
         (flat(policy.noise_policy), flat(policy.schedule)) for policy in policies
     )

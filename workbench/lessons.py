@@ -12,14 +12,15 @@ import operator
 import re
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import maskrl
+from workbench.timing import clock
 
+CPU = torch.device("cpu")
 NOTEBOOK = Path(__file__).parents[1] / "tutorial.ipynb"
 RESULTS = Path(__file__).parents[1] / "assets" / "results"
 LISTING = r"From `(maskrl|workbench\.\w+)\.([\w.]+)`:\n```python\n(.*)\n```"
@@ -88,10 +89,10 @@ class Clock:
         self.starts = {}
 
     def begin(self, section: str) -> None:
-        self.starts[section] = time.perf_counter()
+        self.starts[section] = clock(CPU)
 
     def report(self) -> None:
-        names, times = list(self.starts), [*self.starts.values(), time.perf_counter()]
+        names, times = list(self.starts), [*self.starts.values(), clock(CPU)]
         for name, start, end in zip(names, times, times[1:]):
             print(f"{name:26}{end - start:6.1f} s")
         threads = torch.get_num_threads()
@@ -132,9 +133,9 @@ def milliseconds(model, sampling=None, repeats=3, n=9) -> list[float]:
     """Times per image of `repeats` batches of n."""
     times, labels = [], torch.arange(n) % model.num_classes
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock(CPU)
         maskrl.generate(model, labels, sampling)
-        times.append(1000 * (time.perf_counter() - start) / n)
+        times.append(1000 * (clock(CPU) - start) / n)
     return times
 
 
