@@ -202,9 +202,9 @@ def test_a_reward_that_changes_labels_in_place_changes_no_class(training, monkey
     rl = training_of_a_generator(training, careless)
     context = rl.model.context
 
-    def watched(tokens, mask, labels):
+    def watched(tokens, mask, labels, hidden=None):
         calls.append(labels.clone())
-        return context(tokens, mask, labels)
+        return context(tokens, mask, labels, hidden)
 
     monkeypatch.setattr(rl.model, "context", watched)
     rl.update(0, labels, 3)

@@ -44,7 +44,7 @@ def mask_and_labels_of_an_update(settings, B=1000):
     """What a new teacher meets in an update on B images of class 1."""
     training, calls = TeacherTraining(settings, ["a", "b", "c"]), []
 
-    def context(tokens, mask, labels):
+    def context(tokens, mask, labels, hidden):
         calls.append((mask, labels))
         raise Enough
 
