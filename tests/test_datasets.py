@@ -270,7 +270,8 @@ def test_a_run_on_a_set_can_be_resumed_and_sampled(tmp_path, monkeypatch, capsys
     make_idx(tmp_path / "datasets", FashionMNIST)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     out = tmp_path / "out"
-    argv = [*SHORT, "--data", "fashion", "--out", str(out)]
+    shorter = "--steps 2 --judge-n 40 --judge-iters 2 --teacher-iters 2 --gsim-iters 1".split()
+    argv = [*SHORT, *shorter, "--data", "fashion", "--out", str(out)]
     before = train_distill.main(argv)
     assert "180 to train on, 60 for the judge, 200 held out" in capsys.readouterr().out
     after = train_distill.main([*argv, "--resume"])
