@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from workbench.studies import (
     budget,
     credit,
     folders,
+    gpu_time,
     lab,
     make_checkpoints,
     official,
@@ -438,3 +440,34 @@ def test_hours_follow_from_the_products_of_matrices():
     block = rows * 2 * 12 * W**2 + 2 * 2 * rows**2 * W  # projections and MLP, attention
     context = 24 * block / (0.3 * 312e12) / 3600
     assert computed.hours_of(1000, 0) == pytest.approx(1000 * context, rel=1e-6)
+
+
+def test_heads_alone_take_less_time_and_memory():
+    settings = preset("mar_b", precision="bf16", steps=64)
+    whole, alone = (
+        budget.ReleasedBudget(replace(settings, heads_iters=n)) for n in (0, settings.gsim_iters)
+    )
+    contexts = 2 * (1 + 3) + 2 + 2  # of an image, with checkpointing; heads alone share two
+    images, _ = whole.passes()["GSIM"]
+    assert images == contexts * settings.batch
+    assert alone.passes()["GSIM, heads alone"][0] == 2 * settings.batch
+    assert alone.hours()["GSIM"] < whole.hours()["GSIM"] / 2
+    saved = 24 * (whole.parameters - whole.head_parameters)  # gradients, and two states of Adam
+    assert whole.weights()["GSIM"] - alone.weights()["GSIM"] == saved
+
+
+def test_launches_are_those_of_every_block_and_of_every_part_of_a_batch():
+    """Memory, too, grows with the depth; a wider model has more bytes and no more launches."""
+    of_depths = [gpu_time.launches_of_iteration(tiny(depth=n, batch=8, steps=4)) for n in (1, 2, 3)]
+    assert of_depths[2] - of_depths[1] == of_depths[1] - of_depths[0] > 20  # two blocks
+    in_parts = [
+        gpu_time.launches_of_update("teacher", tiny(batch=8, micro_batch=n)) for n in (8, 4, 2)
+    ]
+    assert in_parts[2] - in_parts[1] == pytest.approx(2 * (in_parts[1] - in_parts[0]), rel=0.2)
+    wide, more = (gpu_time.moved_by_block(width, 2, 20, "fp32") for width in (32, 64))
+    assert 1.5 * wide < more < 2.1 * wide
+
+
+def test_a_block_of_linear_layers_moves_what_it_reads_and_writes():
+    layer = torch.nn.Linear(10, 6)
+    assert gpu_time.moved_by_row(layer, torch.randn(1, 10)) == 4 * (10 + 6)

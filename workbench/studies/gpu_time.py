@@ -85,25 +85,26 @@ def launches_of_update(stage: str, settings: RunSettings) -> int:
     return counted.launches
 
 
-def launches_of_generation(kind: str, settings: RunSettings, **sampling) -> int:
+def launches_of_generation(kind: str, settings: RunSettings, sampling: Sampling) -> int:
     model = network(narrow(settings), kind)
-    generate(model, [0, 1], Sampling(steps=1, **sampling))  # makes tables
     with Operators() as counted:
-        generate(model, [0, 1], Sampling(**sampling | {"steps": sampling.get("steps", 1)}))
+        generate(model, [0, 1], sampling)
     return counted.launches
 
 
 def launches_of_iteration(settings: RunSettings) -> int:
     """Of a student."""
-    return launches_of_generation("student", settings, steps=2) - launches_of_generation(
-        "student", settings, steps=1
-    )
+    two, one = (launches_of_generation("student", settings, Sampling(steps)) for steps in (2, 1))
+    return two - one
 
 
 def launches_of_denoising_step(settings: RunSettings) -> int:
     """Of a guided teacher's chain."""
-    count = partial(launches_of_generation, "teacher", settings, guidance=2.0)
-    return count(denoise_steps=3) - count(denoise_steps=2)
+    three, two = (
+        launches_of_generation("teacher", settings, Sampling(1, guidance=2.0, denoise_steps=n))
+        for n in (3, 2)
+    )
+    return three - two
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -132,8 +133,9 @@ def moved_by_head(precision: str, channels: int, width: int, *shape) -> int:
 def moved_by_row(module, *inputs: Tensor) -> int:
     totals = []
     for n in (8, 9):
+        rows = [x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs]
         with Operators() as counted:
-            module(*(x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs))
+            module(*rows)
         totals.append(counted.bytes)
     return totals[1] - totals[0]
 
