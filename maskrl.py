@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from numbers import Integral
 from typing import Any
 
@@ -103,19 +103,19 @@ class Settings:
     rl_lr: float = 1e-4  # learning rate of the generator, with action x
     prompts: int = 16  # P, prompts (class labels) per update
     group: int = 8  # G, rollouts per prompt
-    action: str = "z"  # z ~ N(mu(c), 1), or x ~ N(g(z, c), explore^2)
+    action: str = "z"  # z ~ N(mu(c), temperature^2), or x ~ N(g(z, c), explore^2)
     rl_steps: str = "critical"  # which steps are optimised: critical, random, first or all
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
-    temperature: float = 1.0  # factor on a policy's z, to which it falls from 1 at the start
+    temperature: float = 0.4  # factor on a policy's z, to which it falls from 1 at the start
     policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
     beta: float = 0.05  # weight of KL(policy || student)
     learn_steps: bool = True  # learn a schedule of at most K iterations
-    schedule_lr: float = 3e-3  # learning rate of the schedule policy
+    schedule_lr: float = 1e-2  # learning rate of the schedule policy
     schedule_iters: int = 100  # updates of the schedule alone, at the end
-    alpha: float = 0.5  # reward = quality x speed^alpha
+    alpha: float = 0.3  # reward = quality x speed^alpha
 
     @property
     def length(self) -> int:
@@ -378,19 +378,22 @@ class MAR(nn.Module):
         """The null class for each of the labels [B]."""
         return torch.full_like(labels, self.num_classes)
 
-    def context(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    def context(
+        self, tokens: Tensor, mask: Tensor, labels: Tensor, hidden: list[int] | None = None
+    ) -> Tensor:
         """c [B, L, W] of tokens [B, L, D] under mask [B, L], for labels [B] (num_classes: null).
 
         Hidden tokens are dropped before the encoder's blocks. Images may hide different numbers of
         tokens: shorter sequences are padded, and nothing attends to the padding, so that each image
-        is computed as if it were alone."""
+        is computed as if it were alone. hidden: these numbers, if the host knows them; else it
+        waits for the device."""
         visible = self.visible(mask)
-        count = visible.sum(1)
-        fewest, most = torch.stack(count.aminmax()).tolist()
+        hidden = mask.sum(1).tolist() if hidden is None else hidden
+        most = visible.shape[1] - min(hidden)
         rows = visible_first(visible)[:, :most]  # positions of visible tokens, then padding
         keys = None
-        if fewest < most:
-            keys = torch.arange(most, device=mask.device) < count[:, None]  # [B, most]
+        if min(hidden) < max(hidden):
+            keys = torch.arange(most, device=mask.device) < visible.sum(1)[:, None]  # [B, most]
 
         x = gather_rows(self.encoder_input(tokens, labels), rows)  # [B, most, W]
         for block in self.encoder_blocks:
@@ -427,6 +430,14 @@ class MAR(nn.Module):
 def visible_first(visible: Tensor) -> Tensor:
     """Column indices [B, n] of visible [B, n], the visible ones first."""
     return (~visible).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def find_true(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Row and column [n] of each of the n places where mask [R, C] is true, row by row.
+
+    As mask.nonzero(as_tuple=True), for which the host waits for the device, to learn n."""
+    first = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n]
+    return first // mask.shape[1], first % mask.shape[1]
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -574,19 +585,36 @@ class MaskedBatch:
 
     def __getitem__(self, rows: Tensor) -> "MaskedBatch":
         """The sub-batch of these images."""
-        return MaskedBatch(*(None if v is None else v[rows] for v in vars(self).values()))
+        values = (getattr(self, field.name) for field in fields(self))
+        return MaskedBatch(*(None if v is None else v[rows] for v in values))
+
+    @cached_property
+    def hidden(self) -> list[int]:
+        """How many tokens each image hides. Only here does the host wait for the device."""
+        return self.mask.sum(1).tolist()
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row in 0...B draws - 1 and token [N] of every hidden token of every draw."""
+        draws = self.t.shape[1]
+        return find_true(repeat(self.mask, "b l -> (b n) l", n=draws), draws * sum(self.hidden))
 
     def flat(self, v: Tensor) -> Tensor:
         """v [B, draws, L, ...], of every draw -> [N, ...]."""
-        return v[self.mask[:, None].expand_as(self.t)]
+        return v.flatten(0, 1)[self.places]
 
     def flat_repeated(self, v: Tensor) -> Tensor:
         """v [B, L, ...], the same for all draws -> [N, ...]."""
-        return self.flat(v[:, None].expand(*self.t.shape, *v.shape[2:]))
+        row, token = self.places
+        return v[row // self.t.shape[1], token]
+
+    def inputs(self) -> tuple:
+        """What `MAR.context` gets."""
+        return self.x, self.mask, self.labels, self.hidden
 
     def context(self, network: MAR) -> Tensor:
         """c [N, W]. The costly part, so one context serves all draws."""
-        c = network.context(self.x, self.mask, self.labels) if self.c is None else self.c
+        c = network.context(*self.inputs()) if self.c is None else self.c
         return self.flat_repeated(c)
 
     def denoising_loss(self, network: MAR, x_0: Tensor) -> Tensor:
@@ -886,9 +914,9 @@ class Sampling:
         A pair is annealed along the cosine schedule, at whose k of K steps 2/pi acos(hidden / L) is
         k / K: at first tokens decide what the image will be, at last many of them, drawn together,
         have to fit."""
-        first, last = self.temperature, self.temperature
-        if isinstance(self.temperature, tuple):
-            first, last = self.temperature
+        if not isinstance(self.temperature, tuple):
+            return torch.full(hidden.shape, self.temperature, device=hidden.device)
+        first, last = self.temperature
         progress = 2 / math.pi * torch.acos(hidden / length)
         return first + (last - first) * progress
 
@@ -920,7 +948,7 @@ def halton_order(side: int, n: int, generator) -> Tensor:
     Tokens of the same iteration are drawn independently, so adjacent ones may not match. The cells
     of the grid are visited as points of Halton's sequence in bases 2 and 3 fall into them. Ours:
     each image shifts the grid around its edges, and half of them transpose it."""
-    first_visit = halton_cells(side).to(generator.device)
+    first_visit = halton_cells(side, generator.device)
     y, x = first_visit // side, first_visit % side
     rng_kwargs = {"generator": generator, "device": generator.device}
     dy, dx = torch.randint(side, (2, n, 1), **rng_kwargs)
@@ -930,14 +958,14 @@ def halton_order(side: int, n: int, generator) -> Tensor:
 
 
 @cache
-def halton_cells(side: int) -> Tensor:
+def halton_cells(side: int, device: torch.device) -> Tensor:
     """The cells [L] of a grid in the order in which Halton's sequence first visits them."""
     cells = {}
     for i in itertools.count(1):
         y, x = (int(radical_inverse(i, base) * side) for base in (2, 3))
         cells.setdefault(y * side + x)
         if len(cells) == side**2:
-            return torch.tensor(list(cells))
+            return torch.tensor(list(cells), device=device)
 
 
 def radical_inverse(i: int, base: int) -> Fraction:
@@ -981,10 +1009,12 @@ class Trace:
         return mask, mask & (rank >= hidden - self.counts[..., None])
 
 
-def class_and_null_context(model: MAR, tokens, mask, labels) -> tuple[Tensor, Tensor]:
+def class_and_null_context(
+    model: MAR, tokens, mask, labels, hidden: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """c for the labels and c for the null class, each [B, L, W], computed in one batch."""
     both = torch.cat([labels, model.null(labels)])
-    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both).chunk(2)
+    return model.context(tokens.repeat(2, 1, 1), mask.repeat(2, 1), both, hidden).chunk(2)
 
 
 class Contexts:
@@ -997,14 +1027,16 @@ class Contexts:
     def __init__(self, model: MAR, labels: Tensor, guided: bool):
         self.model, self.labels, self.guided = model, labels, guided
 
-    def before(self, k: int, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """k: the iteration; tokens [B, L, D], mask [B, L]."""
-        unfinished = mask.any(1)
-        # one index for all that follows: a boolean one would be searched at each use
-        unfinished = slice(None) if unfinished.all() else unfinished.nonzero()[:, 0]
+    def before(
+        self, k: int, tokens: Tensor, mask: Tensor, hidden: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """k: the iteration; tokens [B, L, D], mask [B, L]; hidden: how many each image hides."""
+        unfinished, left = slice(None), [n for n in hidden if n]
+        if len(left) < len(hidden):
+            unfinished, _ = find_true(mask.any(1, keepdim=True), len(left))
         c = torch.zeros(*mask.shape, self.model.settings.width, device=mask.device)
         c_null = torch.zeros_like(c) if self.guided else None
-        inputs = tokens[unfinished], mask[unfinished], self.labels[unfinished]
+        inputs = tokens[unfinished], mask[unfinished], self.labels[unfinished], left
         if self.guided:
             c[unfinished], c_null[unfinished] = class_and_null_context(self.model, *inputs)
         else:
@@ -1059,32 +1091,42 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
 
     rank = order.argsort(1)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
+    host_hidden = [to_draw] * len(labels)  # the same numbers, as the host knows them
     z, means = torch.zeros_like(tokens), torch.zeros_like(tokens)
     temperatures = torch.ones(rank.shape, device=model.device)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
     record = {name: [] for name in ("counts", "predictions", "states")}
     for k in tqdm(range(len(fixed)), "iterations", disable=not sampling.progress, leave=False):
-        mask = rank < hidden[:, None]
-        if schedule is not None and not mask.any():
+        if not any(host_hidden):
             break
-        c, _ = contexts.before(k, tokens, mask)
+        mask = rank < hidden[:, None]
+        c, _ = contexts.before(k, tokens, mask, host_hidden)
         count = torch.full_like(hidden, fixed[k])
         if schedule is not None:
             state = schedule_state(c, mask, (len(fixed) - k) / model.settings.steps)
             count = schedule.select(state, None if sampling.greedy else generator)
             count = torch.minimum(count, hidden)  # 0 for a finished image
             record["states"].append(state)
-        hidden = hidden - count
+        temperature = sampling.temperature_at(hidden, model.length)[:, None]
+        hidden, n_hidden = hidden - count, sum(host_hidden)
+        if schedule is None:
+            host_hidden = [n - fixed[k] for n in host_hidden]
+        else:  # the host waits for the device
+            host_hidden = hidden.tolist()
         reveal = mask & (rank >= hidden[:, None])
         c, c_null = contexts.after(reveal)
 
         # which tokens to draw: the whole image, or only what is revealed
-        drawn = (mask if predictions else reveal).nonzero(as_tuple=True)
-        scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
-        temperature = sampling.temperature_at(hidden + count, model.length)[:, None]
+        if predictions:
+            drawn = find_true(mask, n_hidden)
+        else:
+            drawn = find_true(reveal, n_hidden - sum(host_hidden))
+        scale = None
+        if c_null is not None:
+            scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
+            c_null = c_null[drawn]
         z_k = noise.z if chains[k] else temperature[..., None] * noise.z
         image = tokens.clone()
-        c_null = None if c_null is None else c_null[drawn]
         image[drawn] = draw_tokens(
             model, chains[k], z_k[drawn], c[drawn], c_null, scale, generator, temperature[drawn[0]]
         )
@@ -1258,8 +1300,8 @@ class Distillation:
         return {"loss": loss, "aux_loss": aux_loss, "grad_norm": norm}
 
     @torch.no_grad()
-    def teacher_contexts(self, x: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return class_and_null_context(self.teacher, x, mask, labels)
+    def teacher_contexts(self, *inputs) -> tuple[Tensor, Tensor]:
+        return class_and_null_context(self.teacher, *inputs)
 
     def draw(self, x, mask, labels, generator, c=None, c_null=None) -> MaskedBatch:
         """The images with fresh times, eps and z for every token."""
@@ -1294,7 +1336,7 @@ class Distillation:
             c_q = batch.context(self.aux)
         both = batch.c, batch.c_null
         if batch.c is None:
-            both = self.teacher_contexts(batch.x, batch.mask, batch.labels)
+            both = self.teacher_contexts(*batch.inputs())
         c_p, c_null = map(batch.flat_repeated, both)
         guided_teacher = guided(self.teacher.head, c_p, c_null, self.guidance(batch))
 
@@ -1377,7 +1419,7 @@ def select_steps(
 
 
 class NoisePolicy(nn.Module):
-    """The mean mu(c) [N, D] of the noise z ~ N(mu(c), 1) that tokens start from, for c [N, W].
+    """The mean mu(c) [N, D] of the noise z ~ N(mu(c), temperature^2) that tokens start from.
 
     It starts at zero, where the policy is the student."""
 
@@ -1430,7 +1472,7 @@ class SchedulePolicy(nn.Module):
         left = (K * states[:, -1:]).round().long()
         m = (hidden - self.cosine[K - left]).clamp(min=1)
         log_f, log_w = self.net(self.features(states)).chunk(2, 1)
-        w = 0.5 * 4 ** log_w.tanh()  # 1/8 to 2
+        w = 0.5 * 2 ** log_w.tanh()  # 1/4 to 1: narrower, it would no longer explore
         n = torch.arange(1, L + 1, device=states.device)
         logits = -((n.log() - m.log() - log_f) / w).square() / 2
         least = torch.where(left > 1, 1, hidden)
@@ -1463,7 +1505,7 @@ def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
 # 10 Reinforcement learning ------------------------------------------------------------------------
 # GRPO, group relative policy optimisation, and then MARVAL's back-propagation of a reward. The
 # action is one of two Gaussians, whose log pi is known in closed form:
-#     z   the noise of a token, drawn from N(mu(c), 1); only mu learns
+#     z   the noise of a token, drawn from N(mu(c), temperature^2); only mu learns
 #     x   a token, drawn from N(g(z, c), sigma^2) with z given; the whole generator learns
 # The rollouts of a group share the class and the order and, if z is no action, z: they differ in
 # their actions alone. quality(images [B, 3, H, W] in [-1, 1], labels [B]) -> [B] in [0, 1] is the
@@ -1491,7 +1533,7 @@ def token_log_prob(x: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
 
 def token_kl(mean: Tensor, mean_ref: Tensor | float, sigma: Tensor | float) -> Tensor:
     """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) [N], averaged over channels, as log pi is."""
-    sigma = torch.as_tensor(sigma, device=mean.device)[..., None]
+    sigma = sigma[..., None] if torch.is_tensor(sigma) else sigma
     return ((mean - mean_ref) / sigma).square().mean(-1) / 2
 
 
@@ -1736,19 +1778,21 @@ class PolicyGradient:
         settings, steps = self.model.settings, rollouts.trace.steps
         R = total_reward(rollouts.quality, steps, settings)
         A = group_advantages(R, settings.group)
-        return A, {
-            "reward": R.mean().item(),
-            "quality": rollouts.quality.mean().item(),
-            "steps": steps.float().mean().item(),
-            "reward_std": R.view(-1, settings.group).std(1).mean().item(),
-            "frac_zero_advantage": (A == 0).float().mean().item(),
+        metrics = {
+            "reward": R,
+            "quality": rollouts.quality,
+            "steps": steps.float(),
+            "reward_std": R.view(-1, settings.group).std(1),
+            "frac_zero_advantage": (A == 0).float(),
         }
+        means = torch.stack([values.mean() for values in metrics.values()])
+        return A, dict(zip(metrics, means.tolist()))
 
     def noise_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
         """Updates of the noise policy on the counted tokens [B, L], with advantages A [B]."""
         model, settings, trace = self.model, self.model.settings, rollouts.trace
-        counted = counted & (A != 0)[:, None]
-        row = counted.nonzero()[:, 0]  # [N]: the rollout of each counted token
+        counted = (counted & (A != 0)[:, None]).nonzero(as_tuple=True)
+        row = counted[0]  # [N]: the rollout of each counted token
         c, sigma = trace.contexts[counted], rollouts.sigma[counted]
         mu_old = model.noise_policy(c).detach()
         z = trace.z[counted] + mu_old  # as it was drawn
@@ -1875,8 +1919,9 @@ def replay(
     for k in range(keep.shape[1]):
         unfinished = reveals[:, k].any(1)
         for with_graph in (True, False):
-            rows = unfinished & (keep[:, k] == with_graph)
-            if not rows.any():
+            chosen = unfinished & (keep[:, k] == with_graph)
+            rows = chosen.nonzero()[:, 0]
+            if len(rows) == 0:
                 continue
             inputs = tokens[rows], masks[rows, k], labels[rows], reveals[rows, k], trace.z[rows]
             with torch.set_grad_enabled(with_graph):
@@ -1888,15 +1933,16 @@ def replay(
                 with torch.no_grad():
                     _, g_ref = revealed_tokens(reference, *inputs)
                 kls.append(token_kl(g, g_ref, settings.explore))
-            tokens = tokens.masked_scatter((rows[:, None] & reveals[:, k])[..., None], g)
+            tokens = tokens.masked_scatter((chosen[:, None] & reveals[:, k])[..., None], g)
     kl = torch.cat(kls).mean() if kls else torch.zeros((), device=tokens.device)
     return tokens, kl
 
 
 def revealed_tokens(network: MAR, tokens, mask, labels, reveal, z) -> tuple[Tensor, Tensor]:
     """c [n, W] and g [n, D] of the tokens that a step reveals."""
-    c = network.context(tokens, mask, labels)[reveal]
-    z = starting_noise(network, z[reveal], c)
+    revealed = reveal.nonzero(as_tuple=True)
+    c = network.context(tokens, mask, labels)[revealed]
+    z = starting_noise(network, z[revealed], c)
     return c, one_step(network.head, z, c, network.settings.noise_ratio)
 
 

@@ -85,9 +85,8 @@ def parse(argv=None):
     add(
         "--temperature",
         type=float,
-        default=1.0,
         help="factor on the noise of a teacher's chain, or on the z of a one-step generator: below "
-        "1 images are cleaner and less varied (default: 1)",
+        "1 images are cleaner and less varied (default: 1; a policy falls from 1 to its own)",
     )
     add(
         "--refresh",

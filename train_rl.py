@@ -9,6 +9,8 @@ r"""RL on the one-step student: a quality reward, a speed reward, and only the c
     python train_rl.py --student runs/demo/student.pt --reward clip --out runs/clip
     python train_rl.py --student runs/b/student.pt --vae kl16.ckpt --data imagenet/train \
         --reward clip                                     # of a student that makes latents
+    python train_rl.py --student runs/b/student.pt --data photos --out runs/mix \
+        --reward clip=0.7 my_rewards:sharpness=0.3 --held-out embedded
 
 Without --student a teacher and a student are trained first, as by train_distill.py with the same
 options. Writes policy.pt (and teacher.pt, student.pt), log.jsonl, metrics.json, samples.png,
@@ -35,7 +37,15 @@ from workbench.options import add_device, add_settings, clip_options, prepare, t
 from workbench.pictures import gain_picture
 from workbench.released import load_model, read_model
 from workbench.report import compare_schedules, report
-from workbench.rewards import ShapeFit, calibrate, check_reward_name, make_reward
+from workbench.rewards import (
+    MeanReward,
+    ShapeFit,
+    calibrate,
+    check_held_out,
+    make_reward,
+    reward_weights,
+    student_images,
+)
 from workbench.settings import MODEL_SETTINGS
 
 
@@ -49,13 +59,25 @@ def parse(argv=None):
     )
     parser.add_argument(
         "--reward",
-        default="embedded",
+        nargs="+",
+        default=["embedded"],
+        metavar="NAME[=WEIGHT]",
         help="what RL climbs: embedded (a network trained here on the data), fit (exact, for the "
-        "shapes), clip, or module:function, a function of yours (default: %(default)s)",
+        "shapes), clip, or module:function, a function of yours; of several their mean, by "
+        "weights if given. All but embedded are scaled by the student's images, 10 %% of which "
+        "then get less than about 0.1 and 10 %% more than 0.9 (default: embedded)",
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="NAME",
+        help="a reward to log that RL does not climb, named as in --reward and never scaled "
+        "(default: embedded; where RL climbs that, fit for the shapes and otherwise none)",
     )
     add_device(parser)
     add_settings(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.reward = reward_weights(args.reward)
+    return args
 
 
 def train_policy(run, student, quality, monitor, times=10):
@@ -104,19 +126,21 @@ def trained_models(run, reward_net):
     return {"teacher": teacher, "student": train_student(run, teacher, reward_net)}
 
 
-def held_out_reward(name, data, reward_net, device):
-    """A reward that is not trained on, to expose reward hacking; None if there is none."""
-    if name != "embedded":
+def held_out_reward(weights, data, reward_net, device):
+    """What --held-out is by default: a reward that is not trained on, to expose reward hacking;
+    None if there is none. weights: of the rewards that are, {name: weight}."""
+    if "embedded" not in weights:
         return reward_net.quality
-    if data.name != "shapes":
+    if data.name != "shapes" or "fit" in weights:
         return None
     return ShapeFit(data.train.size, device)
 
 
 def main(argv=None):
     args = parse(argv)
-    check_reward_name(args.reward)
-    if args.reward == args.features == "clip":
+    if args.held_out:
+        check_held_out(args.held_out, args.reward)
+    if args.features == "clip" and "clip" in args.reward:
         raise InputError("--features clip: the judge must not look as --reward clip does")
     clip, heads = clip_options(args), getattr(args, "heads", None)
     given = [(args.teacher, "teacher"), (args.student, "student")]
@@ -125,25 +149,34 @@ def main(argv=None):
     with prepare(args, written, contents[-1] if contents else None) as run:
         data, settings, device = run.data, run.settings, run.device
         models = given_models(run) if args.student else None
-        quality = None
-        if args.reward != "embedded":  # first, because a wrong one should show before long work
-            quality = make_reward(args.reward, settings, data, device, clip=clip)
+        make = partial(make_reward, settings=settings, data=data, device=device, clip=clip)
+        # first, because a wrong one should show before long work
+        rewards = {name: make(name) for name in args.reward if name != "embedded"}
+        held_out = None
+        if args.held_out not in (None, "embedded"):
+            held_out = make(args.held_out, option="--held-out")
         judge = make_judge(run)
         reward_net = make_reward_net(run)
-        quality = quality or make_reward("embedded", settings, data, device, reward_net)
+        if "embedded" in args.reward:
+            rewards["embedded"] = make("embedded", net=reward_net)
 
         models = models or trained_models(run, reward_net)
-        role = "the reward" if args.reward == "embedded" else "the held-out reward"
-        calibrate(reward_net, models["student"], data, role)
-        held_out = held_out_reward(args.reward, data, reward_net, device)
+        images, labels = student_images(models["student"], data)
+        if "embedded" in args.reward:
+            calibrate(reward_net, images, labels)
+        elif held_out is None:
+            calibrate(reward_net, images, labels, "the held-out reward")
+        quality = MeanReward(args.reward, rewards, images, labels)
+        held_out = held_out or held_out_reward(args.reward, data, reward_net, device)
         times, n = policy_measurements(settings, len(judge.labels))
-        monitor = RLMonitor(settings, quality, held_out, judge, n)
+        monitor = RLMonitor(settings, quality, held_out, judge, n, quality.raw)
         monitor.start(models["student"])
         training = train_policy(run, models["student"], quality, monitor, times)
         models["policy"] = training.model
 
         gain_picture(run.out, training, data.labels)
-        extra = {"rl": compare_schedules(training, quality, judge), "minutes": run.minutes}
+        rl = compare_schedules(training, quality, judge)
+        extra = {"rl": rl, "rewards": quality.described(), "minutes": run.minutes}
         return report(run.out, settings, data, judge, models, extra)
 
 

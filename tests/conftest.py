@@ -28,6 +28,7 @@ SMALL = {
     "head_width": 32,
     "head_depth": 1,
     "scale": 2.0,
+    "temperature": 1.0,
     "per_class": 30,
     "judge_n": 36,
     "judge_iters": 5,

@@ -396,6 +396,7 @@ def pretend_gpu(memory=80 * 2**30, capability=(8, 0), inner_device=CPU):
         if name.endswith("capture_health_check"):
             fakes[f"torch.optim.Optimizer.{name}"] = answered
     maskrl.alpha_sigma_table.cache_clear()  # of another pretend GPU
+    maskrl.halton_cells.cache_clear()
     foreach = torch.utils._foreach_utils._foreach_supported_types
     with ExitStack() as stack:
         for name, fake in fakes.items():

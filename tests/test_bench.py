@@ -47,8 +47,7 @@ def folder(tmp_path):
         model = maskrl.MAR(tiny(steps=3), classes, kind)
         if kind == "policy":
             maskrl.add_schedule(model)
-            torch.nn.init.zeros_(model.schedule.net[-1].bias)
-            model.schedule.net[-1].bias.data[-1] = 1.0  # all at once
+            model.schedule.net[-1].bias.data[0] = 9.0  # all at once
         write_checkpoint(tmp_path / f"{kind}.pt", model)
     return tmp_path
 

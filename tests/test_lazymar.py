@@ -203,9 +203,9 @@ def test_class_and_null_class_share_a_cache_as_if_each_had_its_own():
 
     def both_passes(labels, guided):
         contexts = LazyContexts(model, labels, guided, every=99)
-        contexts.before(0, tokens, before)
+        contexts.before(0, tokens, before, before.sum(1).tolist())
         contexts.after(before & ~after)
-        contexts.before(5, tokens, after)
+        contexts.before(5, tokens, after, after.sum(1).tolist())
         return contexts.after(following)
 
     c, c_null = both_passes(LABELS, True)

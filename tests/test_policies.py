@@ -152,6 +152,15 @@ def test_a_step_may_reveal_any_number_of_hidden_tokens_and_the_last_one_all():
         assert (row.nonzero()[:, 0] + 1).tolist() == list(range(least, most + 1))
 
 
+def test_a_schedule_never_stops_exploring():
+    """Its width has a floor: with 1/8 the first counts were soon always the same."""
+    policy = SchedulePolicy(width=4, length=16, max_steps=16)
+    policy.net[-1].bias.data[1] = -50.0
+    p = policy.log_probs(states_of([16], [16], 16, 16))[0].exp()
+    ratio = (p[1] / p[0]).item()  # of revealing two tokens and one
+    assert ratio == pytest.approx(math.exp(-8 * math.log(2) ** 2), rel=1e-3)
+
+
 def test_a_schedule_draws_counts_with_its_probabilities():
     policy = SchedulePolicy(width=4, length=16, max_steps=16)
     state = states_of([16], [16], 16, 16)

@@ -282,7 +282,7 @@ def test_films_files_and_completions_are_drawn(script, run, tmp_path):
 
 def test_the_bench_times_and_judges(script, run, tmp_path):
     shutil.copy(run / "policy.pt", tmp_path)
-    how = ["--data", "shapes", "--batches", 1, "--rounds", 2]
+    how = ["--data", "shapes", "--batches", 1, "--rounds", 2, "--judge"]
     script(sample.main, tmp_path / "policy.pt", "--bench", tmp_path / "bench.json", *how)
     arms = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert all(arm["frechet"] >= 0 for arm in arms.values()) and "all together" in arms

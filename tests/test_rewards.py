@@ -1,6 +1,8 @@
 """The rewards that can be named, and what happens to those that do not work."""
 
 import importlib
+import json
+import math
 import os
 import re
 import sys
@@ -12,13 +14,25 @@ from conftest import SHORT, error_of, tiny
 from helpers_rewards import OUT_OF_MEMORY, Refused, reward_net, shapes
 
 import train_rl
-from maskrl import MAR, patchify, rng, unpatchify
+from maskrl import MAR, patchify, rng, total_reward, unpatchify
 from workbench import quality_net, rewards
 from workbench.damage import blur
 from workbench.data import COLOURS, draw_shapes, shape_masks, to_unit
 from workbench.errors import InputError
 from workbench.files import read_checkpoint
-from workbench.rewards import CheckedReward, ShapeFit, calibrate, check_reward_name, make_reward
+from workbench.rewards import (
+    CheckedReward,
+    MeanReward,
+    ScaledReward,
+    ShapeFit,
+    calibrate,
+    check_held_out,
+    check_reward_name,
+    make_reward,
+    reward_weights,
+    student_images,
+)
+from workbench.run import read_log
 
 CPU = torch.device("cpu")
 
@@ -123,7 +137,7 @@ def bright(images, labels):
 def nan(images, labels):
     return bright(images, labels) * float("nan")
 def nan_later(images, labels):
-    return nan(images, labels) if len(calls) >= 5 else bright(images, labels)
+    return nan(images, labels) if len(calls) >= 15 else bright(images, labels)
 def matrix(images, labels):
     return bright(images, labels)[:, None]
 def number(images, labels):
@@ -329,7 +343,164 @@ def test_a_reward_may_change_its_images_and_labels():
     assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
 
 
+# One scale
+
+
+def grey_of(values):
+    """Images of these greys in [0, 1], which `grey` gives back."""
+    values = torch.as_tensor(values)
+    return (2 * values - 1)[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+
+
+def grey(images, labels):
+    return (images.mean((1, 2, 3)) + 1) / 2
+
+
+def like_clip(images, labels):
+    """All images within a tenth, as CLIP has them."""
+    return 0.58 + 0.1 * grey(images, labels)
+
+
+def no_labels(images):
+    return torch.zeros(len(images), dtype=torch.long)
+
+
+def on_scale_of(values, quality):
+    images = grey_of(values)
+    return ScaledReward(CheckedReward("mine", quality), images, no_labels(images))
+
+
+def test_the_students_quantiles_become_a_tenth_a_half_and_nine_tenths(capsys):
+    """A reward that its author multiplied by ten differs in nothing."""
+    values = torch.linspace(0.2, 0.7, 501)
+    for quality in (grey, like_clip):
+        scaled = on_scale_of(values, quality)
+        q = scaled(grey_of([0.25, 0.45, 0.65]), torch.zeros(3, dtype=torch.long))
+        torch.testing.assert_close(q, torch.tensor([0.1, 0.5, 0.9]), atol=1e-3, rtol=0)
+    assert "0.605, 0.625 and 0.645, become about 0.1, 0.5 and 0.9" in capsys.readouterr().out
+
+
+def test_a_scaled_reward_keeps_the_order_and_lets_gradient_through():
+    scaled = on_scale_of(torch.linspace(0.4, 0.6, 100) ** 2, grey)  # a skew one
+    x = grey_of(torch.linspace(0.1, 0.5, 50)).requires_grad_()
+    q = scaled(x, no_labels(x))
+    assert (q.diff() > 0).all() and 0 < q.min() and q.max() < 1
+    low, high = scaled(grey_of(scaled.quantiles[::2]), torch.zeros(2, dtype=torch.long)).logit()
+    assert float(high - low) == pytest.approx(2 * math.log(9), rel=1e-3)
+    assert torch.autograd.grad(q.sum(), x)[0].flatten(1).max(1).values.min() > 0
+
+
+def test_one_step_no_longer_wins_with_a_torn_image():
+    """CLIP's reward is 0.58 for a torn image and 0.68 for a good one: speed paid more than that."""
+    torn_and_good, steps = grey_of([0.0, 1.0]), torch.tensor([1, 8])
+    labels, settings = torch.tensor([0, 0]), tiny(steps=16, alpha=0.5)
+    torn, good = total_reward(like_clip(torn_and_good, labels), steps, settings)
+    assert torn > good
+    scaled = on_scale_of(torch.linspace(0.5, 1.0, 101), like_clip)
+    q = scaled(torn_and_good, labels)
+    assert q[0] < 0.01 and q[1] > 0.9
+    torn, good = total_reward(q, steps, settings)
+    assert good > 10 * torn
+
+
+def test_a_reward_that_cannot_tell_the_students_images_apart_is_refused():
+    values = torch.full((100,), 0.3)
+    values[:8] = 0.9
+    said = "--reward mine gave 0.3 for 80 % of the student's images: nothing to learn"
+    with pytest.raises(InputError, match=said):
+        on_scale_of(values, grey)
+
+
+def test_the_students_images_are_the_same_every_time():
+    student = MAR(tiny(), shapes().classes, "student").eval()
+    images, labels = student_images(student, shapes())
+    torch.rand(3)
+    again, same_labels = student_images(student, shapes())
+    assert torch.equal(images, again) and torch.equal(labels, same_labels)
+    assert images.shape == (512, 3, 8, 8)
+
+
+# Several rewards, and one held out
+
+
+def test_words_of_reward_are_names_and_weights():
+    assert reward_weights(["embedded"]) == {"embedded": 1}
+    assert reward_weights(["clip=7", "a.b:c=3"]) == reward_weights(["a.b:c=0.3", "clip=.7"])
+    assert reward_weights(["clip=7", "a.b:c=3"]) == {"clip": 0.7, "a.b:c": 0.3}
+    assert reward_weights(["fit", "clip"]) == {"fit": 0.5, "clip": 0.5}
+
+
+@pytest.mark.parametrize("weight", ["", "x", "0", "-1", "nan", "inf", "1=2"])
+def test_a_weight_is_a_positive_number(weight):
+    with pytest.raises(InputError, match=f"--reward clip={weight}: the weight must be a positive"):
+        reward_weights(["fit=1", f"clip={weight}"])
+
+
+def test_a_reward_is_named_once():
+    with pytest.raises(InputError, match="--reward clip is given twice"):
+        reward_weights(["clip=0.5", "fit", "clip"])
+    with pytest.raises(InputError, match="--reward clp: expected embedded"):
+        reward_weights(["clp=0.5"])
+
+
+def test_what_is_held_out_is_a_reward_that_is_not_climbed():
+    check_held_out("fit", {"embedded": 1.0})
+    with pytest.raises(InputError, match="--held-out clip: --reward names it, too"):
+        check_held_out("clip", {"clip": 0.7, "fit": 0.3})
+    with pytest.raises(InputError, match="--held-out clp: expected embedded"):
+        check_held_out("clp", {"embedded": 1.0})
+
+
+def test_a_held_out_function_names_its_option(module):
+    with pytest.raises(InputError, match=f"--held-out {module}:nan gave values from nan"):
+        make_reward(f"{module}:nan", tiny(), shapes(), CPU, option="--held-out")
+    held_out = f"{module}:counted"  # it has no gradient and needs none
+    make_reward(held_out, tiny(method="backprop"), shapes(), CPU, option="--held-out")
+
+
+def test_the_mean_of_rewards_is_weighted_and_all_but_embedded_are_scaled():
+    def dark(images, labels):
+        return 1 - like_clip(images, labels)
+
+    rewards = {"embedded": grey, "a:dark": dark, "a:grey": grey}
+    rewards = {name: CheckedReward(name, quality) for name, quality in rewards.items()}
+    images = grey_of(torch.linspace(0.2, 0.7, 501))
+    weights = {"a:dark": 0.3, "a:grey": 0.1, "embedded": 0.6}
+    mean = MeanReward(weights, rewards, images, no_labels(images))
+    x = grey_of([0.25, 0.65])
+    expected = 0.3 * torch.tensor([0.9, 0.1]) + 0.1 * torch.tensor([0.1, 0.9])
+    expected += 0.6 * torch.tensor([0.25, 0.65])
+    torch.testing.assert_close(mean(x, no_labels(x)), expected, atol=1e-3, rtol=0)
+    assert mean.raw == {"a:dark": rewards["a:dark"], "a:grey": rewards["a:grey"]}
+    assert mean.described()["embedded"] == {"weight": 0.6}
+    quantiles = pytest.approx([0.25, 0.45, 0.65], abs=1e-5)
+    assert mean.described()["a:grey"] == {"weight": 0.1, "quantiles": quantiles}
+    assert rewards["a:dark"].quality is dark  # the dictionary that was given is as it was
+
+
 # In the script
+
+
+def test_rl_climbs_a_mix_and_logs_what_is_held_out(module, tmp_path, capsys):
+    mix = ["--reward", f"{module}:bright=3", "fit=1"]
+    out = ["--held-out", f"{module}:counted", "--out", str(tmp_path / "run")]
+    metrics = train_rl.main([*SHORT, *mix, *out])
+    bright, fit = metrics["rewards"][f"{module}:bright"], metrics["rewards"]["fit"]
+    assert (bright["weight"], fit["weight"]) == (0.75, 0.25)
+    lines = [line for line in read_log(tmp_path / "run") if "quality_mean" in line]
+    assert {"held_out", "raw fit", f"raw {module}:bright"} <= set(lines[-1])
+    assert 0.4 < lines[0][f"raw {module}:bright"] < 0.6  # as it is; the scaled one goes to 0 and 1
+    assert 0 < metrics["rl"]["before"]["quality"] < 1
+
+    again = train_rl.main([*SHORT, *mix, *out, "--resume"])
+    assert again["rewards"] == metrics["rewards"]
+    kept = json.loads((tmp_path / "run" / "choices.json").read_text())
+    assert kept["reward"] == f"fit=0.25 {module}:bright=0.75"
+    other = [*SHORT, "--reward", f"{module}:bright", "fit", *out, "--resume"]
+    begun = f"was begun with --reward {kept['reward']}, not fit=0.5 {module}:bright=0.5"
+    assert begun in error_of(train_rl.main, other, capsys)
+    other = [*SHORT, *mix, "--out", tmp_path / "run", "--resume"]
+    assert f"--held-out {module}:counted, not None" in error_of(train_rl.main, other, capsys)
 
 
 def test_rl_climbs_a_function_and_trains_each_network_once(module, tmp_path, monkeypatch):
@@ -350,9 +521,11 @@ def test_rl_climbs_a_function_and_trains_each_network_once(module, tmp_path, mon
     assert min(x.min() for x in seen) >= -1
     assert max(x.max() for x in seen) <= 1
     # by RLMonitor, then by compare_schedules
-    judged = [float(0.5 + 0.1 * x.mean()) for x in seen if len(x) == metrics["n"]]
+    low, median, high = metrics["rewards"][f"{module}:bright"]["quantiles"]
+    judged = [0.5 + 0.1 * x.mean((1, 2, 3)) for x in seen if len(x) == metrics["n"]]
+    scaled = [((r - median) * 2 * math.log(9) / (high - low)).sigmoid().mean() for r in judged]
     before = metrics["rl"]["before"]["quality"]
-    assert any(before == pytest.approx(q, abs=1e-5) for q in judged)
+    assert any(before == pytest.approx(float(q), abs=1e-4) for q in scaled)
 
     again = train_rl.main([*argv, "--resume"])
     assert sorted(trained) == ["judge", "reward"]
@@ -371,5 +544,5 @@ def test_calibration_says_what_the_network_is_there_for(role, capsys):
     """Under --reward fit it was once called the reward."""
     torch.manual_seed(0)
     student = MAR(tiny(), shapes().classes, "student").eval()
-    calibrate(reward_net(), student, shapes(), role)
+    calibrate(reward_net(), *student_images(student, shapes()), role)
     assert capsys.readouterr().out.startswith(f"{role} (embedded) is calibrated: its odds x ")

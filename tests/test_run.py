@@ -39,7 +39,7 @@ def shapes():
 
 def a_run(out, resume=False, **args):
     """A Run in the folder `out`."""
-    options = {"vae": None, "features": "own"} | args
+    options = {"vae": None, "features": "own", "held_out": None} | args
     data = shapes()
     return Run(Namespace(out=out, resume=resume, **options), tiny(), data, torch.device("cpu"))
 
@@ -557,11 +557,11 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
 
 
 def test_a_resumed_run_has_the_reward_with_which_it_was_begun(tmp_path):
-    with a_run(tmp_path, reward="embedded"):
+    with a_run(tmp_path, reward={"embedded": 1.0}):
         pass
     (tmp_path / "teacher.pt").write_text("")
     with pytest.raises(InputError, match="was begun with --reward embedded, not fit"):
-        with a_run(tmp_path, resume=True, reward="fit"):
+        with a_run(tmp_path, resume=True, reward={"fit": 1.0}):
             pass
     with a_run(tmp_path, resume=True):  # as train_distill.py, which has no reward
         pass

@@ -63,7 +63,7 @@ def test_no_setting_may_be_infinite_or_nan(name, value):
         ("judge_n", 1, "--judge-n 1 must be at least 2"),
         ("method", "ppo", "--method ppo must be one of grpo, backprop"),
         ("predicts", "v", "--predicts v must be one of x_0, eps"),
-        ("precision", "fp16", "--precision fp16 must be one of fp32, bf16"),
+        ("precision", "fp16", "--precision fp16 must be one of fp32, tf32, bf16"),
         ("rl_steps", "foo", "--rl-steps foo must be one of critical, random, first, all"),
         ("order", "up", "--order up must be one of random, halton"),
         ("action", "y", "--action y must be one of z, x"),

@@ -64,7 +64,7 @@ def cut_short(patch, folder):
     patch.setattr(train_distill, "ValidationMetric", partial(ValidationMetric, n=32))
     patch.setattr(Gsim, "settings", {"gsim_iters": 2})
     patch.setattr(Action, "settings", Action.settings | {"rl_iters": 2, "steps": 4})
-    patch.setattr(Temperature, "temperatures", (1.0, 0.85))
+    patch.setattr(Temperature, "temperatures", {"at 0.85": 0.85})
     patch.setattr(Critical, "settings", Critical.settings | {"rl_iters": 2, "steps": 4})
     patch.setattr(Critical, "lab_settings", {"teacher_iters": 3})
     patch.setattr(Critical, "more_steps", ())

@@ -160,14 +160,16 @@ def test_what_is_held_out_is_not_what_is_trained(run):
     shapes = load_data(tiny())
     reward_net = QualityNet("reward", 8, 10)
 
-    def held_out(name, data):
-        return train_rl.held_out_reward(name, data, reward_net, device)
+    def held_out(data, *names):
+        return train_rl.held_out_reward(dict.fromkeys(names, 1.0), data, reward_net, device)
 
-    assert isinstance(held_out("embedded", shapes), ShapeFit)
-    assert held_out("fit", shapes) == reward_net.quality
+    assert isinstance(held_out(shapes, "embedded"), ShapeFit)
+    assert isinstance(held_out(shapes, "clip", "embedded"), ShapeFit)
+    assert held_out(shapes, "fit") == reward_net.quality
+    assert held_out(shapes, "embedded", "fit") is None
     shapes.name = "photos/"
-    assert held_out("embedded", shapes) is None
-    assert held_out("clip", shapes) == reward_net.quality
+    assert held_out(shapes, "embedded") is None
+    assert held_out(shapes, "clip") == reward_net.quality
 
 
 def test_what_is_drawn_for_one_step_is_never_drawn_from_the_same_numbers(tmp_path, monkeypatch):
@@ -238,7 +240,7 @@ def test_at_the_end_the_schedule_learns_alone_from_four_times_the_prompts(tmp_pa
         policies.append(training.model)
     assert seen == [8, 8, 32, 32]  # G = 4 of P = 2, then of 4 P
     epochs = settings.policy_epochs
-    assert rates[-2 * epochs :] == [3e-3] * epochs + [1.5e-3] * epochs
+    assert rates[-2 * epochs :] == [1e-2] * epochs + [5e-3] * epochs
     (before, start), (after, end) = (
         (flat(policy.noise_policy), flat(policy.schedule)) for policy in policies
     )
@@ -292,6 +294,9 @@ def test_wrong_input_to_training_ends_in_one_line_and_exit_code_2(run, tmp_path,
         (rl, ["--rl-iters", 0, *new], "--rl-iters 0 must be at least 1"),
         (rl, ["--reward", "clp", *new], "--reward clp: expected"),
         (rl, ["--reward", "clip", "--features", "clip", *new], "the judge must not look as"),
+        (rl, ["--reward", "clip=2", "fit", "--features", "clip", *new], "must not look as"),
+        (rl, ["--reward", "clip=0.7", "fit=no", *new], "--reward fit=no: the weight must be"),
+        (rl, ["--held-out", "embedded", *new], "--held-out embedded: --reward names it, too"),
     ]
     for main, argv, expected in cases:
         assert expected in error_of(main, argv, capsys), argv

@@ -13,6 +13,7 @@ The run       settings     a run's settings, their limits and presets
               distributed  several processes, started by torchrun
               devices      which GPUs there are, and what they can do
 Images        data         the shapes, folders, classes, splits
+              datasets     MNIST, CIFAR and others that are downloaded
               images       reading image files
               cache        decoded images and latents, kept in files
               latents      what a generator of latents learns
@@ -32,5 +33,7 @@ Sampling      sampling     what sample.py is asked for, checked
               inpaint      the image and mask of --inpaint
               lazymar      attention caching
               bench        which idea saves how much time
+Teaching      lessons      what tutorial.ipynb says with, and its upkeep
+              lesson_pictures  what it draws with
 studies/      one file for each measurement in assets/results
 """

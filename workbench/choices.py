@@ -15,7 +15,7 @@ from workbench.settings import flag
 
 
 def save_run_args(args: Namespace, data: Data) -> None:
-    """Keep a digest of each class's images, and --vae, --features and --reward, in
+    """Keep a digest of each class's images, and --vae, --features, --reward and --held-out, in
     out/choices.json; InputError where a resumed run has others.
 
     What the images are counts, not where they lie: a folder may be moved, or have another path.
@@ -24,7 +24,8 @@ def save_run_args(args: Namespace, data: Data) -> None:
     given = {"data": str(Path(data.name)), "vae": said_of(args.vae or "")}
     given["features"] = said_of(args.features)
     if "reward" in args:  # train_distill.py has none
-        given["reward"] = args.reward
+        given["reward"] = said_of_weights(args.reward)
+        given["held_out"] = args.held_out or ""
     begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
     kept = read_choices(path) if begun else {}
     changes = image_changes(kept.get("images", data.digests), data.digests)
@@ -75,6 +76,13 @@ def said_of(value) -> str:
         for part in iter(partial(file.read, 2**20), b""):
             digest.update(part)
     return f"{Path(value).name} (sha256 {digest.hexdigest()})"
+
+
+def said_of_weights(weights: dict[str, float]) -> str:
+    """Rewards and their weights, as --reward takes them."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    return " ".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
 def content(said: str) -> str:

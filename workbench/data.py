@@ -1,6 +1,6 @@
-"""Data: the built-in shapes, or a folder with one sub-folder of images per class.
+"""Data: the built-in shapes, a well-known set of images, or a folder with a sub-folder per class.
 
-Both become bytes in three parts: `train` (for the generator and the reward network), `judge` (for
+All become bytes in three parts: `train` (for the generator and the reward network), `judge` (for
 the judge alone) and `test` (real images that the judge compares generated ones with).
 """
 
@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from maskrl import rng
+from workbench.datasets import (
+    DATASETS,
+    divide_dataset,
+    download_folder,
+    read_dataset,
+    resized,
+)
 from workbench.errors import InputError, abbreviate
-from workbench.images import check_class_size, class_folders, composed, load_folder
+from workbench.images import check_class_size, class_folders, composed, digests_of, load_folder
 from workbench.settings import RunSettings
 
 
@@ -73,11 +80,11 @@ class Split:
     def batch(self, n: int, generator, device="cpu", flip=False) -> tuple[Tensor, Tensor]:
         """n random images in [-1, 1] [n, 3, S, S] and their labels [n]; flip: half are mirrored."""
         index = torch.randint(len(self), (n,), generator=generator)
-        x = to_unit(self.stored[self.rows[index]].to(device))
+        images = self.stored[self.rows[index]]
         if flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=generator).to(device) < 0.5
-            x = torch.where(mirrored, x.flip(-1), x)
-        return x, self.labels[index].to(device)
+            mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        return to_unit(images.to(device)), self.labels[index].to(device)
 
     def balanced_half(self, most: int) -> int:
         """How many images of each class either of the `balanced_halves` has."""
@@ -98,14 +105,14 @@ class Split:
 class Data:
     """A data set in three parts, and what its labels mean."""
 
-    name: str  # "shapes", or the folder
+    name: str  # "shapes", one of DATASETS, or the folder
     classes: list[str]  # of the labels; those of a checkpoint may be more than occur here
     names: dict[str, str]  # {class: what people call it}, from --class-names
     train: Split
     judge: Split
     test: Split
     cache: Path | None = None  # the folder that keeps the decoded images, if there is one
-    digests: dict[str, str] = field(default_factory=dict)  # {class: of its pixels}, of a folder
+    digests: dict[str, str] = field(default_factory=dict)  # {class: of its pixels}; not of shapes
     latents: Any = None  # workbench.latents.Latents of `train`, for a generator of latents
     decode: Callable = identity  # what a generator makes -> images in [-1, 1]
 
@@ -153,25 +160,57 @@ def load_data(
     settings: RunSettings, name="shapes", classes=None, class_names=None, cache=None, stride=1
 ) -> Data:
     """The built-in shapes, or a folder's images: 60, 20 and 20 % of every class in the three parts.
+    Or one of DATASETS, whose own test images are `test`.
 
     classes: a list as --classes has it (None: all). class_names: a file as --class-names has it.
-    cache: a folder to keep decoded images in (None: in memory). stride: pixels per side of a latent
-    if latents are generated. InputError if there is no such folder or class, or too few images."""
+    cache: a folder to keep decoded images in (None: in memory), and to download a set into. stride:
+    pixels per side of a latent if latents are generated. InputError if there is no such folder or
+    class, too few images, or no network to download a set."""
     size = settings.image_size * stride
-    names, cache_folder, digests = {}, None, []
     if name == "shapes":
         if classes or class_names:
             raise InputError("--classes and --class-names need --data FOLDER; shapes are all drawn")
         classes, images, labels = load_shapes(settings, size)
+        return Data(name, classes, {}, *splits(images, labels, divide(labels, name, classes)))
+    dataset = read_dataset(name, cache) if name in DATASETS else None
+    available = dataset.classes if dataset else class_folders(name)
+    names = read_class_names(class_names, available) if class_names else {}
+    positions = find_classes(classes, available, names) if classes else range(len(available))
+    classes = [available[y] for y in sorted(set(positions))]
+    if dataset:
+        images, cache_folder = resized(dataset, size, cache)
+        labels = dataset.choose(classes)
+        parts = splits(images, labels, divide_dataset(dataset, labels, classes))
+        digests = digests_of(images, labels)
     else:
-        available = class_folders(name)
-        if class_names:
-            names = read_class_names(class_names, available)
-        positions = find_classes(classes, available, names) if classes else range(len(available))
-        classes = [available[y] for y in sorted(set(positions))]
         images, labels, digests, cache_folder = load_folder(name, classes, size, cache)
-    parts = [Split(images, rows, labels[rows]) for rows in divide(labels, name, classes)]
+        parts = splits(images, labels, divide(labels, name, classes))
     return Data(name, classes, names, *parts, cache_folder, dict(zip(classes, digests)))
+
+
+def splits(images: Tensor, labels: Tensor, parts: list[Tensor]) -> list[Split]:
+    """A Split of the images [N, 3, S, S] at the rows of each part."""
+    return [Split(images, rows, labels[rows]) for rows in parts]
+
+
+def is_folder(name: str) -> bool:
+    """Whether --data names a folder. ./mnist is one, and mnist is not."""
+    return name != "shapes" and name not in DATASETS
+
+
+def usual_preset(name: str, device: torch.device) -> str:
+    """The preset of --data if --preset is not given."""
+    on_gpu = device.type == "cuda"
+    if is_folder(name):
+        return "small" if on_gpu else "folder"
+    if name.startswith("cifar"):
+        return "cifar_gpu" if on_gpu else "cifar"
+    return "tiny" if name == "shapes" else "mnist"
+
+
+def usual_cache(name: str, out: Path) -> Path:
+    """Where the images of --data are kept if --cache is not given; downloads serve all runs."""
+    return download_folder() if name in DATASETS else out / "cache"
 
 
 def divide(labels: Tensor, name: str, classes: list[str]) -> list[Tensor]:

@@ -65,7 +65,10 @@ def divided(method: Callable) -> Callable:
             return method(self, *inputs)
         n = math.ceil(B / N)
         rows = (torch.arange(n, device=inputs[0].device) + n * rank()) % B  # some twice
-        own = method(self, *(hooked(x, mean_over_processes)[rows] for x in inputs))
+        own_rows = (
+            hooked(x, mean_over_processes)[rows] if torch.is_tensor(x) else x for x in inputs
+        )
+        own = method(self, *own_rows)
         parts = [torch.empty_like(own) for _ in range(N)]
         dist.all_gather(parts, own.detach())
         parts[rank()] = hooked(own, times_processes)

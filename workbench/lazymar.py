@@ -42,7 +42,9 @@ class LazyContexts(Contexts):
             raise InputError(f"--refresh {every} must be at least 1, which is exact")
         self.every = every
 
-    def before(self, k: int, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def before(
+        self, k: int, tokens: Tensor, mask: Tensor, hidden: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
         """c and, under guidance, c_null [B, L, W] of tokens [B, L, D] under mask [B, L].
 
         They are those of iteration k at a refresh, else those of the iteration before."""

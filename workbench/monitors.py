@@ -87,7 +87,9 @@ class RLMonitor:
     `quality_mean` is the trained reward. To expose reward hacking there are `held_out`, a reward
     that is not trained on (if there is one), and `judge`, the judge's Fréchet distance. n is small:
     compare within a run. A policy that collapses is told of once in a line: when it takes one step
-    for all images, and when its distance is twice that of the student, of which `start` is told."""
+    for all images, and when its distance is twice that of the student, of which `start` is told.
+
+    raw: rewards {name: r} that the trained one scales, which are logged as they are."""
 
     def __init__(
         self,
@@ -96,10 +98,12 @@ class RLMonitor:
         held_out: Callable | None,
         judge: Judge,
         n: int = 512,
+        raw: dict[str, Callable] | None = None,
     ):
         evenly = torch.linspace(0, len(judge.labels) - 1, min(n, len(judge.labels))).long()
         self.labels = judge.labels[evenly]
         self.settings, self.quality, self.held_out, self.judge = settings, quality, held_out, judge
+        self.raw = raw or {}
         self.distance_at_start, self.said = math.inf, set()
 
     def start(self, student: MAR) -> None:
@@ -118,6 +122,8 @@ class RLMonitor:
         }
         if self.held_out:
             metrics["held_out"] = float(self.held_out(images, self.labels).mean())
+        for name, reward in self.raw.items():
+            metrics[f"raw {name}"] = float(reward(images, self.labels).mean())
         if model.schedule is not None and trace.steps.max() == 1:
             self.say_once(
                 "one step",

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import maskrl
-from workbench.data import Data, load_data
+from workbench.data import Data, is_folder, load_data, usual_cache, usual_preset
+from workbench.datasets import DATASETS
 from workbench.devices import check_processes, possible_precision
 from workbench.distributed import join_processes, several_processes
 from workbench.errors import InputError
@@ -43,12 +44,13 @@ TRAINING_OPTIONS = {
     "--data": {
         "default": "shapes",
         "metavar": "FOLDER",
-        "help": "a folder with one sub-folder of images per class (default: the built-in shapes)",
+        "help": "a folder with one sub-folder of images per class, or one of "
+        f"{', '.join(DATASETS)}, which are downloaded (default: the built-in shapes)",
     },
     "--classes": {
         "nargs": "+",
         "metavar": "CLASS",
-        "help": "sub-folders to use, separated by spaces or commas, or a file with one per line "
+        "help": "classes to use, separated by spaces or commas, or a file with one per line "
         "(default: all)",
     },
     "--class-names": {
@@ -63,8 +65,8 @@ TRAINING_OPTIONS = {
     "--cache": {
         "type": Path,
         "metavar": "FOLDER",
-        "help": "where the decoded images of --data are kept, for several runs to share; it may be "
-        "deleted (default: the folder cache in --out)",
+        "help": "where decoded images and downloads of --data are kept, for several runs to share; "
+        "it may be deleted (default: cache in --out; for downloads ~/.cache/torch/datasets)",
     },
     "--resume": {
         "action": "store_true",
@@ -72,8 +74,8 @@ TRAINING_OPTIONS = {
     },
     "--preset": {
         "choices": PRESETS,
-        "help": "settings to start from (default: tiny for the shapes; for a folder small on a "
-        "CUDA GPU, and folder elsewhere)",
+        "help": "settings to start from (default: tiny for the shapes, mnist for 28 x 28 pixels; "
+        "on a CUDA GPU cifar_gpu for CIFAR and small for a folder, elsewhere cifar and folder)",
     },
     "--quick": {
         "action": "store_true",
@@ -181,7 +183,7 @@ def add_settings(parser: ArgumentParser) -> None:
         groups[section].add_argument(flag(field.name), **kwargs)
     others = [
         f"{name} has " + ", ".join(f"{field}={value}" for field, value in PRESETS[name].items())
-        for name in ("folder", "small")
+        for name in ("folder", "small", "mnist", "cifar", "cifar_gpu")
     ]
     parser.epilog = (
         f"The defaults are those of --preset tiny; {'; '.join(others)}. The sizes of MAR's "
@@ -192,10 +194,11 @@ def add_settings(parser: ArgumentParser) -> None:
 def clip_options(args: Namespace) -> ClipOptions:
     """ClipOptions of the command line; InputError if they are given and nothing uses CLIP."""
     options = ClipOptions(args.clip_model, args.clip_weights, args.clip_prompt)
-    if options != CLIP and "clip" not in (args.features, getattr(args, "reward", None)):
+    rewards = [*getattr(args, "reward", ()), getattr(args, "held_out", None)]
+    if options != CLIP and "clip" not in (args.features, *rewards):
         raise InputError(
             "--clip-model, --clip-weights, --clip-prompt: only --reward clip and "
-            "--features clip ask CLIP"
+            "--features clip ask CLIP, and --held-out clip"
         )
     return options
 
@@ -242,13 +245,6 @@ def cpu_quota() -> float:
         return int(quota) / int(period)
     except (OSError, ValueError):  # there is none: no such file, or "max"
         return math.inf
-
-
-def usual_preset(data: str, device: torch.device) -> str:
-    """The preset of --data if --preset is not given."""
-    if data == "shapes":
-        return "tiny"
-    return "small" if device.type == "cuda" else "folder"
 
 
 MARVAL_GUIDANCE = 1.2  # what MARVAL distils MAR-B with, constant: FID 3.06; with 2 it is 7.98
@@ -320,7 +316,7 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
 
 def check_out(args: Namespace) -> None:
     """InputError if --out is the folder of a class, which the run's pictures would join."""
-    paths = {} if args.data == "shapes" else class_paths(args.data, Counter())
+    paths = class_paths(args.data, Counter()) if is_folder(args.data) else {}
     if any(os.path.samefile(args.out, path) for path in chain.from_iterable(paths.values())):
         raise InputError(f"--out {args.out} is a class of --data {args.data}: choose another one")
 
@@ -358,7 +354,8 @@ def measured_data(
     elif args.preset in RELEASED:
         image_channels = 16
     vae = autoencoder_for(image_channels, args.vae, device)
-    cache, stride = args.cache or args.out / "cache", vae.stride if vae else 1
+    cache = args.cache or usual_cache(args.data, args.out)
+    stride = vae.stride if vae else 1
     data = load_data(settings, args.data, args.classes, args.class_names, cache, stride)
     if base:
         data = data.labelled_as(named_classes(base, data))
@@ -373,7 +370,7 @@ def named_classes(base: dict, data: Data) -> list[str]:
 
     A file in MAR's format only counts them: then the folder's as they are sorted, which for
     ImageNet is the order that MAR was trained with."""
-    existing = data.classes if data.name == "shapes" else class_folders(data.name)
+    existing = class_folders(data.name) if is_folder(data.name) else data.classes
     if base.get("classes_counted") and len(existing) == len(base["classes"]):
         return existing
     return base["classes"]

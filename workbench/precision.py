@@ -9,7 +9,7 @@ With bf16, all matrix products inside MAR.context are in bfloat16, including the
 tokens (`z_proj`), and so are all inside Head.hidden. The two layers of the head that touch x_t and
 the prediction, `input_proj` and `final_layer.linear`, stay in float32, because eps is computed from
 the difference of the two. Weights, residuals, norms, gradients, optimisers and EMA are float32 in
-any case.
+any case; of frozen weights, those of a generation, copies in bfloat16 are kept beside them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +59,25 @@ class InBFloat16(Wrapper):
     def __call__(self, *args, **kwargs) -> Tensor:
         with self.precision():
             return self.method(*args, **kwargs).float()
+
+
+class CastOnce(Wrapper):
+    """The forward pass of a Linear in bfloat16, for which frozen weights are cast once, not at each
+    call, and again after they changed."""
+
+    def __init__(self, module: nn.Module, name: str, is_compiled: bool = False):
+        super().__init__(module, name, is_compiled)
+        self.version = self.kept = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights = self.module.weight, self.module.bias
+        if any(p.requires_grad for p in weights) or torch.compiler.is_compiling():
+            self.version = self.kept = None  # fused optimisers change weights and not the version
+            return self.method(x)
+        version = [(id(p), p.device, p._version) for p in weights]
+        if self.version != version:
+            self.version, self.kept = version, [p.bfloat16() for p in weights]
+        return F.linear(x.bfloat16(), *self.kept)
 
 
 class InTF32(Wrapper):
@@ -110,6 +130,9 @@ class Checkpointed(Wrapper):
         return self.method(*args, **kwargs)
 
 
+OUTER = ("head.input_proj", "head.final_layer.linear", "noise_policy", "schedule")  # in float32
+
+
 def set_precision(
     model: MAR, precision: str = "fp32", checkpointing: bool = False, is_compiled: bool = False
 ) -> None:
@@ -120,6 +143,9 @@ def set_precision(
     in_precision = {"fp32": None, "tf32": InTF32, "bf16": InBFloat16}[precision]
     wrap(model, "context", in_precision)
     wrap(model.head, "hidden", in_precision, is_compiled)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith(OUTER):
+            wrap(layer, "forward", CastOnce if precision == "bf16" else None)
     for block in (*model.encoder_blocks, *model.decoder_blocks):
         wrap(block, "forward", Checkpointed if checkpointing else None, is_compiled)
 

@@ -1,6 +1,8 @@
-"""What --reward may name: functions quality(images [B, 3, S, S] in [-1, 1], labels [B]) -> [B] in
-[0, 1]. The ready-made ones are all differentiable in the pixels."""
+"""What --reward and --held-out may name: functions quality(images [B, 3, S, S] in [-1, 1], labels
+[B]) -> [B] in [0, 1], and how RL puts them on one scale and takes their mean. The ready-made ones
+are all differentiable in the pixels."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,8 +69,8 @@ class CheckedReward:
     FloatingPointError if a check fails or the reward raises an error or exits, so that a training
     stops where it is and says at which step. Too little memory stays the error that it is."""
 
-    def __init__(self, name: str, quality: Callable):
-        self.name, self.quality = name, quality
+    def __init__(self, name: str, quality: Callable, option: str = "--reward"):
+        self.name, self.quality, self.given = name, quality, f"{option} {name}"
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         # no graph for weights that somebody forgot to freeze
@@ -79,16 +81,14 @@ class CheckedReward:
                 if is_out_of_memory(error):
                     raise
                 kind = type(error).__name__
-                raise FloatingPointError(f"--reward {self.name} raised {kind}: {error}") from error
+                raise FloatingPointError(f"{self.given} raised {kind}: {error}") from error
         if not torch.is_tensor(q) or q.shape != labels.shape:
             got = list(q.shape) if torch.is_tensor(q) else type(q).__name__
-            raise FloatingPointError(
-                f"--reward {self.name} gave {got}, not a tensor [{len(labels)}]"
-            )
+            raise FloatingPointError(f"{self.given} gave {got}, not a tensor [{len(labels)}]")
         if not ((q >= 0) & (q < 1 + 1e-4)).all():  # NaN fails too; a little above 1 is rounding
             raise FloatingPointError(
-                f"--reward {self.name} gave values from {q.min():.4g} to {q.max():.4g}; they "
-                "must lie in [0, 1]"
+                f"{self.given} gave values from {q.min():.4g} to {q.max():.4g}; they must lie in "
+                "[0, 1]"
             )
         q = q.to(images)
         return q if q.requires_grad else of_first_process(q)  # all processes must decide alike
@@ -102,8 +102,8 @@ class CheckedReward:
             raise InputError(str(error)) from error.__cause__
         if q.min() == q.max():
             raise InputError(
-                f"--reward {self.name} gave {q[0]:.4g} for all of {len(q)} images, half of them "
-                "damaged: nothing to learn"
+                f"{self.given} gave {q[0]:.4g} for all of {len(q)} images, half of them damaged: "
+                "nothing to learn"
             )
         if differentiable and not q.requires_grad:
             raise InputError(
@@ -111,10 +111,95 @@ class CheckedReward:
             )
 
 
-def check_reward_name(name: str) -> None:
-    """InputError unless --reward accepts `name`."""
+class ScaledReward:
+    """A reward r on the scale of a student's own images: sigmoid((r - median) / s) in (0, 1).
+
+    s = (q90 - q10) / (2 ln 9) of the 10 % and 90 % quantiles, which become 0.1 and 0.9 if the
+    median, which becomes 0.5, is halfway. CLIP, for one, gives nearly the same to all images, so
+    that unscaled, in quality x speed^alpha, the speed alone would count.
+
+    InputError if the quantiles of the images [N, 3, S, S] of labels [N] coincide."""
+
+    def __init__(self, reward: CheckedReward, images: Tensor, labels: Tensor):
+        parts = zip(images.split(64), labels.split(64))
+        with torch.no_grad():
+            r = torch.cat([reward(x, y) for x, y in parts])
+        levels = torch.tensor([0.1, 0.5, 0.9], device=r.device)
+        self.reward, self.quantiles = reward, r.quantile(levels).tolist()
+        low, self.median, high = self.quantiles
+        if high - low < 1e-6:
+            raise InputError(
+                f"{reward.given} gave {low:.4g} for 80 % of the student's images: nothing to "
+                "learn; it must tell them apart"
+            )
+        self.s = (high - low) / (2 * math.log(9))
+        print(
+            f"{reward.given} is scaled: the 10 %, 50 % and 90 % quantiles of the student's images, "
+            f"{low:.4g}, {self.median:.4g} and {high:.4g}, become about 0.1, 0.5 and 0.9"
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        return ((self.reward(images, labels) - self.median) / self.s).sigmoid()
+
+
+class MeanReward:
+    """What RL climbs: the mean of rewards, by weights {name: weight} that add up to 1. All but
+    `embedded`, which `calibrate` takes care of, become a ScaledReward of the student's images.
+
+    raw: those that were scaled, {name: reward}, as they were."""
+
+    def __init__(
+        self,
+        weights: dict[str, float],
+        rewards: dict[str, CheckedReward],
+        images: Tensor,
+        labels: Tensor,
+    ):
+        self.weights, self.rewards = weights, dict(rewards)
+        self.raw = {name: rewards[name] for name in weights if name != "embedded"}
+        for name, reward in self.raw.items():
+            self.rewards[name] = ScaledReward(reward, images, labels)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        return sum(w * self.rewards[name](images, labels) for name, w in self.weights.items())
+
+    def described(self) -> dict[str, dict]:
+        """{name: its weight, and if it was scaled its quantiles} for metrics.json."""
+        scales = {name: {"quantiles": self.rewards[name].quantiles} for name in self.raw}
+        return {name: {"weight": w} | scales.get(name, {}) for name, w in self.weights.items()}
+
+
+def reward_weights(words: list[str]) -> dict[str, float]:
+    """{name: weight} of the words of --reward, name or name=weight. The weights add up to 1.
+
+    InputError for an unknown name, a name given twice, or a weight that is no positive number."""
+    weights = {}
+    for word in words:
+        name, equals, weight = word.partition("=")
+        check_reward_name(name)
+        if name in weights:
+            raise InputError(f"--reward {name} is given twice: give it once, as {name}=WEIGHT")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
+            raise InputError(f"--reward {word}: the weight must be a positive number, as in =0.5")
+    total = sum(weights.values())
+    return {name: weights[name] / total for name in sorted(weights)}
+
+
+def check_held_out(name: str, weights: dict[str, float]) -> None:
+    """InputError unless --held-out accepts `name` next to the rewards that RL climbs."""
+    check_reward_name(name, "--held-out")
+    if name in weights:
+        raise InputError(f"--held-out {name}: --reward names it, too; hold out another one")
+
+
+def check_reward_name(name: str, option: str = "--reward") -> None:
+    """InputError unless `name` is that of a reward."""
     if name not in ("embedded", "fit", "clip") and not names_function(name):
-        raise InputError(f"--reward {name}: expected embedded, fit, clip or module:function")
+        raise InputError(f"{option} {name}: expected embedded, fit, clip or module:function")
 
 
 def make_reward(
@@ -124,15 +209,17 @@ def make_reward(
     device,
     net: QualityNet | None = None,
     clip: ClipOptions | None = None,
+    option: str = "--reward",
 ) -> CheckedReward:
     """The reward `name`, tried out on 32 images; net: the reward network, for `embedded` only.
 
-    InputError if there is no such reward, or if it does not work."""
-    check_reward_name(name)
+    option: the one that named it, --reward or --held-out. InputError if there is no such reward,
+    or if it does not work."""
+    check_reward_name(name, option)
     if name == "fit" and data.name != "shapes":
         raise InputError(
-            "--reward fit knows what a perfect image is, which only --data shapes can "
-            f"say, not {data.name}"
+            f"{option} fit knows what a perfect image is, which only --data shapes can say, "
+            f"not {data.name}"
         )
     if name == "embedded":
         quality = net.quality
@@ -142,26 +229,32 @@ def make_reward(
         classes = display_names(data.classes, data.names)
         quality = ClipReward(clip or ClipOptions(), classes, device)
     else:
-        quality = named_function("--reward", name)
-    reward = CheckedReward(name, quality)
+        quality = named_function(option, name)
+    reward = CheckedReward(name, quality, option)
     generator = rng(settings.seed, "reward check")
     x, labels = data.train.batch(32, generator, device)
     x, _ = damage(x, labels, patch_in_pixels(x, settings), generator)  # a reward tells them apart
-    reward.try_out(x, labels, differentiable=settings.method == "backprop")
+    climbed = option == "--reward"
+    reward.try_out(x, labels, differentiable=climbed and settings.method == "backprop")
     return reward
 
 
-def calibrate(net: QualityNet, student: MAR, data: Data, role: str = "the reward") -> None:
-    """QualityNet.calibrate on 512 images of the student, with which RL starts.
-
-    role: what the network is there for, which is printed."""
+def student_images(student: MAR, data: Data) -> tuple[Tensor, Tensor]:
+    """512 images [512, 3, S, S] of the student with which RL starts, and their labels: always the
+    same, so that --resume finds the same scales."""
     evenly = torch.linspace(0, len(data.train) - 1, 512).long()
     labels = data.train.labels[evenly].to(student.device)
     parts = [
         generate(student, y, seed=(student.settings.seed, "calibrate", i))
         for i, y in enumerate(labels.split(256))
     ]
-    net.calibrate(data.decode(to_images(torch.cat(parts), student.settings)), labels)
+    return data.decode(to_images(torch.cat(parts), student.settings)), labels
+
+
+def calibrate(net: QualityNet, images: Tensor, labels: Tensor, role: str = "the reward") -> None:
+    """QualityNet.calibrate on a student's images; role: what the network is there for, which is
+    printed."""
+    net.calibrate(images, labels)
     if net.odds > 1:
         print(
             f"{role} (embedded) is calibrated: its odds x {net.odds:.3g} give half of the "

@@ -78,8 +78,7 @@ def checked_sampling(
     tokens [L] to be drawn (None: all)."""
     check_steps(sampling.steps, model.length if mask is None else int(mask.sum()))
     check_chain(model, sampling)
-    temperature, guidance = sampling.temperature, sampling.guidance or 0.0
-    if not (0 <= temperature < math.inf and 0 <= guidance < math.inf):
+    if not all(0 <= v < math.inf for v in (sampling.temperature or 0, sampling.guidance or 0)):
         raise InputError("--temperature and --guidance must be numbers from 0 up")
     if refresh < 1:
         raise InputError(f"--refresh {refresh} must be at least 1, which is exact")

@@ -4,7 +4,7 @@ import textwrap
 from argparse import Namespace
 from dataclasses import fields, replace
 
-from workbench.data import Data
+from workbench.data import Data, is_folder
 from workbench.settings import RunSettings, flag
 
 # from a folder to a policy and its pictures in minutes on one thread
@@ -65,7 +65,7 @@ def describe(data: Data, settings: RunSettings) -> str:
         )
     if n < 500:
         text += " (few: its distances are rough)"
-    if data.name != "shapes":
+    if is_folder(data.name):
         side = data.train.size
         text += f"; resized to {side} x {side} pixels (--image-size; larger ones need a GPU)"
     return text

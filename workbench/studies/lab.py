@@ -20,7 +20,7 @@ from workbench.judge import Judge
 from workbench.monitors import RLMonitor
 from workbench.quality_net import QualityNet
 from workbench.report import generate_many, nearest
-from workbench.rewards import CheckedReward, ShapeFit, calibrate, make_reward
+from workbench.rewards import CheckedReward, ShapeFit, calibrate, make_reward, student_images
 from workbench.run import Run, read_log
 from workbench.settings import preset
 from workbench.studies.records import provenance, rounded
@@ -64,7 +64,7 @@ class Lab:
     @cached_property
     def quality(self) -> CheckedReward:
         """The reward, by the reward network."""
-        calibrate(self.reward_net, self.student, self.data)
+        calibrate(self.reward_net, *student_images(self.student, self.data))
         return make_reward("embedded", self.settings, self.data, self.device, self.reward_net)
 
     @cached_property

@@ -32,6 +32,7 @@ class Story(Generators):
         "student": ("student", {}),
         "policy": ("policy", {}),
         **{f"student, K = {K}": ("student", {"steps": K}) for K in FIXED},
+        "student, K = 8, as cool": ("student", {"steps": 8, "temperature": (1.0, 0.4)}),
         **{f"policy's generator, K = {K}": ("policy", {"steps": K}) for K in FIXED},
     }
     verdict = (
