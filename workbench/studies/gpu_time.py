@@ -133,8 +133,9 @@ def moved_by_head(precision: str, channels: int, width: int, *shape) -> int:
 def moved_by_row(module, *inputs: Tensor) -> int:
     totals = []
     for n in (8, 9):
+        rows = [x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs]
         with Operators() as counted:
-            module(*(x.repeat(n, *[1] * (x.ndim - 1)) for x in inputs))
+            module(*rows)
         totals.append(counted.bytes)
     return totals[1] - totals[0]
 
