@@ -24,6 +24,7 @@ PARSERS = {
 }
 CONSTANTS = {
     "3.10",  # Python
+    "1.6",  # megabytes of a batch of `small`
     "0.9",  # a quantile of the student's rewards
     "0.3",  # a healthy schedule_clipped is below it
 }  # decimals in the prose that are neither results nor defaults of the settings
