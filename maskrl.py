@@ -98,7 +98,7 @@ class Settings:
     gsim_guidance: str = "linear"  # MAR's schedule of s in GSIM; or constant, as in MARVAL
     noise_ratio: float = 5.0  # sigma / alpha at the one time from which the student jumps
     # RL
-    rl_iters: int = 150  # updates of the policy
+    rl_iters: int = 150  # updates of the policy; 0: only the schedule learns
     noise_lr: float = 2e-3  # learning rate of the noise policy
     rl_lr: float = 1e-4  # learning rate of the generator, with action x
     prompts: int = 16  # P, prompts (class labels) per update
@@ -155,12 +155,19 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 
 def to_tokens(images: Tensor, settings: Settings) -> Tensor:
     """Images [B, C, H, W] in [-1, 1] -> tokens [B, L, D] as the model sees them."""
-    return (patchify(images, settings.patch) - settings.mean) * settings.scale
+    return (patchify(images, settings.patch) - settings.mean) * pixel_scale(settings)
 
 
 def to_images(tokens: Tensor, settings: Settings) -> Tensor:
     """Tokens [B, L, D] -> images [B, C, H, W] in about [-1, 1]."""
-    return unpatchify(tokens / settings.scale + settings.mean, settings.patch)
+    return unpatchify(tokens / pixel_scale(settings) + settings.mean, settings.patch)
+
+
+def pixel_scale(settings: Settings) -> float:
+    """settings.scale; ValueError for the 0 of a run's settings that no data has replaced."""
+    if not settings.scale:
+        raise ValueError("scale is 0: measure it on the images, 1 / the std of their tokens")
+    return settings.scale
 
 
 # 3 Model ------------------------------------------------------------------------------------------
@@ -373,6 +380,23 @@ class MAR(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.fake_latent.device
+
+    def labels(self, classes) -> Tensor:
+        """Labels [B] of a list of class names or of integers, of which num_classes is the null
+        class; ValueError for anything else."""
+        try:
+            if not torch.is_tensor(classes):
+                classes = [self.classes.index(y) if isinstance(y, str) else y for y in classes]
+            labels = torch.as_tensor(classes)
+        except (TypeError, ValueError):
+            labels = torch.tensor(-1.0)
+        wrong = labels.ndim != 1 or labels.is_floating_point()
+        if wrong or not ((0 <= labels) & (labels <= self.num_classes)).all():
+            raise ValueError(
+                f"labels must be a list of integers in 0...{self.num_classes} or of class names, "
+                f"such as {', '.join(self.classes[:8])}"
+            )
+        return labels.to(self.device)
 
     def null(self, labels: Tensor) -> Tensor:
         """The null class for each of the labels [B]."""
@@ -1059,7 +1083,8 @@ def generate(
     seed=0,
     trace: bool | str = False,
 ) -> Tensor | tuple[Tensor, Trace]:
-    """Tokens [B, L, D] of new images of classes `labels` [B] (integers); `to_images` shows them.
+    """Tokens [B, L, D] of new images of classes `labels` [B], their numbers or their names;
+    `to_images` shows them.
 
     `generate(model, labels)` is right for every kind of model: a teacher walks its chain under its
     guidance, a student takes one step, a policy also chooses how many iterations to take.
@@ -1070,10 +1095,7 @@ def generate(
     with its predictions, for which a teacher draws more noise.
     Same seed, device and arguments: same images."""
     sampling = (sampling or Sampling()).resolve(model)
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or not ((0 <= labels) & (labels <= model.num_classes)).all():
-        raise ValueError(f"labels must be integers in 0...{model.num_classes}")  # the null class
-    labels = labels.to(model.device)
+    labels = model.labels(labels)
     generator = rng(seed, "generate", device=model.device)
     from_seed = draw_noise(model, len(labels), generator, sampling.order)
     noise = noise or from_seed  # drawn in any case, so that what follows is the same

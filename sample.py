@@ -121,7 +121,13 @@ def parse(argv=None):
         help="also train a judge and draw some 2,000 images in every way, for their quality: many "
         "times as long",
     )
-    add("--data", default="shapes", metavar="FOLDER", help="what the judge compares with")
+    add(
+        "--data",
+        default="shapes",
+        metavar="FOLDER",
+        help="what the judge compares with: a folder, or mnist and so on, as for training "
+        "(default: the shapes)",
+    )
     return parser.parse_args(argv)
 
 

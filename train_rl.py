@@ -37,15 +37,7 @@ from workbench.options import add_device, add_settings, clip_options, prepare, t
 from workbench.pictures import gain_picture
 from workbench.released import load_model, read_model
 from workbench.report import compare_schedules, report
-from workbench.rewards import (
-    MeanReward,
-    ShapeFit,
-    calibrate,
-    check_held_out,
-    make_reward,
-    reward_weights,
-    student_images,
-)
+from workbench.rewards import RunRewards, check_held_out, reward_weights
 from workbench.settings import MODEL_SETTINGS
 
 
@@ -126,16 +118,6 @@ def trained_models(run, reward_net):
     return {"teacher": teacher, "student": train_student(run, teacher, reward_net)}
 
 
-def held_out_reward(weights, data, reward_net, device):
-    """What --held-out is by default: a reward that is not trained on, to expose reward hacking;
-    None if there is none. weights: of the rewards that are, {name: weight}."""
-    if "embedded" not in weights:
-        return reward_net.quality
-    if data.name != "shapes" or "fit" in weights:
-        return None
-    return ShapeFit(data.train.size, device)
-
-
 def main(argv=None):
     args = parse(argv)
     if args.held_out:
@@ -147,37 +129,25 @@ def main(argv=None):
     contents = [read_model(path, kind, heads) for path, kind in given if path]
     written = ["policy.pt"] if args.student else ["policy.pt", "student.pt", "teacher.pt"]
     with prepare(args, written, contents[-1] if contents else None) as run:
-        data, settings, device = run.data, run.settings, run.device
         models = given_models(run) if args.student else None
-        make = partial(make_reward, settings=settings, data=data, device=device, clip=clip)
         # first, because a wrong one should show before long work
-        rewards = {name: make(name) for name in args.reward if name != "embedded"}
-        held_out = None
-        if args.held_out not in (None, "embedded"):
-            held_out = make(args.held_out, option="--held-out")
+        rewards = RunRewards(run, clip)
         judge = make_judge(run)
         reward_net = make_reward_net(run)
-        if "embedded" in args.reward:
-            rewards["embedded"] = make("embedded", net=reward_net)
-
         models = models or trained_models(run, reward_net)
-        images, labels = student_images(models["student"], data)
-        if "embedded" in args.reward:
-            calibrate(reward_net, images, labels)
-        elif held_out is None:
-            calibrate(reward_net, images, labels, "the held-out reward")
-        quality = MeanReward(args.reward, rewards, images, labels)
-        held_out = held_out or held_out_reward(args.reward, data, reward_net, device)
-        times, n = policy_measurements(settings, len(judge.labels))
-        monitor = RLMonitor(settings, quality, held_out, judge, n, quality.raw)
-        monitor.start(models["student"])
-        training = train_policy(run, models["student"], quality, monitor, times)
+        student = models["student"]
+        quality, held_out = rewards.of_student(student, reward_net)
+
+        times, n = policy_measurements(run.settings, len(judge.labels))
+        monitor = RLMonitor(run.settings, quality, held_out, judge, n, quality.raw)
+        monitor.start(student)
+        training = train_policy(run, student, quality, monitor, times)
         models["policy"] = training.model
 
-        gain_picture(run.out, training, data.labels)
+        gain_picture(run.out, training, run.data.labels)
         rl = compare_schedules(training, quality, judge)
         extra = {"rl": rl, "rewards": quality.described(), "minutes": run.minutes}
-        return report(run.out, settings, data, judge, models, extra)
+        return report(run.out, run.settings, run.data, judge, models, extra)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,12 @@ def test_labels_may_be_a_list_of_integers(student):
     assert generate(student, [3]).isfinite().all()  # the null class
 
 
+def test_labels_may_be_names_of_classes(student):
+    numbers = [2, 0]
+    names = [student.classes[y] for y in numbers]
+    assert torch.equal(generate(student, names), generate(student, numbers))
+
+
 @pytest.mark.parametrize("kind", ["student", "policy"])
 @pytest.mark.parametrize(
     "sampling",
@@ -353,10 +359,10 @@ def test_predictions_are_traced_only_on_request_and_change_no_image(policy):
 # Wrong calls, which would silently give other images ----------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [[0, -1], [0, 4], [0.5]])
-def test_labels_out_of_range_are_refused(student, labels):
+@pytest.mark.parametrize("labels", [[0, -1], [0, 4], [0.5], 1, "red", ["no such class"], [[0]]])
+def test_labels_that_name_no_class_are_refused(student, labels):
     """A negative index would silently be another class."""
-    with pytest.raises(ValueError, match=r"labels must be integers in 0\.\.\.3"):
+    with pytest.raises(ValueError, match=r"integers in 0\.\.\.3 or of class names"):
         generate(student, labels)
 
 

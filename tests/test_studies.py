@@ -188,6 +188,19 @@ def test_a_folder_is_trained_on_by_train_rl(monkeypatch, tmp_path):
     assert args.resume and args.flip and args.seed == 0
 
 
+def test_mnist_is_trained_on_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(lab, "preset", tiny_preset)
+    monkeypatch.setattr(folders, "FOLDERS", tmp_path)
+    calls, here = [], lab.Lab(tmp_path, 1, torch.device("cpu"))
+    monkeypatch.setattr(train_rl, "main", calls.append)
+    with pytest.raises(InputError, match="make_mnist"):
+        folders.Mnist().run(tmp_path / "out", here)
+    (tmp_path / "mnist").mkdir()
+    folders.Mnist().run(tmp_path / "out", here)
+    args = train_rl.parse(calls[0])
+    assert args.data == "mnist" and args.cache == tmp_path / "mnist" and args.seed == 1
+
+
 class Coins(Study):
     """A study that takes no time."""
 

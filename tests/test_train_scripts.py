@@ -29,7 +29,7 @@ from workbench import run as run_module
 from workbench.data import load_data
 from workbench.files import KINDS, read_checkpoint
 from workbench.quality_net import QualityNet
-from workbench.rewards import ShapeFit
+from workbench.rewards import ShapeFit, default_held_out
 from workbench.run import read_log
 
 CPU = ("--device", "cpu", "--threads", "1")
@@ -154,6 +154,17 @@ def test_backpropagation_runs_on_a_given_student(run, more, tmp_path):
     assert math.isfinite(line["quality"])
 
 
+def test_the_schedule_can_learn_alone(run, more, tmp_path):
+    """With --rl-iters 0 the generator stays the student."""
+    student = run[0] / "student.pt"
+    more(train_rl.main, "--student", student, "--rl-iters", 0, "--out", tmp_path)
+    assert {line["step"] for line in read_log(tmp_path)} == {0}
+    policy, before = maskrl.load(tmp_path / "policy.pt"), maskrl.load(student)
+    assert policy.noise_policy.net[-1].weight.count_nonzero() == 0
+    assert policy.schedule.net[-1].weight.count_nonzero() > 0
+    assert torch.equal(policy.head.input_proj.weight, before.head.input_proj.weight)
+
+
 def test_what_is_held_out_is_not_what_is_trained(run):
     """Or reward hacking would go unseen."""
     device = torch.device("cpu")
@@ -161,7 +172,7 @@ def test_what_is_held_out_is_not_what_is_trained(run):
     reward_net = QualityNet("reward", 8, 10)
 
     def held_out(data, *names):
-        return train_rl.held_out_reward(dict.fromkeys(names, 1.0), data, reward_net, device)
+        return default_held_out(dict.fromkeys(names, 1.0), data, reward_net, device)
 
     assert isinstance(held_out(shapes, "embedded"), ShapeFit)
     assert isinstance(held_out(shapes, "clip", "embedded"), ShapeFit)
@@ -291,7 +302,9 @@ def test_wrong_input_to_training_ends_in_one_line_and_exit_code_2(run, tmp_path,
         (rl, ["--student", student, "--teacher", tmp_path / "typo.pt", *new], "no checkpoint"),
         (rl, ["--out", out, "--resume", "--teacher-lr", 1, *CPU], "--teacher-lr is fixed"),
         (rl, ["--group", 1, *new], "--group 1 must be at least 2"),
-        (rl, ["--rl-iters", 0, *new], "--rl-iters 0 must be at least 1"),
+        (rl, ["--rl-iters", -1, *new], "--rl-iters -1 must be at least 0"),
+        (rl, ["--rl-iters", 0, "--no-learn-steps", *new], "leaves nothing to learn"),
+        (rl, ["--rl-iters", 0, "--method", "backprop", *new], "leaves nothing to learn"),
         (rl, ["--reward", "clp", *new], "--reward clp: expected"),
         (rl, ["--reward", "clip", "--features", "clip", *new], "the judge must not look as"),
         (rl, ["--reward", "clip=2", "fit", "--features", "clip", *new], "must not look as"),

@@ -4,6 +4,7 @@ are all differentiable in the pixels."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from workbench.errors import InputError, is_out_of_memory
 from workbench.plugins import named_function, names_function
 from workbench.pretrained import ClipOptions, ClipReward
 from workbench.quality_net import QualityNet
+from workbench.run import Run
 from workbench.settings import RunSettings
 
 
@@ -260,3 +262,44 @@ def calibrate(net: QualityNet, images: Tensor, labels: Tensor, role: str = "the 
             f"{role} (embedded) is calibrated: its odds x {net.odds:.3g} give half of the "
             "student's images a quality above 0.5"
         )
+
+
+class RunRewards:
+    """The rewards that --reward and --held-out of train_rl.py name, for a run.
+
+    All that need no reward network are made at once, and so tried out."""
+
+    def __init__(self, run: Run, clip: ClipOptions):
+        weights, held_out = run.args.reward, run.args.held_out
+        where = {"settings": run.settings, "data": run.data, "device": run.device}
+        self.make = partial(make_reward, **where, clip=clip)
+        self.weights, self.data, self.held_out = weights, run.data, None
+        self.rewards = {name: self.make(name) for name in weights if name != "embedded"}
+        if held_out not in (None, "embedded"):
+            self.held_out = self.make(held_out, option="--held-out")
+
+    def of_student(
+        self, student: MAR, reward_net: QualityNet
+    ) -> tuple[MeanReward, Callable | None]:
+        """What RL on the student climbs, and the held-out reward if there is one."""
+        images, labels = student_images(student, self.data)
+        if "embedded" in self.weights:
+            calibrate(reward_net, images, labels)
+            self.rewards["embedded"] = self.make("embedded", net=reward_net)
+        elif self.held_out is None:
+            calibrate(reward_net, images, labels, "the held-out reward")
+        quality = MeanReward(self.weights, self.rewards, images, labels)
+        by_default = default_held_out(self.weights, self.data, reward_net, student.device)
+        return quality, self.held_out or by_default
+
+
+def default_held_out(
+    weights: dict[str, float], data: Data, reward_net: QualityNet, device
+) -> Callable | None:
+    """What --held-out is by default: a reward that is not trained on, to expose reward hacking;
+    None if there is none. weights: of the rewards that are, {name: weight}."""
+    if "embedded" not in weights:
+        return reward_net.quality
+    if data.name != "shapes" or "fit" in weights:
+        return None
+    return ShapeFit(data.train.size, device)

@@ -53,6 +53,8 @@ class RunSettings(maskrl.Settings):
             raise InputError(
                 f"--steps {self.steps} must lie in 1...{self.length}, the number of tokens"
             )
+        if self.rl_iters == 0 and (self.method == "backprop" or not self.learn_steps):
+            raise InputError("--rl-iters 0 leaves nothing to learn without a learned schedule")
         check_guidance(self.guidance, self.label_dropout)
 
 
@@ -99,7 +101,7 @@ LIMITS = {
     "gsim_guidance": {"choices": ("linear", "constant")},
     "noise_ratio": {"above": 0, "below": 1e4},
     "method": {"choices": ("grpo", "backprop")},
-    "rl_iters": COUNT,
+    "rl_iters": {"at_least": 0},
     "noise_lr": RATE,
     "rl_lr": RATE,
     "prompts": BATCH,

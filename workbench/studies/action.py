@@ -24,7 +24,14 @@ class Action(Reinforcements):
         "every seed. It is no longer in the tree."
     )
     seeds = "0,1,2"
-    settings = {"steps": 8, "rl_steps": "all", "learn_steps": False, "alpha": 0.0, "rl_iters": 40}
+    settings = {
+        "steps": 8,
+        "rl_steps": "all",
+        "learn_steps": False,
+        "alpha": 0.0,
+        "temperature": 1.0,  # as the start
+        "rl_iters": 40,
+    }
     columns = (
         *("quality", "held_out", "frechet", "precision", "recall", "kl", "graph_mb", "seconds"),
     )

@@ -62,6 +62,7 @@ class Credit(Reinforcements):
         "critical_steps": 1,
         "learn_steps": False,
         "alpha": 0.0,
+        "temperature": 1.0,  # as the start
         "rl_iters": 40,
     }
     arms = {  # {row name: (method, rl_steps)}

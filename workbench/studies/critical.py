@@ -29,6 +29,7 @@ class Critical(Reinforcements):
         "critical_steps": 2,
         "learn_steps": False,
         "alpha": 0.0,
+        "temperature": 1.0,  # as the start
         "rl_iters": 40,
     }
     more_steps = ({"steps": 16, "critical_steps": 4}, {"steps": 32, "critical_steps": 8})

