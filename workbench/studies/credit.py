@@ -78,11 +78,14 @@ class Credit(Reinforcements):
         "seconds",
     )
     verdict = (
-        "On critical steps exploring there alone gains more than exploring everywhere on "
-        "{0[critical, explored there > critical][gained]} seeds, and at a lower distance on "
-        "{0[critical, explored there < critical][frechet]}. It gains more than the first step, "
-        "explored there alone, on {0[critical, explored there > first, explored there][gained]}, "
-        "and than all steps on {0[critical, explored there > all][gained]}.",
+        "With exploration at the critical step alone the quality differs from that with "
+        "exploration everywhere by {0[critical, explored there - critical][quality]}, from that "
+        "on the first step, explored there, by "
+        "{0[critical, explored there - first, explored there][quality]}, and on all by "
+        "{0[critical, explored there - all][quality]}; the distance by "
+        "{0[critical, explored there - critical][frechet]}, "
+        "{0[critical, explored there - first, explored there][frechet]} and "
+        "{0[critical, explored there - all][frechet]}.",
     )
     picture = ("credit.png", "the course of RL in four iterations, by what is optimised")
 

@@ -21,12 +21,14 @@ class Heads(Study):
         "heads first": (867, 542),
     }
     verdict = (
-        "At equal updates heads alone are closer than whole models on "
-        "{0[heads alone < whole][frechet]} seeds, at equal time on "
-        "{0[heads alone, equal time < whole][frechet]}, heads first at equal time on "
-        "{0[heads first < whole][frechet]}; their recall is above that of whole models on "
-        "{0[heads alone > whole][recall]}, {0[heads alone, equal time > whole][recall]} and "
-        "{0[heads first > whole][recall]}.",
+        "At equal updates heads alone differ from whole models by "
+        "{0[heads alone - whole][frechet]} in distance, {0[heads alone - whole][recall]} in recall "
+        "and {0[heads alone - whole][precision]} in precision; at equal time heads first by "
+        "{0[heads first - whole][frechet]}, {0[heads first - whole][recall]} and "
+        "{0[heads first - whole][precision]}.",
+        "Heads alone at equal time differ by {0[heads alone, equal time - whole][frechet]}, "
+        "{0[heads alone, equal time - whole][recall]} and "
+        "{0[heads alone, equal time - whole][precision]}.",
     )
 
     def rows(self, lab) -> dict:
