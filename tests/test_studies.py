@@ -71,7 +71,7 @@ def cut_short(patch, folder):
     patch.setattr(Critical, "how", ("critical", "all"))
     patch.setattr(Credit, "settings", Credit.settings | {"rl_iters": 2})
     patch.setattr(Credit, "arms", dict(list(Credit.arms.items())[:2]))
-    patch.setattr(Heads, "arms", {"heads alone": (2, 2)})
+    patch.setattr(Heads, "arms", {"heads alone": {"gsim_iters": 2, "heads_iters": 2}})
     patch.setattr(Variance, "trajectories", 4)
     patch.setattr(Variance, "draws", 2)
     patch.setattr(Variance, "steps", (4,))
