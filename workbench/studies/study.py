@@ -69,9 +69,10 @@ class Generators(Study):
 
 
 class Reinforcements(Study):
-    """A study of RL runs, whose course it draws."""
+    """A study of RL runs, whose course it draws: changes since the start, which differs between
+    seeds."""
 
-    titles = dict(zip(MONITORED, ("trained reward", "held-out reward", "Fréchet distance")))
+    titles = dict(zip(MONITORED, ("Δ trained reward", "Δ held-out reward", "Δ Fréchet distance")))
 
     def draw(self, rows, path) -> None:
         trained = {
@@ -84,7 +85,7 @@ class Reinforcements(Study):
             return
         for axis, key in zip(axes, self.titles):
             for name, curves in trained.items():
-                values = [curve[key] for curve in curves]
+                values = [[v - curve[key][0] for v in curve[key]] for curve in curves]
                 plot_range(axis, curves[0]["updates"], values, name)
             axis.set_xlabel("updates")
         axes[0].legend(fontsize=7)
