@@ -1123,26 +1123,26 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
             break
         mask = rank < hidden[:, None]
         c, _ = contexts.before(k, tokens, mask, host_hidden)
-        count = torch.full_like(hidden, fixed[k])
-        if schedule is not None:
+        if schedule is None:
+            count = torch.full_like(hidden, fixed[k])
+            host_left = [n - fixed[k] for n in host_hidden]
+        else:
             state = schedule_state(c, mask, (len(fixed) - k) / model.settings.steps)
             count = schedule.select(state, None if sampling.greedy else generator)
             count = torch.minimum(count, hidden)  # 0 for a finished image
+            host_left = (hidden - count).tolist()  # the host waits for the device
             record["states"].append(state)
         temperature = sampling.temperature_at(hidden, model.length)[:, None]
-        hidden, n_hidden = hidden - count, sum(host_hidden)
-        if schedule is None:
-            host_hidden = [n - fixed[k] for n in host_hidden]
-        else:  # the host waits for the device
-            host_hidden = hidden.tolist()
+        hidden = hidden - count
         reveal = mask & (rank >= hidden[:, None])
         c, c_null = contexts.after(reveal)
 
         # which tokens to draw: the whole image, or only what is revealed
         if predictions:
-            drawn = find_true(mask, n_hidden)
+            drawn = find_true(mask, sum(host_hidden))
         else:
-            drawn = find_true(reveal, n_hidden - sum(host_hidden))
+            drawn = find_true(reveal, sum(host_hidden) - sum(host_left))
+        host_hidden = host_left
         scale = None
         if c_null is not None:
             scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
