@@ -4,7 +4,7 @@ r"""RL on the one-step student: a quality reward, a speed reward, and only the c
     python train_rl.py                                    # from nothing: teacher, student, then RL
     python train_rl.py --student runs/demo/student.pt     # RL on an existing student
     python train_rl.py --student runs/demo/student.pt --alpha 0 --no-learn-steps --out runs/quality
-    python train_rl.py --student runs/demo/student.pt --rl-iters 0 --out runs/fast   # schedule alone
+    python train_rl.py --student runs/demo/student.pt --rl-iters 0 --out runs/fast  # schedule alone
     python train_rl.py --student runs/demo/student.pt --action x --out runs/x      # train all of it
     python train_rl.py --student runs/demo/student.pt --action x --method backprop --out runs/marval
     python train_rl.py --student runs/demo/student.pt --reward clip --out runs/clip
