@@ -1474,8 +1474,10 @@ class SchedulePolicy(nn.Module):
     """Chooses how many tokens a step reveals: any number, and in the Kth step all that are hidden.
 
     pi(n) is in proportion to exp(-(log n - log f m)^2 / (2 w^2)), where m tokens would bring the
-    image to where the cosine schedule is after this step. A network sets the factor f and the width
-    w; they start at 1 and 1/2."""
+    image to the next state of the cosine schedule or, if it is late, to where that is after this
+    step. A network sets the factor f and the width w; they start at 1 and 1/2. An image that is
+    early stays so: if it waited for the cosine schedule, all would take K steps, and none would
+    show what fewer are worth."""
 
     def __init__(self, width: int, length: int, max_steps: int, inner: int = 64):
         super().__init__()
@@ -1492,7 +1494,8 @@ class SchedulePolicy(nn.Module):
         L, K = self.length, self.max_steps
         hidden = (L * states[:, -2:-1]).round().clamp(min=1)
         left = (K * states[:, -1:]).round().long()
-        m = (hidden - self.cosine[K - left]).clamp(min=1)
+        below = torch.where(self.cosine < hidden, self.cosine, 0).amax(1, keepdim=True)
+        m = hidden - torch.minimum(below, self.cosine[K - left])
         log_f, log_w = self.net(self.features(states)).chunk(2, 1)
         w = 0.5 * 2 ** log_w.tanh()  # 1/4 to 1: narrower, it would no longer explore
         n = torch.arange(1, L + 1, device=states.device)

@@ -44,6 +44,7 @@ def test_a_file_of_plain_settings_needs_no_more_than_maskrl(kind, channels, tmp_
     known = asdict(Settings())
     settings = Settings(**{k: v for k, v in SMALL.items() if k in known})
     model = maskrl.MAR(settings, ["a", "b"], kind, channels)
+    torch.nn.init.normal_(model.head.final_layer.linear.weight)  # or all tokens would be zero
     maskrl.save(tmp_path / "model.pt", model)
     assert torch.load(tmp_path / "model.pt", weights_only=True)["settings"].keys() == known.keys()
     again = maskrl.load(tmp_path / "model.pt")

@@ -143,6 +143,27 @@ def test_a_schedule_starts_at_the_cosine_schedule(length, K):
     assert torch.equal(policy.select(state), counts)
 
 
+def test_an_early_image_stays_early_and_a_late_one_catches_up():
+    """Early ones once waited for the cosine schedule, so that nothing but K steps was explored."""
+    policy = SchedulePolicy(width=4, length=16, max_steps=8)
+    assert reveal_counts(16, 8) == [1, 1, 1, 2, 3, 2, 3, 3]  # hidden: 16, 15, 14, 13, 11, 8, 6, 3
+    on_time, early, late = (13, 3), (8, 3), (13, 5)
+    states = states_of(*zip(*((hidden, 8 - k) for hidden, k in (on_time, early, late))), 16, 8)
+    assert policy.select(states).tolist() == [2, 2, 7]
+
+
+@pytest.mark.parametrize("length, K", [(16, 16), (49, 24), (64, 32), (256, 64)])
+def test_a_new_schedule_explores_fewer_steps(length, K):
+    policy, generator = SchedulePolicy(width=4, length=length, max_steps=K), rng(0)
+    hidden, steps = torch.full((200,), length), torch.zeros(200)
+    for k in range(K):
+        counts = policy.select(states_of(hidden.tolist(), [K - k] * 200, length, K), generator)
+        counts = torch.minimum(counts, hidden)
+        steps, hidden = steps + (counts > 0), hidden - counts
+    assert hidden.sum() == 0
+    assert 0.5 * K < steps.mean() < 0.96 * K and steps.std() > 0.03 * K
+
+
 def test_a_step_may_reveal_any_number_of_hidden_tokens_and_the_last_one_all():
     policy = SchedulePolicy(width=4, length=16, max_steps=8)
     state = states_of([16, 10, 10, 1], [8, 2, 1, 5], 16, 8)
