@@ -35,8 +35,8 @@ STUDIES = {
 }
 DECIMALS = {  # of the figures in a table
     **dict.fromkeys(("best_batch", "transformer", "head", "graph_mb", "seconds", "updates"), 0),
-    **dict.fromkeys(("steps", "ms", "train_minutes", "tokens"), 1),
-    **dict.fromkeys(("frechet", "nearest", "drift", "image_ms", "best_ms", "faster"), 2),
+    **dict.fromkeys(("steps", "ms", "image_ms", "train_minutes", "tokens"), 1),
+    **dict.fromkeys(("frechet", "nearest", "drift", "best_ms", "faster"), 2),
     **dict.fromkeys(("correlation", "critical", "first", "random", "best"), 2),
     **dict.fromkeys(("held_out_critical", "frac_not_prefix"), 2),
     **dict.fromkeys(("accuracy", "precision", "recall", "diversity", "kl", "image_kl"), 3),
