@@ -239,6 +239,12 @@ README_VERDICTS = {  # study: what it says of a paper
         "16 uncooled ones by {0[1-2-2-3-8, annealed to 0.4 - K = 16][frechet]} and recall "
         "by {0[1-2-2-3-8, annealed to 0.4 - K = 16][recall]}.",
     ),
+    "official": (
+        "- **The official MAR code**, same weights, size of `small`, one image at a time: our "
+        "teacher is {0[small, teacher][faster]} times as fast, the student "
+        "{0[small, student][faster]}, with cache and a quarter of the iterations "
+        "{0[small, student, fewer, cache][faster]}.",
+    ),
 }
 
 
