@@ -1603,13 +1603,11 @@ def rollout(
     seed,
     predictions=True,
     explore=True,
-    varying: Tensor | None = None,
 ) -> Rollouts:
     """G rollouts of each class of `labels` [P].
 
     predictions: whether their Trace has them. explore: whether the generator's actions vary, too,
-    not only the schedule's. varying [P, L]: the tokens whose z may differ within a group (None:
-    all), for action z. Sharing class, order and, if z is no action, z within a group keeps the
+    not only the schedule's. Sharing class, order and, if z is no action, z within a group keeps the
     gradient unbiased and lowers its variance."""
     settings, G = model.settings, model.settings.group
     generator = rng(seed, "shared", device=labels.device)
@@ -1622,10 +1620,7 @@ def rollout(
     labels = labels.repeat_interleave(G)
     if explore and settings.action == "z":
         z = torch.randn(noise.z.shape, generator=generator, device=labels.device)
-        z = sigma[:, None, None] * z
-        if varying is not None:
-            z = torch.where(varying.repeat_interleave(G, 0)[..., None], z, noise.z)
-        noise.z = z
+        noise.z = sigma[:, None, None] * z
     elif explore:
         sigma = settings.explore * sigma
         noise.sigma = sigma[:, None, None]

@@ -12,7 +12,7 @@ from conftest import tiny
 
 import train_distill
 import train_rl
-from maskrl import PolicyGradient, TeacherTraining, generate, rollout
+from maskrl import PolicyGradient, TeacherTraining, generate
 from workbench import bench
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
@@ -34,7 +34,7 @@ from workbench.studies import (
 from workbench.studies.__main__ import main
 from workbench.studies.action import Action
 from workbench.studies.cost import Cost
-from workbench.studies.credit import Branching, Credit, Window
+from workbench.studies.credit import Branching, Credit, Window, branched_rollout
 from workbench.studies.critical import Critical, EqualNumbers
 from workbench.studies.gsim import Gsim
 from workbench.studies.heads import Heads
@@ -335,14 +335,14 @@ def test_branches_differ_in_the_optimised_tokens_alone(student, monkeypatch):
     seen = []
 
     def watched(*args, **kwargs):
-        seen.append(rollout(*args, **kwargs))
+        seen.append(branched_rollout(*args, **kwargs))
         return seen[-1]
 
     def note(self, rollouts, A, counted):
         seen.append(counted)
         return {}
 
-    monkeypatch.setattr(credit, "rollout", watched)
+    monkeypatch.setattr(credit, "branched_rollout", watched)
     monkeypatch.setattr(PolicyGradient, "noise_update", note)
     settings = tiny(rl_steps="critical", critical_steps=2, learn_steps=False, steps=8)
     training = Branching(student, settings, brightness, torch.zeros(1, 16, 12))

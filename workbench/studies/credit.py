@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 import train_rl
-from maskrl import PolicyGradient, Trace, draw_noise, generate, rng, rollout, select_steps
+from maskrl import (
+    Noise,
+    PolicyGradient,
+    Rollouts,
+    Sampling,
+    Trace,
+    draw_noise,
+    generate,
+    rng,
+    select_steps,
+    to_images,
+)
 from workbench.studies.study import Reinforcements
 
 
@@ -23,7 +34,7 @@ class Branching(PolicyGradient):
         tokens, trace = self.one_image_each(labels, seed)
         steps = select_steps(trace, tokens, settings, self.mean_image, generator)
         varying = (steps[..., None] & trace.masks()[1]).any(1)  # [P, L]
-        rollouts = rollout(self.model, self.quality, labels, seed, False, varying=varying)
+        rollouts = branched_rollout(self.model, self.quality, labels, seed, varying)
         A, metrics = self.advantages(rollouts)
         counted = varying.repeat_interleave(settings.group, 0)
         return metrics | self.noise_update(rollouts, A, counted)
@@ -33,6 +44,20 @@ class Branching(PolicyGradient):
         generator = rng(seed, "shared", device=labels.device)  # as in `rollout`
         shared = draw_noise(self.model, len(labels), generator, self.model.settings.order)
         return generate(self.model, labels, noise=shared, trace="predictions")
+
+
+@torch.no_grad()
+def branched_rollout(model, quality, labels, seed, varying) -> Rollouts:
+    """`maskrl.rollout` for action z, of which a group shares z but at the tokens varying [P, L]."""
+    G, generator = model.settings.group, rng(seed, "shared", device=labels.device)
+    shared = draw_noise(model, len(labels), generator, model.settings.order)
+    order, z = (v.repeat_interleave(G, 0) for v in (shared.order, shared.z))
+    own = torch.randn(z.shape, generator=generator, device=labels.device)
+    z = torch.where(varying.repeat_interleave(G, 0)[..., None], own, z)
+    labels, sampling = labels.repeat_interleave(G), Sampling(greedy=False)
+    tokens, trace = generate(model, labels, sampling, Noise(order, z), seed=seed, trace=True)
+    Q = quality(to_images(tokens, model.settings), labels)
+    return Rollouts(tokens, trace, labels, Q, trace.temperature)
 
 
 class Window(PolicyGradient):
