@@ -1,4 +1,4 @@
-"""GSIM of heads alone, and from another noise level."""
+"""GSIM of heads alone."""
 
 from functools import partial
 
@@ -7,20 +7,17 @@ from workbench.studies.study import Study
 
 
 class Heads(Study):
-    title = "GSIM: whole models, heads alone, or heads first; and where the step starts"
+    title = "GSIM: whole models, heads alone, or heads first"
     question = (
         "Students of the story's teachers. While heads learn alone the three networks share the "
         "teacher's contexts, and an update takes 0.6 times as long: *equal time* is 1.67 times as "
-        "many updates, and *heads first* half of the time for each. *From 2.5*: the student's step "
-        "starts at sigma / alpha = 2.5, as in SIM, and not at 5."
+        "many updates, and *heads first* half of the time for each."
     )
     seeds = "0,1,2"
     columns = ("frechet", "precision", "recall", "quality", "held_out", "updates")
     arms = {  # {row name: settings}
         "heads alone": {"gsim_iters": 650, "heads_iters": 650},
         "heads first": {"gsim_iters": 867, "heads_iters": 542},
-        "from 2.5": {"noise_ratio": 2.5},
-        "heads alone, equal time": {"gsim_iters": 1083, "heads_iters": 1083},
     }
     verdict = (
         "At equal updates heads alone differ from whole models by "
@@ -28,10 +25,6 @@ class Heads(Study):
         "and {0[heads alone - whole][precision]} in precision; at equal time heads first by "
         "{0[heads first - whole][frechet]}, {0[heads first - whole][recall]} and "
         "{0[heads first - whole][precision]}.",
-        "From 2.5 the distance differs by {0[from 2.5 - whole][frechet]}.",
-        "Heads alone at equal time differ by {0[heads alone, equal time - whole][frechet]}, "
-        "{0[heads alone, equal time - whole][recall]} and "
-        "{0[heads alone, equal time - whole][precision]}.",
     )
 
     def rows(self, lab) -> dict:
