@@ -384,19 +384,21 @@ class MAR(nn.Module):
     def labels(self, classes) -> Tensor:
         """Labels [B] of a list of class names or of integers, of which num_classes is the null
         class; ValueError for anything else."""
-        try:
-            if not torch.is_tensor(classes):
-                classes = [self.classes.index(y) if isinstance(y, str) else y for y in classes]
-            labels = torch.as_tensor(classes)
-        except (TypeError, ValueError):
-            labels = torch.tensor(-1.0)
-        wrong = labels.ndim != 1 or labels.is_floating_point()
-        if wrong or not ((0 <= labels) & (labels <= self.num_classes)).all():
-            raise ValueError(
-                f"labels must be a list of integers in 0...{self.num_classes} or of class names, "
-                f"such as {', '.join(self.classes[:8])}"
-            )
-        return labels.to(self.device)
+        error = ValueError(
+            f"labels must be a list of integers in 0...{self.num_classes} or of class names, "
+            f"such as {', '.join(self.classes[:8])}"
+        )
+        if not torch.is_tensor(classes):
+            try:
+                numbers = [self.classes.index(y) if isinstance(y, str) else y for y in classes]
+                classes = torch.tensor(numbers)
+            except (TypeError, ValueError):
+                raise error from None
+        if classes.ndim != 1 or classes.is_floating_point():
+            raise error
+        if not ((0 <= classes) & (classes <= self.num_classes)).all():
+            raise error
+        return classes.to(self.device)
 
     def null(self, labels: Tensor) -> Tensor:
         """The null class for each of the labels [B]."""

@@ -55,6 +55,15 @@ def test_tokens_are_centred_and_scaled_pixels_and_give_back_the_images(settings)
     torch.testing.assert_close(maskrl.to_images(tokens, s), images)
 
 
+def test_a_scale_that_was_not_measured_is_refused():
+    """All tokens would be zero, and all images NaN."""
+    s = maskrl.Settings(scale=0.0)
+    with pytest.raises(ValueError, match="scale is 0"):
+        maskrl.to_tokens(torch.rand(1, 3, 16, 16), s)
+    with pytest.raises(ValueError, match="scale is 0"):
+        maskrl.to_images(torch.rand(1, 16, 48), s)
+
+
 # 3 Model ------------------------------------------------------------------------------------------
 
 

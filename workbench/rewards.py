@@ -289,8 +289,9 @@ class RunRewards:
         elif self.held_out is None:
             calibrate(reward_net, images, labels, "the held-out reward")
         quality = MeanReward(self.weights, self.rewards, images, labels)
-        by_default = default_held_out(self.weights, self.data, reward_net, student.device)
-        return quality, self.held_out or by_default
+        if self.held_out is None:
+            self.held_out = default_held_out(self.weights, self.data, reward_net, student.device)
+        return quality, self.held_out
 
 
 def default_held_out(

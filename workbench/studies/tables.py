@@ -240,7 +240,7 @@ README_VERDICTS = {  # study: what it says of a paper
         "by {0[1-2-2-3-8, annealed to 0.4 - K = 16][recall]}.",
     ),
     "official": (
-        "- **The official MAR code**, same weights, size of `small`, one image at a time: our "
+        "- **The official MAR code** (one run, random weights, size of `small`, batch 1): our "
         "teacher is {0[small, teacher][faster]} times as fast, the student "
         "{0[small, student][faster]}, with cache and a quarter of the iterations "
         "{0[small, student, fewer, cache][faster]}.",
