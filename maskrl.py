@@ -328,7 +328,7 @@ class MAR(nn.Module):
     def __init__(self, settings: Settings, classes: list[str], kind="teacher", image_channels=3):
         super().__init__()
         width, length, buffer = settings.width, settings.length, settings.buffer
-        self.classes, self.kind = list(classes), kind
+        self.classes, self.kind = [str(name) for name in classes], kind
         self.num_classes, self.length = len(classes), length
         self.channels = image_channels * settings.patch**2  # D
         self.class_emb = nn.Embedding(self.num_classes, width)

@@ -212,6 +212,14 @@ def test_labels_may_be_names_of_classes(student):
     assert torch.equal(generate(student, names), generate(student, numbers))
 
 
+def test_classes_may_be_named_by_integers():
+    model = maskrl.MAR(maskrl.Settings(), range(3, 6), "student")
+    assert model.classes == ["3", "4", "5"]
+    assert torch.equal(model.labels(["5", "3"]), torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="0...3 or of class names, such as 3, 4, 5"):
+        model.labels(["6"])
+
+
 @pytest.mark.parametrize("kind", ["student", "policy"])
 @pytest.mark.parametrize(
     "sampling",
