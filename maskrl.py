@@ -884,7 +884,7 @@ class Sampling:
     denoise_steps: of a teacher's chain; 1 for a one-step generator; or (50, 5), annealed from the
     first iteration to the last as in DiSA (2505.20297). temperature: a factor on the chain's noise
     or, in a one-step generator, on z; or (1, 0.4), annealed as well (see `temperature_at`). greedy:
-    a learned schedule takes its most probable count; otherwise it draws one, as in rollouts.
+    a learned schedule takes its median count; otherwise it draws one, as in rollouts.
     contexts: who computes c (see `Contexts`)."""
 
     steps: int | tuple[int, ...] | None = None
@@ -1475,11 +1475,11 @@ def schedule_state(c: Tensor, mask: Tensor, steps_left: float) -> Tensor:
 class SchedulePolicy(nn.Module):
     """Chooses how many tokens a step reveals: any number, and in the Kth step all that are hidden.
 
-    pi(n) is in proportion to exp(-(log n - log f m)^2 / (2 w^2)), where m tokens would bring the
-    image to the next state of the cosine schedule or, if it is late, to where that is after this
-    step. A network sets the factor f and the width w; they start at 1 and 1/2. An image that is
-    early stays so: if it waited for the cosine schedule, all would take K steps, and none would
-    show what fewer are worth."""
+    log n is normal around log f m with standard deviation w. m tokens take the image one step
+    further along the cosine schedule or, if it is late, to where that is after this step. A network
+    sets the factor f and the width w, which start at 1 and 1/2. An image that is early stays so: if
+    it waited for the cosine schedule, all would take K steps, and none would show what fewer are
+    worth."""
 
     def __init__(self, width: int, length: int, max_steps: int, inner: int = 64):
         super().__init__()
@@ -1496,12 +1496,13 @@ class SchedulePolicy(nn.Module):
         L, K = self.length, self.max_steps
         hidden = (L * states[:, -2:-1]).round().clamp(min=1)
         left = (K * states[:, -1:]).round().long()
-        below = torch.where(self.cosine < hidden, self.cosine, 0).amax(1, keepdim=True)
-        m = hidden - torch.minimum(below, self.cosine[K - left])
+        angle = (hidden / L).acos() + math.pi / (2 * K)
+        one_step_on = L * angle.clamp(max=math.pi / 2).cos()
+        m = hidden - torch.minimum(one_step_on, self.cosine[K - left])
         log_f, log_w = self.net(self.features(states)).chunk(2, 1)
         w = 0.5 * 2 ** log_w.tanh()  # 1/4 to 1: narrower, it would no longer explore
         n = torch.arange(1, L + 1, device=states.device)
-        logits = -((n.log() - m.log() - log_f) / w).square() / 2
+        logits = -((n.log() - m.clamp(min=1).log() - log_f) / w).square() / 2 - n.log()
         least = torch.where(left > 1, 1, hidden)
         return logits.masked_fill((n < least) | (n > hidden), -math.inf).log_softmax(-1)
 
@@ -1509,11 +1510,11 @@ class SchedulePolicy(nn.Module):
         return torch.cat([self.norm(states[:, :-2]), states[:, -2:]], 1)
 
     def select(self, states: Tensor, generator=None) -> Tensor:
-        """Counts [N]: drawn from pi or, without a generator, the most probable ones."""
-        log_probs = self.log_probs(states)
+        """Counts [N]: drawn from pi or, without a generator, its medians."""
+        pi = self.log_probs(states).exp()
         if generator is None:
-            return log_probs.argmax(1) + 1
-        return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1) + 1
+            return (pi.cumsum(1) < 0.5).sum(1) + 1
+        return torch.multinomial(pi, 1, generator=generator).squeeze(1) + 1
 
 
 def speed(steps: Tensor, max_steps: int) -> Tensor:
@@ -1539,13 +1540,17 @@ def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
 # reward for an image.
 
 
-def group_advantages(rewards: Tensor, group: int) -> Tensor:
+def group_advantages(rewards: Tensor, group: int, common_std=False) -> Tensor:
     """A = (R - mean) / std within each group of G consecutive rollouts [P G]   (GRPO).
 
-    The std is over G - 1; a group whose rewards are all equal gets zeros."""
+    The std is over G - 1; a group whose rewards are all equal gets zeros. common_std: the root mean
+    square of the groups' stds, as Dr. GRPO's gradient needs (2503.20783) but for a factor. Each
+    group's own makes little differences count as much as large ones."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
     A = R - R.mean(1, keepdim=True)
     std = R.std(1, keepdim=True)
+    if common_std:
+        std = std.square().mean().sqrt()
     return torch.where(std > 1e-5, A / std, 0.0).flatten()
 
 
@@ -1789,17 +1794,18 @@ class PolicyGradient:
     def update_schedule_alone(self, labels: Tensor, seed) -> dict[str, float]:
         """Updates of the schedule alone, on rollouts of its own.
 
-        With action x these have no noise on the tokens, which the reward would take for damage."""
-        explore = self.model.settings.action == "z"
-        rollouts = rollout(self.model, self.quality, labels, seed, False, explore)
-        A, metrics = self.advantages(rollouts)
+        Nothing else varies within a group, so that its rewards differ by their schedules alone. For
+        many images only speed makes a difference, a small one: hence the common std, without which
+        these would outvote the few that fewer steps spoil."""
+        rollouts = rollout(self.model, self.quality, labels, seed, False, explore=False)
+        A, metrics = self.advantages(rollouts, common_std=True)
         return metrics | {"schedule_clipped": self.schedule_update(rollouts.trace, A)}
 
-    def advantages(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, float]]:
+    def advantages(self, rollouts: Rollouts, common_std=False) -> tuple[Tensor, dict[str, float]]:
         """A [B], and what to log of the rewards."""
         settings, steps = self.model.settings, rollouts.trace.steps
         R = total_reward(rollouts.quality, steps, settings)
-        A = group_advantages(R, settings.group)
+        A = group_advantages(R, settings.group, common_std)
         metrics = {
             "reward": R,
             "quality": rollouts.quality,

@@ -132,15 +132,24 @@ def test_probabilities_of_all_schedules_sum_to_one(K):
     assert abs(total((), 7) - 1) < 1e-5
 
 
+def played(policy, n, generator=None):
+    """The tokens that are still hidden [K, n] after each step of so many schedules."""
+    L, K = policy.length, policy.max_steps
+    hidden, after = torch.full((n,), L), []
+    for k in range(K):
+        counts = policy.select(states_of(hidden.tolist(), [K - k] * n, L, K), generator)
+        hidden = (hidden - counts).clamp(min=0)
+        after.append(hidden)
+    return torch.stack(after)
+
+
 @pytest.mark.parametrize("length, K", [(16, 16), (16, 9), (64, 32), (64, 5), (256, 64), (4096, 99)])
-def test_a_schedule_starts_at_the_cosine_schedule(length, K):
-    """Its most probable counts, all K of them, even where fewer than L / K tokens are revealed."""
-    policy = SchedulePolicy(width=4, length=length, max_steps=K)
-    counts = torch.tensor(reveal_counts(length, K))
-    hidden = counts.flip(0).cumsum(0).flip(0)
-    left = K - torch.arange(K)
-    state = states_of(hidden.tolist(), left.tolist(), length, K)
-    assert torch.equal(policy.select(state), counts)
+def test_a_schedule_starts_near_the_cosine_schedule(length, K):
+    """Its medians; even where fewer than L / K tokens are revealed."""
+    hidden = played(SchedulePolicy(width=4, length=length, max_steps=K), 1)[:, 0]
+    cosine = length - torch.tensor(reveal_counts(length, K)).cumsum(0)
+    assert (hidden - cosine).abs().max() <= max(1, length / 8)
+    assert abs((hidden > 0).sum() - (cosine > 0).sum()) <= max(1, K / 16)
 
 
 def test_an_early_image_stays_early_and_a_late_one_catches_up():
@@ -149,18 +158,14 @@ def test_an_early_image_stays_early_and_a_late_one_catches_up():
     assert reveal_counts(16, 8) == [1, 1, 1, 2, 3, 2, 3, 3]  # hidden: 16, 15, 14, 13, 11, 8, 6, 3
     on_time, early, late = (13, 3), (8, 3), (13, 5)
     states = states_of(*zip(*((hidden, 8 - k) for hidden, k in (on_time, early, late))), 16, 8)
-    assert policy.select(states).tolist() == [2, 2, 7]
+    assert policy.select(states).tolist() == [2, 3, 7]
 
 
 @pytest.mark.parametrize("length, K", [(16, 16), (49, 24), (64, 32), (256, 64)])
 def test_a_new_schedule_explores_fewer_steps(length, K):
-    policy, generator = SchedulePolicy(width=4, length=length, max_steps=K), rng(0)
-    hidden, steps = torch.full((200,), length), torch.zeros(200)
-    for k in range(K):
-        counts = policy.select(states_of(hidden.tolist(), [K - k] * 200, length, K), generator)
-        counts = torch.minimum(counts, hidden)
-        steps, hidden = steps + (counts > 0), hidden - counts
-    assert hidden.sum() == 0
+    hidden = played(SchedulePolicy(width=4, length=length, max_steps=K), 200, rng(0))
+    steps = 1 + (hidden > 0).sum(0).float()
+    assert hidden[-1].sum() == 0
     assert 0.5 * K < steps.mean() < 0.96 * K and steps.std() > 0.03 * K
 
 
@@ -179,13 +184,14 @@ def test_a_schedule_never_stops_exploring():
     policy.net[-1].bias.data[1] = -50.0
     p = policy.log_probs(states_of([16], [16], 16, 16))[0].exp()
     ratio = (p[1] / p[0]).item()  # of revealing two tokens and one
-    assert ratio == pytest.approx(math.exp(-8 * math.log(2) ** 2), rel=1e-3)
+    assert ratio == pytest.approx(math.exp(-8 * math.log(2) ** 2) / 2, rel=1e-3)
 
 
 def test_a_schedule_draws_counts_with_its_probabilities():
     policy = SchedulePolicy(width=4, length=16, max_steps=16)
     state = states_of([16], [16], 16, 16)
-    expected = torch.exp(-(torch.arange(1, 17).log() ** 2) * 2)  # around 1, with w = 1/2
+    n = torch.arange(1, 17)
+    expected = torch.exp(-2 * n.log() ** 2) / n  # log n is normal around 0, with w = 1/2
     expected = expected / expected.sum()
     torch.testing.assert_close(policy.log_probs(state)[0].exp(), expected)
     drawn = policy.select(state.expand(20_000, -1), rng(0))

@@ -274,15 +274,15 @@ def test_several_updates_of_the_schedule_go_further_until_the_clipped_ratio_stop
 
 
 def watch_the_schedule(training):
-    """A list that gets each Trace from which the schedule would learn."""
-    traces = []
+    """A list that gets each Trace and the advantages from which the schedule would learn."""
+    seen = []
 
     def watched(trace, A):
-        traces.append(trace)
+        seen.append((trace, A))
         return 0.0
 
     training.schedule_update = watched
-    return traces
+    return seen
 
 
 @ACTIONS
@@ -294,22 +294,38 @@ def test_the_schedule_learns_from_rollouts_without_noise_on_the_tokens(student, 
         return brightness(x, labels)
 
     training = policy_gradient(student, quality, action=action)
-    traces = watch_the_schedule(training)
+    seen = watch_the_schedule(training)
     training.update(0, FOUR_PROMPTS, 3)
-    (trace,) = traces
+    ((trace, _),) = seen
     torch.testing.assert_close(images[-1], maskrl.to_images(trace.means, student.settings))
     assert len(images) == (2 if action == "x" else 1)
 
 
 @ACTIONS
-def test_where_the_schedule_learns_alone_a_group_shares_z_unless_that_is_the_action(
-    student, action
-):
+def test_where_the_schedule_learns_alone_a_group_shares_z(student, action):
+    """So that its rewards differ by their schedules alone, also where z is the action of RL."""
     training = policy_gradient(student, action=action, rl_iters=5)
-    traces = watch_the_schedule(training)
+    seen = watch_the_schedule(training)
     training.update(5, FOUR_PROMPTS, 3)
-    z = traces[0].z.view(len(FOUR_PROMPTS), -1, *traces[0].z.shape[1:])  # [P, G, L, D]
-    assert torch.equal(z[:, 0], z[:, 1]) == (action == "x")
+    ((trace, _),) = seen
+    z = trace.z.view(len(FOUR_PROMPTS), -1, *trace.z.shape[1:])  # [P, G, L, D]
+    assert (z == z[:, :1]).all()
+    assert not torch.equal(z[0], z[1])
+
+
+@ACTIONS
+def test_where_the_schedule_learns_alone_a_prompt_weighs_as_its_rewards_differ(student, action):
+    def quality(images, labels):
+        """1; for class 2, of every other image 0."""
+        return torch.where(labels == 2, torch.arange(len(labels)) % 2, 1.0)
+
+    training = policy_gradient(student, quality, action=action, rl_iters=5, alpha=0.01)
+    seen = watch_the_schedule(training)
+    training.update(5, torch.tensor([2, 0, 1, 0]), 3)
+    ((_, A),) = seen
+    spread = A.view(4, -1).std(1)
+    assert 1.9 < spread[0] < 2  # 2 if the others weighed nothing
+    assert (spread[1:] < 0.1).all() and (spread[1:] > 0).any()
 
 
 @ACTIONS

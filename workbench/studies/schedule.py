@@ -18,7 +18,7 @@ class Schedule(Study):
         "of 3 to 8 iterations that do not decrease, searched by reward on other noise. `margin`: "
         "mean difference of the reward from that vector's on the same classes, orders and z, with "
         "its standard error. *Shuffled*: each image gets the schedule of another one of its class. "
-        "*Drawn*: counts are drawn from the policy, not the most probable ones."
+        "*Drawn*: counts are drawn from the policy, not its medians."
     )
     seeds = "0,1,2"
     columns = (
