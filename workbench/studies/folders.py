@@ -111,9 +111,9 @@ class Mnist(Folder):
         "by {0[student - teacher][recall]}, precision by {0[student - teacher][precision]}; from "
         "student to policy, in {0[policy][steps]} iterations, by {0[policy - student][frechet]}, "
         "{0[policy - student][recall]} and {0[policy - student][precision]}.",
-        "After 60 updates the learned schedule is not at its best: its reward differs from that of "
-        "the same generator in 12 cosine iterations by "
-        "{0[policy - policy's generator, K = 12][reward]}.",
+        "The learned schedule's reward differs from that of the same generator in 12 cosine "
+        "iterations by {0[policy - policy's generator, K = 12][reward]}, in 24 by "
+        "{0[policy - policy's generator, K = 24][reward]}.",
     )
     picture = ("mnist_samples.png", "the digits 0 to 9, seed 0")
 
