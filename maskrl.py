@@ -1540,18 +1540,15 @@ def total_reward(quality: Tensor, steps: Tensor, settings: Settings) -> Tensor:
 # reward for an image.
 
 
-def group_advantages(rewards: Tensor, group: int, common_std=False) -> Tensor:
+def group_advantages(rewards: Tensor, group: int, divide=True) -> Tensor:
     """A = (R - mean) / std within each group of G consecutive rollouts [P G]   (GRPO).
 
-    The std is over G - 1; a group whose rewards are all equal gets zeros. common_std: the root mean
-    square of the groups' stds, as Dr. GRPO's gradient needs (2503.20783) but for a factor. Each
-    group's own makes little differences count as much as large ones."""
+    The std is over G - 1; a group whose rewards are all equal gets zeros. divide=False leaves the
+    std out, as Dr. GRPO does (2503.20783): with it little differences count as much as large."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
     A = R - R.mean(1, keepdim=True)
     std = R.std(1, keepdim=True)
-    if common_std:
-        std = std.square().mean().sqrt()
-    return torch.where(std > 1e-5, A / std, 0.0).flatten()
+    return torch.where(std > 1e-5, A / std if divide else A, 0.0).flatten()
 
 
 def token_log_prob(x: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
@@ -1795,17 +1792,17 @@ class PolicyGradient:
         """Updates of the schedule alone, on rollouts of its own.
 
         Nothing else varies within a group, so that its rewards differ by their schedules alone. For
-        many images only speed makes a difference, a small one: hence the common std, without which
-        these would outvote the few that fewer steps spoil."""
+        many images only speed makes a difference, a small one. So advantages are not divided by the
+        std, or these would outvote the few that fewer steps spoil."""
         rollouts = rollout(self.model, self.quality, labels, seed, False, explore=False)
-        A, metrics = self.advantages(rollouts, common_std=True)
+        A, metrics = self.advantages(rollouts, divide=False)
         return metrics | {"schedule_clipped": self.schedule_update(rollouts.trace, A)}
 
-    def advantages(self, rollouts: Rollouts, common_std=False) -> tuple[Tensor, dict[str, float]]:
+    def advantages(self, rollouts: Rollouts, divide=True) -> tuple[Tensor, dict[str, float]]:
         """A [B], and what to log of the rewards."""
         settings, steps = self.model.settings, rollouts.trace.steps
         R = total_reward(rollouts.quality, steps, settings)
-        A = group_advantages(R, settings.group, common_std)
+        A = group_advantages(R, settings.group, divide)
         metrics = {
             "reward": R,
             "quality": rollouts.quality,

@@ -29,7 +29,7 @@ AT_MOST = {  # waits, launches
     "backprop, z": (25, 1590),
     "backprop, x": (29, 2640),
     "an iteration of a student": (0, 275),
-    "a generation of a learned schedule, 4 iterations": (5, 1353),
+    "a generation of a learned schedule, 4 iterations": (5, 1389),
     "a generation of fixed counts, beside its iterations": (1, 30),
     "a denoising step of a guided chain": (0, 104),
     "a batch of mirrored images": (2, 3),

@@ -324,8 +324,8 @@ def test_where_the_schedule_learns_alone_a_prompt_weighs_as_its_rewards_differ(s
     training.update(5, torch.tensor([2, 0, 1, 0]), 3)
     ((_, A),) = seen
     spread = A.view(4, -1).std(1)
-    assert 1.9 < spread[0] < 2  # 2 if the others weighed nothing
-    assert (spread[1:] < 0.1).all() and (spread[1:] > 0).any()
+    assert spread[0] > 0.5
+    assert (spread[1:] < 0.02).all() and (spread[1:] > 0).any()
 
 
 @ACTIONS
