@@ -1498,11 +1498,11 @@ class SchedulePolicy(nn.Module):
         left = (K * states[:, -1:]).round().long()
         angle = (hidden / L).acos() + math.pi / (2 * K)
         one_step_on = L * angle.clamp(max=math.pi / 2).cos()
-        m = hidden - torch.minimum(one_step_on, self.cosine[K - left])
+        m = (hidden - torch.minimum(one_step_on, self.cosine[K - left])).clamp(min=1)
         log_f, log_w = self.net(self.features(states)).chunk(2, 1)
         w = 0.5 * 2 ** log_w.tanh()  # 1/4 to 1: narrower, it would no longer explore
         n = torch.arange(1, L + 1, device=states.device)
-        logits = -((n.log() - m.clamp(min=1).log() - log_f) / w).square() / 2 - n.log()
+        logits = -((n.log() - m.log() - log_f) / w).square() / 2 - n.log()
         least = torch.where(left > 1, 1, hidden)
         return logits.masked_fill((n < least) | (n > hidden), -math.inf).log_softmax(-1)
 
