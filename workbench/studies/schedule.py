@@ -29,9 +29,9 @@ class Schedule(Study):
     lengths = range(3, 9)  # of the count vectors
     searched = 225  # images of each candidate; the best ten are compared on six times as many
     verdict = (
-        "The learned schedule's reward is above the best vector's on "
-        "{0[learned > vector][reward]} seeds. It adapts to the image: shuffled within a class it "
-        "is above the vector's on {0[shuffled > vector][reward]}.",
+        "The learned schedule's reward differs from the best vector's by "
+        "{0[learned - vector][reward]}. It adapts to the image: shuffled within a class it differs "
+        "by {0[shuffled - vector][reward]}.",
         "Four iterations are not free: the distance is {0[learned / student][frechet]} times the "
         "student's in 16. In random orders it is {0[learned, random order / learned][frechet]} "
         "times that in Halton's.",
