@@ -130,6 +130,12 @@ def rng(*names, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(zlib.crc32(repr(plain(names)).encode()))
 
 
+def rngs(*names, device) -> tuple[torch.Generator, torch.Generator]:
+    """rng(*names) of the host, for what it must know, and of the device; on a CPU they are one."""
+    host = rng(*names)
+    return host, host if torch.device(device).type == "cpu" else rng(*names, device=device)
+
+
 def plain(name) -> Any:
     """Integers of any type, also inside tuples, as int: NumPy's seeds then equal Python's."""
     if isinstance(name, tuple):
@@ -227,11 +233,11 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.mlp = silu_mlp(256, width, width)
+        frequency = torch.exp(-math.log(1e4) * torch.arange(128) / 128)
+        self.register_buffer("frequency", frequency, persistent=False)
 
-    @staticmethod
-    def waves(t: Tensor) -> Tensor:
-        frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
-        angle = t[:, None].float() * frequency
+    def waves(self, t: Tensor) -> Tensor:
+        angle = t[:, None].float() * self.frequency
         return torch.cat([angle.cos(), angle.sin()], 1)  # [N, 256]
 
     def forward(self, t: Tensor) -> Tensor:
@@ -574,11 +580,16 @@ def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
 # so that the model also learns the null class, which guidance needs.
 
 
-def random_mask(ratio: Tensor, length: int, generator) -> Tensor:
-    """mask [n, L] that hides ceil(ratio L) tokens of each row, at least one; ratio [n]."""
-    hidden = torch.ceil(length * ratio).clamp(1, length)
-    rank = torch.rand(len(ratio), length, generator=generator, device=generator.device).argsort(1)
-    return rank < hidden[:, None]
+def hidden_counts(n: int, length: int, generator) -> Tensor:
+    """How many of the L tokens are hidden in each of n images [n]: a uniform fraction, not 0."""
+    return torch.ceil(length * torch.rand(n, generator=generator)).clamp(1, length).long()
+
+
+def random_mask(hidden: Tensor, length: int, generator) -> Tensor:
+    """mask [n, L] that hides `hidden` [n] tokens of each row; they may be on the host."""
+    device = generator.device
+    rank = torch.rand(len(hidden), length, generator=generator, device=device).argsort(1)
+    return rank < hidden.to(device, non_blocking=True)[:, None]
 
 
 def denoising_loss(head: Head, x_0: Tensor, c: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -602,6 +613,7 @@ class MaskedBatch:
 
     x: Tensor  # [B, L, D]
     mask: Tensor  # [B, L]
+    hidden: Tensor  # [B], on the host: how many tokens each image hides
     labels: Tensor  # [B]
     t: Tensor  # [B, draws, L]
     eps: Tensor  # [B, draws, L, D]
@@ -610,20 +622,20 @@ class MaskedBatch:
     c_null: Tensor | None = None  # [B, L, W], and of the null class
 
     def __getitem__(self, rows: Tensor) -> "MaskedBatch":
-        """The sub-batch of these images."""
+        """The sub-batch of these images; rows are on the host."""
         values = (getattr(self, field.name) for field in fields(self))
-        return MaskedBatch(*(None if v is None else v[rows] for v in values))
+        parts = (None if v is None else v[rows.to(v.device, non_blocking=True)] for v in values)
+        return MaskedBatch(*parts)
 
-    @cached_property
-    def hidden(self) -> list[int]:
-        """How many tokens each image hides. Only here does the host wait for the device."""
-        return self.mask.sum(1).tolist()
+    @property
+    def N(self) -> int:
+        """Rows of `flat`: the hidden tokens of all draws."""
+        return int(self.hidden.sum()) * self.t.shape[1]
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """Row in 0...B draws - 1 and token [N] of every hidden token of every draw."""
-        draws = self.t.shape[1]
-        return find_true(repeat(self.mask, "b l -> (b n) l", n=draws), draws * sum(self.hidden))
+        return find_true(repeat(self.mask, "b l -> (b n) l", n=self.t.shape[1]), self.N)
 
     def flat(self, v: Tensor) -> Tensor:
         """v [B, draws, L, ...], of every draw -> [N, ...]."""
@@ -636,7 +648,7 @@ class MaskedBatch:
 
     def inputs(self) -> tuple:
         """What `MAR.context` gets."""
-        return self.x, self.mask, self.labels, self.hidden
+        return self.x, self.mask, self.labels, self.hidden.tolist()
 
     def context(self, network: MAR) -> Tensor:
         """c [N, W]. The costly part, so one context serves all draws."""
@@ -646,15 +658,15 @@ class MaskedBatch:
     def denoising_loss(self, network: MAR, x_0: Tensor) -> Tensor:
         """The sum of `denoising_loss` over N tokens x_0 [N, D]."""
         c, t, eps = self.context(network), self.flat(self.t), self.flat(self.eps)
-        return len(x_0) * denoising_loss(network.head, x_0, c, t, eps)
+        return self.N * denoising_loss(network.head, x_0, c, t, eps)
 
 
-def micro_batches(mask: Tensor, size: int) -> list[Tensor]:
-    """The rows 0...B - 1 of mask [B, L] in parts of at most `size` (0: one part).
+def micro_batches(hidden: Tensor, size: int) -> list[Tensor]:
+    """Rows 0...B - 1 of images that hide `hidden` [B] tokens, in parts of at most size (0: one).
 
     Rows that hide about as many tokens go together, so that `MAR.context` pads little."""
-    by_count = mask.sum(1).argsort(stable=True)
-    return [rows.sort().values for rows in by_count.split(size or len(mask))]
+    by_count = hidden.argsort(stable=True)
+    return [rows.sort().values for rows in by_count.split(size or len(hidden))]
 
 
 def optimizer_step(losses: Iterable[Tensor], *optimizers, max_norm=1.0) -> tuple[float, float]:
@@ -682,9 +694,8 @@ def micro_batched_step(
     loss: Callable, batch: MaskedBatch, size: int, *optimizers
 ) -> tuple[float, float]:
     """`optimizer_step` on the mean over tokens of the sum loss(batch), `size` images at a time."""
-    n = batch.mask.sum() * batch.t.shape[1]
-    parts = (batch[rows] for rows in micro_batches(batch.mask, size))
-    return optimizer_step((loss(part) / n for part in parts), *optimizers)
+    parts = (batch[rows] for rows in micro_batches(batch.hidden, size)) if size else [batch]
+    return optimizer_step((loss(part) / batch.N for part in parts), *optimizers)
 
 
 @torch.no_grad()
@@ -811,15 +822,17 @@ class TeacherTraining:
         """One update on tokens x [B, L, D] of classes labels [B]; returns metrics to log."""
         model, settings = self.model, self.model.settings
         B, L, D = x.shape
-        generator = rng(seed, "teacher", step, device=x.device)
-        on_device = {"generator": generator, "device": x.device}
-        unlabelled = torch.rand(B, **on_device) < settings.label_dropout
+        host, generator = rngs(seed, "teacher", step, device=x.device)
+        unlabelled = torch.rand(B, generator=host) < settings.label_dropout
+        hidden = hidden_counts(B, L, host)
+        unlabelled = unlabelled.to(x.device, non_blocking=True)
         labels = torch.where(unlabelled, model.null(labels), labels)
-        mask = random_mask(torch.rand(B, **on_device), L, generator)
+        mask = random_mask(hidden, L, generator)
+        on_device = {"generator": generator, "device": x.device}
         t = torch.randint(1000, (B, settings.draws, L), **on_device)
         eps = torch.randn(B, settings.draws, L, D, **on_device)
 
-        batch = MaskedBatch(x, mask, labels, t, eps)
+        batch = MaskedBatch(x, mask, hidden, labels, t, eps)
         optimizers = self.optimizers.values()
         loss, norm = micro_batched_step(self.loss, batch, settings.micro_batch, *optimizers)
         for rate in self.rates.values():
@@ -1305,17 +1318,18 @@ class Distillation:
         generation. Each network computes its own context from the same visible data tokens."""
         settings = self.model.settings
         size = settings.micro_batch
-        generator = rng(seed, "gsim", step, device=x.device)
-        ratio = torch.rand(len(x), generator=generator, device=x.device)
-        mask = random_mask(ratio, x.shape[1], generator)
+        host, generator = rngs(seed, "gsim", step, device=x.device)
+        hidden = hidden_counts(len(x), x.shape[1], host)
+        mask = random_mask(hidden, x.shape[1], generator)
         shared = None, None
         if step < settings.heads_iters:
-            shared = self.teacher_contexts(x, mask, labels)
+            shared = self.teacher_contexts(x, mask, labels, hidden.tolist())
 
-        batch = self.draw(x, mask, labels, generator, *shared)
+        images = x, mask, hidden, labels
+        batch = self.draw(images, generator, *shared)
         aux_loss, _ = micro_batched_step(self.aux_loss, batch, size, self.optimizers["aux"])
         self.aux.requires_grad_(False)  # its parameters, but not the way through it to x_t
-        batch = self.draw(x, mask, labels, generator, *shared)
+        batch = self.draw(images, generator, *shared)
         loss, norm = micro_batched_step(self.student_loss, batch, size, self.optimizers["student"])
         self.aux.requires_grad_(True)
         for rate in self.rates.values():
@@ -1327,13 +1341,13 @@ class Distillation:
     def teacher_contexts(self, *inputs) -> tuple[Tensor, Tensor]:
         return class_and_null_context(self.teacher, *inputs)
 
-    def draw(self, x, mask, labels, generator, c=None, c_null=None) -> MaskedBatch:
-        """The images with fresh times, eps and z for every token."""
-        B, L, D = x.shape
+    def draw(self, images: tuple, generator, c=None, c_null=None) -> MaskedBatch:
+        """The images (x, mask, hidden, labels) with fresh times, eps and z for every token."""
+        B, L, D = images[0].shape
         shape = B, self.model.settings.draws, L
         t = gsim_times(shape, generator)
-        eps, z = torch.randn(2, *shape, D, generator=generator, device=x.device)
-        return MaskedBatch(x, mask, labels, t, eps, z, c, c_null)
+        eps, z = torch.randn(2, *shape, D, generator=generator, device=generator.device)
+        return MaskedBatch(*images, t, eps, z, c, c_null)
 
     def student_tokens(self, batch: MaskedBatch) -> Tensor:
         """g(z, c) [N, D]."""
@@ -1573,7 +1587,7 @@ def policy_loss(
     kl: Tensor | float = 0.0,
     clip_ratio: float = 0.2,
     beta: float = 0.0,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """-mean(min(r A, clip(r, 1 - eps, 1 + eps) A) - beta KL) over actions [N], r = pi / pi_old.
 
     The objective of GRPO and MaskFocus. Returns the loss and, to log, `ratio` and `kl`, their
@@ -1584,9 +1598,18 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     objective = torch.minimum(ratio * advantage, clipped * advantage) - beta * kl
     outside = (ratio - 1).abs() > clip_ratio
-    names = "ratio", "clip_fraction", "kl", "log_ratio"
-    values = ratio.mean(), outside.float().mean(), kl.mean(), log_ratio.abs().max()
-    return -objective.mean(), dict(zip(names, torch.stack(values).tolist()))
+    metrics = {
+        "ratio": ratio.mean().detach(),
+        "clip_fraction": outside.float().mean(),
+        "kl": kl.mean().detach(),
+        "log_ratio": log_ratio.abs().max().detach(),
+    }
+    return -objective.mean(), metrics
+
+
+def as_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics to log; the host waits for the device once."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
 
 
 @dataclass
@@ -1775,12 +1798,12 @@ class PolicyGradient:
         trace = rollouts.trace
         steps = select_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
         is_prefix = steps.float().cumprod(1).sum(1) == steps.sum(1)
-        metrics["frac_not_prefix"] = (~is_prefix).float().mean().item()
+        metrics["frac_not_prefix"] = (~is_prefix).float().mean()
+        metrics = as_numbers(metrics)
         counted = (steps[..., None] & trace.masks()[1]).any(1)
-        if A.any() and settings.action == "z":
-            metrics |= self.noise_update(rollouts, A, counted)
-        elif A.any():
-            metrics |= self.generator_update(rollouts, A, counted)
+        if metrics["frac_zero_advantage"] < 1:
+            learn = self.noise_update if settings.action == "z" else self.generator_update
+            metrics |= learn(rollouts, A, counted)
         if self.model.schedule is not None and settings.action == "z":
             metrics["schedule_clipped"] = self.schedule_update(rollouts.trace, A)
         elif self.model.schedule is not None:
@@ -1796,22 +1819,22 @@ class PolicyGradient:
         std, or these would outvote the few that fewer steps spoil."""
         rollouts = rollout(self.model, self.quality, labels, seed, False, explore=False)
         A, metrics = self.advantages(rollouts, divide=False)
-        return metrics | {"schedule_clipped": self.schedule_update(rollouts.trace, A)}
+        clipped = self.schedule_update(rollouts.trace, A)
+        return as_numbers(metrics) | {"schedule_clipped": clipped}
 
-    def advantages(self, rollouts: Rollouts, divide=True) -> tuple[Tensor, dict[str, float]]:
+    def advantages(self, rollouts: Rollouts, divide=True) -> tuple[Tensor, dict[str, Tensor]]:
         """A [B], and what to log of the rewards."""
         settings, steps = self.model.settings, rollouts.trace.steps
         R = total_reward(rollouts.quality, steps, settings)
         A = group_advantages(R, settings.group, divide)
         metrics = {
-            "reward": R,
-            "quality": rollouts.quality,
-            "steps": steps.float(),
-            "reward_std": R.view(-1, settings.group).std(1),
-            "frac_zero_advantage": (A == 0).float(),
+            "reward": R.mean(),
+            "quality": rollouts.quality.mean(),
+            "steps": steps.float().mean(),
+            "reward_std": R.view(-1, settings.group).std(1).mean(),
+            "frac_zero_advantage": (A == 0).float().mean(),
         }
-        means = torch.stack([values.mean() for values in metrics.values()])
-        return A, dict(zip(metrics, means.tolist()))
+        return A, metrics
 
     def noise_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
         """Updates of the noise policy on the counted tokens [B, L], with advantages A [B]."""
@@ -1832,7 +1855,7 @@ class PolicyGradient:
             history.append(metrics)
             loss, norm = optimizer_step([loss], self.optimizers["noise"])
         first = {"log_ratio": history[0]["log_ratio"]}  # 0 if sampler and learner agree
-        return history[-1] | first | {"loss": loss, "grad_norm": norm}
+        return as_numbers(history[-1] | first) | {"loss": loss, "grad_norm": norm}
 
     def generator_update(self, rollouts: Rollouts, A: Tensor, counted: Tensor) -> dict[str, float]:
         """One update on the counted tokens [B, L], with advantages A [B]."""
@@ -1840,8 +1863,9 @@ class PolicyGradient:
         losses = self.step_losses(rollouts, A, counted & (A != 0)[:, None], history)
         loss, norm = optimizer_step(losses, self.optimizers["generator"])
         total = {key: sum(w * metrics[key] for w, metrics in history) for key in history[0][1]}
-        log_ratio = max(metrics["log_ratio"] for _, metrics in history)  # 0 if sampler = learner
-        return total | {"log_ratio": log_ratio, "loss": loss, "grad_norm": norm}
+        log_ratios = torch.stack([metrics["log_ratio"] for _, metrics in history])
+        total["log_ratio"] = log_ratios.max()  # 0 if sampler and learner agree
+        return as_numbers(total) | {"loss": loss, "grad_norm": norm}
 
     def step_losses(self, rollouts: Rollouts, A, counted, history: list) -> Iterable[Tensor]:
         """The contributions of some steps at a time to the mean over the counted tokens [B, L];
@@ -1853,7 +1877,7 @@ class PolicyGradient:
         reveal = reveal & counted[:, None]
         row, step = reveal.any(2).nonzero(as_tuple=True)
         mask, reveal = mask[row, step], reveal[row, step]  # [M, L] of M steps
-        for part in micro_batches(mask, settings.micro_batch):
+        for part in micro_batches(mask.sum(1), settings.micro_batch):
             rows, reveals = row[part], reveal[part]
             x = rollouts.tokens[rows]
             inputs = x, mask[part], rollouts.labels[rows], reveals, trace.z[rows]
@@ -1869,7 +1893,7 @@ class PolicyGradient:
                 log_prob, log_old, advantage, kl, settings.clip_ratio, settings.beta
             )
             weight = len(g) / reveal.sum()
-            history.append((float(weight), metrics))
+            history.append((weight, metrics))
             yield loss * weight
 
     def schedule_update(self, trace: Trace, A: Tensor) -> float:
@@ -1888,7 +1912,7 @@ class PolicyGradient:
                 log_old = log_prob.detach()
             loss, metrics = policy_loss(log_prob, log_old, A[row], clip_ratio=settings.clip_ratio)
             optimizer_step([loss], self.optimizers["schedule"])
-        return metrics["clip_fraction"]
+        return metrics["clip_fraction"].item()
 
 
 class RewardBackpropagation(PolicyGradient):
@@ -1910,7 +1934,7 @@ class RewardBackpropagation(PolicyGradient):
         keep = select_steps(trace, tokens, settings, self.mean_image, generator)
         actions = (trace.counts * keep).sum(1)  # [B]: how many tokens an image has in those steps
         history = []
-        parts = micro_batches(keep, settings.micro_batch)
+        parts = micro_batches(keep.sum(1), settings.micro_batch)
         losses = (self.image_loss(history, labels, trace, keep, actions, rows) for rows in parts)
         learner = self.optimizers["generator" if settings.action == "x" else "noise"]
         _, norm = optimizer_step(losses, learner)

@@ -113,16 +113,17 @@ class Move(torch.autograd.Function):
     """A tensor on the other device."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, non_blocking=False):
         if on_gpu(x):
             Gpu.now.count_wait("copy from the GPU")
             return x.host.clone()
-        Gpu.now.count_wait("copy to the GPU")
+        if not non_blocking:  # else CUDA copies from a buffer of its own, while the host goes on
+            Gpu.now.count_wait("copy to the GPU")
         return OnGpu(x.clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return Move.apply(gradient)
+        return Move.apply(gradient), None
 
 
 class GpuGenerator(REAL.Generator):
@@ -165,7 +166,7 @@ def to(x, *args, **kwargs):
             args = [here if isinstance(a, (str, torch.device)) else a for a in args]
             kwargs = {k: here if k == "device" else a for k, a in kwargs.items()}
         return REAL.to(x, *args, **kwargs)
-    x = Move.apply(x)
+    x = Move.apply(x, kwargs.get("non_blocking", False))
     dtypes = [p for p in (*args, *kwargs.values()) if isinstance(p, torch.dtype)]
     dtypes += [p.dtype for p in places if isinstance(p, Tensor)]
     return REAL.to(x, dtypes[0]) if dtypes else x

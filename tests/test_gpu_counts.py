@@ -22,13 +22,13 @@ NARROW = {"image_size": 32, "width": 48, "heads": 6, "head_width": 48, "scale": 
 FLAT = {"depth": 1, "head_depth": 1}
 RL = {"prompts": 2, "group": 2, "rl_steps": "all", "learn_steps": False}
 AT_MOST = {  # waits, launches
-    "teacher": (2, 620),
-    "GSIM": (4, 1180),
-    "RL, z": (14, 1030),
-    "RL, x": (24, 1290),
-    "backprop, z": (25, 1590),
-    "backprop, x": (29, 2640),
-    "an iteration of a student": (0, 275),
+    "teacher": (1, 600),
+    "GSIM": (2, 1140),
+    "RL, z": (9, 1005),
+    "RL, x": (13, 1264),
+    "backprop, z": (25, 1550),
+    "backprop, x": (29, 2585),
+    "an iteration of a student": (0, 271),
     "a generation of a learned schedule, 4 iterations": (5, 1389),
     "a generation of fixed counts, beside its iterations": (1, 30),
     "a denoising step of a guided chain": (0, 104),

@@ -316,7 +316,7 @@ def test_a_distillation_compares_the_guided_teacher_with_the_auxiliary_network(d
     ((x_0, x_t, t, eps_q, eps_p),) = loss_calls
 
     generator = rng(5, "gsim", 0)
-    mask = maskrl.random_mask(torch.rand(6, generator=generator), 16, generator)
+    mask = maskrl.random_mask(maskrl.hidden_counts(6, 16, generator), 16, generator)
     assert len(set(mask.sum(1).tolist())) > 2
     tokens = [(b, n) for b in range(6) for _ in range(draws) for n in range(16) if mask[b, n]]
     image, position = torch.tensor(tokens).T

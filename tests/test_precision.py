@@ -23,8 +23,13 @@ def images(B=8):
     return patterns[labels] + 0.3 * torch.randn(B, 16, 12, generator=maskrl.rng("noise")), labels
 
 
+def random_mask(n, generator):
+    """A mask [n, 16] that hides 1 to 16 tokens of each row."""
+    return maskrl.random_mask(maskrl.hidden_counts(n, 16, generator), 16, generator)
+
+
 def some_mask():
-    return maskrl.random_mask(torch.rand(8), 16, maskrl.rng("mask"))
+    return random_mask(8, maskrl.rng("mask"))
 
 
 def gradients(network):
@@ -50,8 +55,8 @@ def outputs(model):
 
 
 def test_micro_batches_hold_every_row_once_and_pad_little():
-    mask = maskrl.random_mask(torch.rand(64), 16, maskrl.rng(0))
-    parts = maskrl.micro_batches(mask, 12)
+    mask = random_mask(64, maskrl.rng(0))
+    parts = maskrl.micro_batches(mask.sum(1), 12)
     assert [len(rows) for rows in parts] == [12] * 5 + [4]
     assert torch.cat(parts).sort().values.tolist() == list(range(64))
     visible = (~mask).sum(1)
@@ -60,7 +65,7 @@ def test_micro_batches_hold_every_row_once_and_pad_little():
 
 
 def test_without_a_size_the_rows_are_one_part_in_their_order():
-    (rows,) = maskrl.micro_batches(maskrl.random_mask(torch.rand(7), 16, maskrl.rng(0)), 0)
+    (rows,) = maskrl.micro_batches(torch.tensor([5, 1, 3, 3, 2, 16, 1]), 0)
     assert rows.tolist() == list(range(7))
 
 
@@ -198,9 +203,8 @@ def test_a_compiled_model_computes_the_same_and_is_compiled_a_few_times(
         model.zero_grad()
         for n, hidden in ((8, 0.5), (5, 0.3), (3, 0.9)):
             x, labels = images(n)
-            mask = maskrl.random_mask(
-                hidden * torch.rand(n, generator=maskrl.rng(n)), 16, maskrl.rng(n)
-            )
+            few = (hidden * maskrl.hidden_counts(n, 16, maskrl.rng(n))).ceil()
+            mask = maskrl.random_mask(few, 16, maskrl.rng(n))
             c = model.context(x, mask, labels)
             z = torch.randn(n * 16, 12, generator=maskrl.rng(n))
             maskrl.one_step(model.head, z, c.flatten(0, 1), 5.0).square().mean().backward()

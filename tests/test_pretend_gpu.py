@@ -125,6 +125,10 @@ def test_it_counts_what_the_host_waits_for(gpu):
         "copy from the GPU": 1,
         "copy to the GPU": 1,
     }
+    torch.ones(1).to(GPU, non_blocking=True)
+    assert gpu.waits["copy to the GPU", "elsewhere"] == 1
+    x.to("cpu", non_blocking=True)
+    assert gpu.waits["copy from the GPU", "elsewhere"] == 2  # its numbers would not be there yet
 
 
 @only_pretended

@@ -50,7 +50,7 @@ def test_contexts(mar):
 
 def test_head(mar):
     close(mar.head(*of("head_in", "head_t", "head_c")), "head_out")
-    waves = maskrl.TimeEmbedding.waves(torch.tensor([0, 1, 500, 999]))
+    waves = maskrl.TimeEmbedding(8).waves(torch.tensor([0, 1, 500, 999]))
     close(waves, "timestep_embedding_0_999", atol=1e-4)
 
 

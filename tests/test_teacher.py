@@ -7,33 +7,43 @@ import torch
 from helpers_methods import flatten
 
 import maskrl
-from maskrl import MaskedBatch, Muon, TeacherTraining, optimizer_step, random_mask, rng
+from maskrl import (
+    MaskedBatch,
+    Muon,
+    TeacherTraining,
+    hidden_counts,
+    optimizer_step,
+    random_mask,
+    rng,
+)
 
 
-def test_a_uniform_ratio_hides_every_number_of_tokens_equally_often():
-    ratio = torch.rand(20000, generator=rng(0))
-    hidden = random_mask(ratio, 16, rng(1)).sum(1)
+def test_every_number_of_tokens_is_hidden_equally_often_and_never_none():
+    hidden = hidden_counts(20000, 16, rng(0))
+    assert torch.equal(random_mask(hidden, 16, rng(1)).sum(1), hidden)
+    assert hidden.min() == 1
     fraction = hidden.bincount(minlength=17)[1:] / 20000
     torch.testing.assert_close(fraction, torch.full((16,), 1 / 16), atol=0.008, rtol=0)
 
 
-def test_a_mask_hides_at_least_one_token_and_every_position_equally_often():
-    assert random_mask(torch.zeros(50), 16, rng(0)).sum(1).tolist() == [1] * 50
-    fraction = random_mask(torch.full((20000,), 0.25), 16, rng(0)).float().mean(0)
+def test_a_mask_hides_every_position_equally_often():
+    fraction = random_mask(torch.full((20000,), 4), 16, rng(0)).float().mean(0)
     torch.testing.assert_close(fraction, torch.full((16,), 0.25), atol=0.015, rtol=0)
 
 
 def test_a_flat_batch_has_the_hidden_tokens_of_every_draw_in_one_order():
     x, mask = torch.randn(3, 4, 5), torch.rand(3, 4) < 0.5
     t, eps = torch.randint(1000, (3, 2, 4)), torch.randn(3, 2, 4, 5)
-    batch = MaskedBatch(x, mask, torch.arange(3), t, eps)
+    batch = MaskedBatch(x, mask, mask.sum(1), torch.arange(3), t, eps)
     index = [(b, d, n) for b in range(3) for d in range(2) for n in range(4) if mask[b, n]]
     assert torch.equal(batch.flat_repeated(x), torch.stack([x[b, n] for b, _, n in index]))
     assert torch.equal(batch.flat(t), torch.stack([t[b, d, n] for b, d, n in index]))
     assert torch.equal(batch.flat(eps), torch.stack([eps[b, d, n] for b, d, n in index]))
+    assert batch.N == len(index)
     rows = torch.tensor([2, 0])
     assert torch.equal(batch[rows].eps, eps[rows]) and batch[rows].z is None
     assert batch[rows].labels.tolist() == [2, 0]
+    assert torch.equal(batch[rows].hidden, mask[rows].sum(1))
 
 
 class Enough(Exception):

@@ -13,6 +13,7 @@ from maskrl import (
     Rollouts,
     Sampling,
     Trace,
+    as_numbers,
     draw_noise,
     generate,
     rng,
@@ -37,7 +38,7 @@ class Branching(PolicyGradient):
         rollouts = branched_rollout(self.model, self.quality, labels, seed, varying)
         A, metrics = self.advantages(rollouts)
         counted = varying.repeat_interleave(settings.group, 0)
-        return metrics | self.noise_update(rollouts, A, counted)
+        return as_numbers(metrics) | self.noise_update(rollouts, A, counted)
 
     def one_image_each(self, labels, seed) -> tuple[Tensor, Trace]:
         """Tokens and Trace of the image that the rollouts of each prompt branch from."""

@@ -12,10 +12,12 @@ from maskrl import (
     gsim_terms,
     guidance_scale,
     guided,
+    hidden_counts,
     one_step,
     optimizer_step,
     random_mask,
     rng,
+    rngs,
     to_tokens,
     update_ema,
     x_0_limits,
@@ -33,10 +35,10 @@ class Regression(Distillation):
 
     def update(self, step, x, labels, seed) -> dict[str, float]:
         teacher, student, settings = self.teacher, self.model, self.model.settings
-        generator = rng(seed, "regression", step, device=x.device)
-        ratio = torch.rand(len(x), generator=generator, device=x.device)
-        mask = random_mask(ratio, student.length, generator)
-        n = int(mask.sum())
+        host, generator = rngs(seed, "regression", step, device=x.device)
+        hidden = hidden_counts(len(x), student.length, host)
+        mask = random_mask(hidden, student.length, generator)
+        n = int(hidden.sum())
         z = torch.randn(n, student.channels, generator=generator, device=x.device)
         with torch.no_grad():
             both = class_and_null_context(teacher, x, mask, labels)
