@@ -272,6 +272,8 @@ class FinalLayer(nn.Module):
 class Head(nn.Module):
     """The diffusion head, an MLP: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
 
+    t [1] is the time of all rows, and embedded once.
+
     The first D outputs are eps. The last D interpolate the log variance of a denoising step
     (section 4); we train on eps alone, which leaves them at zero, the middle, where the official
     code trains them.
@@ -532,9 +534,9 @@ class Diffusion:
         return mean + temperature * torch.exp(log_variance / 2) * noise
 
     def sample(self, head: Callable, x: Tensor, generator, temperature=1.0, limits=None) -> Tensor:
-        """The whole ancestral chain from noise x [N, D]; head(x_t, t) -> [N, 2D], t on 0...999."""
+        """The whole ancestral chain from noise x [N, D]; head(x_t, t) -> [N, 2D], t [1]."""
         for i in reversed(range(len(self.times))):
-            t = torch.full((len(x),), int(self.times[i]), device=x.device)
+            t = torch.full((1,), int(self.times[i]), device=x.device)
             noise = torch.randn(x.shape, generator=generator, device=x.device)
             x = self.step(i, x, head(x, t), noise, temperature, limits)
         return x
@@ -570,7 +572,7 @@ def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
     g is its output at tau. MARVAL does not print its parametrisation; this is ours."""
     tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
     alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
-    t = torch.full((len(z),), tau, device=z.device)
+    t = torch.full((1,), tau, device=z.device)
     return (sigma * z - sigma * head.eps(sigma * z, t, c)) / alpha
 
 
@@ -879,7 +881,8 @@ def guided(head: Callable, c: Tensor, c_null: Tensor, scale: Tensor | float) -> 
     both_c = torch.cat([c, c_null])
 
     def guided_head(x_t, t):
-        eps, variance = head(x_t.repeat(2, 1), t.repeat(2), both_c).chunk(2, -1)
+        t = t if len(t) == 1 else t.repeat(2)
+        eps, variance = head(x_t.repeat(2, 1), t, both_c).chunk(2, -1)
         eps_class, eps_null = eps.chunk(2)
         eps = eps_null + scale * (eps_class - eps_null)
         return torch.cat([eps, variance[: len(x_t)]], -1)

@@ -23,6 +23,16 @@ def test_guidance_of_one_is_none_and_of_zero_drops_the_class(model):
     torch.testing.assert_close(with_zero[:, :12], of_null[:, :12], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("predicts", ["x_0", "eps"])
+def test_one_time_stands_for_those_of_all_rows(predicts):
+    head = random_model(predicts=predicts).head
+    x, c, null = torch.randn(5, 12), torch.randn(5, 32), torch.randn(5, 32)
+    guided = maskrl.guided(head, c, null, 3.0)
+    one, each = torch.tensor([300]), torch.full((5,), 300)
+    torch.testing.assert_close(head(x, one, c), head(x, each, c))
+    torch.testing.assert_close(guided(x, one), guided(x, each))
+
+
 def test_the_chains_limits_are_those_of_pixels_a_little_beyond_white(settings):
     low, high = maskrl.x_0_limits(settings(mean=-0.5, scale=3.0, x_0_limit=1.3))
     white = maskrl.to_tokens(torch.full((1, 3, 8, 8), 1.3), settings(mean=-0.5, scale=3.0))

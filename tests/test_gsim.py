@@ -268,7 +268,7 @@ def test_heads_alone_get_the_gradient_that_they_have_in_whole_models(model, sett
     for shares_contexts in (False, True):
         whole = Distillation(deepcopy(model), settings(guidance=2.0))
         shared = whole.teacher_contexts(x, mask, labels) if shares_contexts else ()
-        batch = whole.draw(x, mask, labels, rng(0), *shared)
+        batch = whole.draw((x, mask, mask.sum(1), labels), rng(0), *shared)
         (whole.student_loss(batch) + whole.aux_loss(batch)).backward()
         heads = whole.model.head, whole.aux.head
         gradients.append([p.grad for head in heads for p in head.parameters()])
@@ -365,7 +365,7 @@ def test_guidance_in_gsim_is_mars_linear_one_or_constant(model, settings):
     x, labels = torch.randn(2, 16, 12), torch.tensor([0, 1])
     mask = torch.arange(16) < torch.tensor([[4], [16]])
     linear = Distillation(model, settings(guidance=3.0))
-    batch = linear.draw(x, mask, labels, rng(0))
+    batch = linear.draw((x, mask, mask.sum(1), labels), rng(0))
     draws = linear.model.settings.draws
     expected = [1 + 2 * 13 / 16] * 4 * draws + [1 + 2 * 1 / 16] * 16 * draws
     torch.testing.assert_close(linear.guidance(batch), torch.tensor(expected)[:, None])

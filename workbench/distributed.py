@@ -53,8 +53,8 @@ def join_processes(device: torch.device) -> torch.device:
 
 
 def divided(method: Callable) -> Callable:
-    """A method of tensors that have a row for each of B things, as its output has: every process
-    computes some of the rows."""
+    """A method whose first tensor has a row for each of B things, as its output has: every process
+    computes some of the rows, from those rows of every tensor that has B."""
     signature = inspect.signature(method)
 
     @wraps(method)
@@ -66,7 +66,8 @@ def divided(method: Callable) -> Callable:
         n = math.ceil(B / N)
         rows = (torch.arange(n, device=inputs[0].device) + n * rank()) % B  # some twice
         own_rows = (
-            hooked(x, mean_over_processes)[rows] if torch.is_tensor(x) else x for x in inputs
+            hooked(x, mean_over_processes)[rows] if torch.is_tensor(x) and len(x) == B else x
+            for x in inputs
         )
         own = method(self, *own_rows)
         parts = [torch.empty_like(own) for _ in range(N)]

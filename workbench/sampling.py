@@ -140,7 +140,7 @@ class PerImageChain(Diffusion):
         noise = torch.cat([torch.randn(shape, generator=g) for g in self.generators], 1)
         noise = noise.to(x.device)  # [n, N, D]
         for i in reversed(range(len(self.times))):
-            t = torch.full((len(x),), int(self.times[i]), device=x.device)
+            t = torch.full((1,), int(self.times[i]), device=x.device)
             x = self.step(i, x, head(x, t), noise[i], temperature, limits)
         return x
 

@@ -14,6 +14,7 @@ from workbench.studies.records import provenance
 from workbench.studies.study import Study
 
 FOLDERS = Path("runs/folders")
+HALF = ("--teacher-iters", "6000", "--gsim-iters", "600", "--rl-iters", "25")
 
 
 class Folder(Study):
@@ -76,11 +77,11 @@ class Emoji(Folder):
     title = "A folder: emoji"
     question = (
         "3,160 emoji of two vendors in five classes, by `python train_rl.py --data "
-        "runs/folders/emoji --flip`, at the defaults for a folder without a GPU: 32×32 pixels, 64 "
-        "tokens. Each row of the judge has only 100 images, so that distances are rough."
+        "runs/folders/emoji --flip --teacher-iters 6000 --gsim-iters 600 --rl-iters 25`, half of "
+        "the defaults for a folder without a GPU: 32×32 pixels, 64 tokens. Each row of the judge "
+        "has only 100 images, so that distances are rough."
     )
-    options = ("--flip",)
-    seeds = "0,1,2"
+    options = ("--flip", *HALF)
     verdict = (
         Folder.changes,
         "The learned schedule's reward differs from that of the same generator in 16 cosine "
@@ -97,10 +98,7 @@ class Letters(Folder):
         "train_rl.py --data runs/folders/letters --teacher-iters 6000 --gsim-iters 600 --rl-iters "
         "25`, half of the defaults for a folder without a GPU."
     )
-    options = (
-        *("--teacher-iters", "6000", "--gsim-iters", "600"),
-        *("--rl-iters", "25", "--schedule-iters", "25"),
-    )
+    options = HALF
     verdict = (
         "The student's distance is {0[student / teacher][frechet]} times the teacher's.",
         "The learned schedule takes {0[policy][steps]} iterations for a reward of "
