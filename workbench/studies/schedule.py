@@ -6,7 +6,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from maskrl import Noise, Sampling, add_schedule, generate, rng, to_images, total_reward
+from maskrl import (
+    Noise,
+    Sampling,
+    add_schedule,
+    generate,
+    rng,
+    schedule_state,
+    to_images,
+    total_reward,
+)
 from workbench.damage import partners
 from workbench.studies.study import Study
 
@@ -18,7 +27,11 @@ class Schedule(Study):
         "of 3 to 8 iterations that do not decrease, searched by reward on other noise. `margin`: "
         "mean difference of the reward from that vector's on the same classes, orders and z, with "
         "its standard error. *Shuffled*: each image gets the schedule of another one of its class. "
-        "*Drawn*: counts are drawn from the policy, not its medians."
+        "*Drawn*: counts are drawn from the policy, not its medians. *Hindsight*: each image gets "
+        "the best for it of the twelve best vectors whose first two counts are the best one's. "
+        "*Foreseen*: it gets the one of highest expected reward, by a ridge regression (4,000 "
+        "images) on what the schedule sees after these two iterations, or on all contexts of the "
+        "image; on 2,000 others."
     )
     seeds = "0,1,2"
     columns = (
@@ -28,10 +41,15 @@ class Schedule(Study):
     cosine = (8, 6, 5, 4)
     lengths = range(3, 9)  # of the count vectors
     searched = 225  # images of each candidate; the best ten are compared on six times as many
+    among = 12  # vectors between which one chooses, by 6000 images of each
     verdict = (
         "The learned schedule's reward differs from the best vector's by "
         "{0[learned - vector][reward]}. It adapts to the image: shuffled within a class it differs "
-        "by {0[shuffled - vector][reward]}.",
+        "by {0[shuffled - learned][reward]}. To choose between twelve vectors after two iterations "
+        "would be worth {0[hindsight - vector][margin]} in hindsight; of that "
+        "{0[foreseen - vector][margin]} is foreseen from what the schedule sees, and "
+        "{0[foreseen, all contexts - vector][margin]} from all contexts: the rest is decided by "
+        "noise that no context shows yet.",
         "Four iterations are not free: the distance is {0[learned / student][frechet]} times the "
         "student's in 16. In random orders it is {0[learned, random order / learned][frechet]} "
         "times that in Halton's.",
@@ -47,6 +65,8 @@ class Schedule(Study):
             "shuffled": partial(self.shuffled, lab),
             "vector": partial(self.vector, lab),
         }
+        for name in ("hindsight", "foreseen", "foreseen, all contexts"):
+            rows[name] = partial(self.choice, lab, name)
         for K in self.cosine:
             rows[f"cosine, K = {K}"] = partial(self.fixed, lab, lab.policy, Sampling(K))
         return {name: partial(lab.result, f"schedule, {name}", f) for name, f in rows.items()}
@@ -125,13 +145,57 @@ class Schedule(Study):
             candidates = sorted(candidates, key=rewards.get, reverse=True)[:keep]
         return {"counts": list(candidates[0])}
 
-    @torch.no_grad()
     def mean_reward(self, lab, counts, n: int) -> float:
-        labels = lab.evenly(n)
-        images, steps = self.images(lab, lab.policy, Sampling(counts), labels, "search")
+        return float(self.rewards(lab, counts, lab.evenly(n), "search").mean())
+
+    @torch.no_grad()
+    def rewards(self, lab, counts, labels, name) -> Tensor:
+        """The reward of an image of each label by these counts [n]."""
+        images, steps = self.images(lab, lab.policy, Sampling(counts), labels, name)
         pairs = zip(images.split(500), labels.split(500))
         quality = torch.cat([lab.quality(x.to(lab.device), y).cpu() for x, y in pairs])
-        return float(total_reward(quality, steps, lab.settings).mean())
+        return total_reward(quality, steps, lab.settings)
+
+    def choice(self, lab, name: str) -> dict:
+        """A row of `choices`."""
+        return lab.result("schedule, choices", partial(self.choices, lab))[name]
+
+    def choices(self, lab) -> dict:
+        """Rows of what it is worth to choose the counts after two iterations."""
+        first = self.best_vector(lab)[:2]
+        vectors = [v for v in ascending(lab.settings.length, self.lengths) if v[:2] == first]
+        found = {counts: self.mean_reward(lab, counts, self.searched) for counts in vectors}
+        vectors = sorted(found, key=found.get, reverse=True)[: self.among]
+        labels = lab.evenly(6000)
+        labels = labels[torch.randperm(len(labels), generator=rng(lab.seed, "choices"))]
+        reward = torch.stack([self.rewards(lab, v, labels, "choices") for v in vectors], 1)
+        fit = 2 * len(labels) // 3
+        test, fixed = reward[fit:], int(reward[:fit].mean(0).argmax())
+        chosen = {"hindsight": test.argmax(1)}
+        state, contexts = self.seen(lab, first, labels, "choices")
+        for name, x in (("foreseen", state), ("foreseen, all contexts", contexts)):
+            chosen[name] = ridge(x[:fit], reward[:fit], x[fit:]).argmax(1)
+        rows = {}
+        for name, index in chosen.items():
+            own = test.gather(1, index[:, None]).squeeze(1)
+            margin = own - test[:, fixed]
+            error = float(margin.std() / len(margin) ** 0.5)
+            row = {"reward": own, "margin": margin}
+            rows[name] = {key: float(v.mean()) for key, v in row.items()} | {"margin_error": error}
+        return rows
+
+    @torch.no_grad()
+    def seen(self, lab, first, labels, name) -> tuple[Tensor, Tensor]:
+        """What the schedule sees, and all contexts, after two iterations of these counts."""
+        model, settings, states, contexts = lab.policy, lab.settings, [], []
+        sampling = Sampling((*first, settings.length - sum(first)))
+        for y, seed in self.batches(lab, labels):
+            tokens, trace = generate(model, y, sampling, seed=(name, *seed), trace=True)
+            mask = trace.masks()[0][:, 2]
+            c = model.context(torch.where(mask[..., None], 0, tokens), mask, y)
+            states.append(schedule_state(c, mask, 1 - 2 / settings.steps))
+            contexts.append(c.flatten(1))
+        return torch.cat(states), torch.cat(contexts)
 
 
 class GivenCounts(nn.Module):
@@ -143,6 +207,14 @@ class GivenCounts(nn.Module):
 
     def select(self, states, generator=None) -> Tensor:
         return next(self.steps)
+
+
+def ridge(x: Tensor, y: Tensor, x_new: Tensor, weight: float = 1000.0) -> Tensor:
+    """Ridge regression of y [n, m] on x [n, F], standardised: the expected y of x_new."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    A, bias = (x - mean) / std, y.mean(0)
+    solution = torch.linalg.solve(A.T @ A + weight * torch.eye(A.shape[1]), A.T @ (y - bias))
+    return (x_new - mean) / std @ solution + bias
 
 
 def ascending(total: int, lengths, least: int = 1) -> list[tuple[int, ...]]:
