@@ -158,7 +158,7 @@ def assert_close(a, b):
     assert len(a) == len(b) > 0
     for one, other in zip(without_times(a), without_times(b)):
         assert one.pop("stage") == other.pop("stage")
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+        assert one == pytest.approx(other, rel=1e-3, abs=3e-4)  # losses of RL nearly cancel
 
 
 @pytest.mark.parametrize("action", ["z", "x"])

@@ -23,15 +23,15 @@ FLAT = {"depth": 1, "head_depth": 1}
 RL = {"prompts": 2, "group": 2, "rl_steps": "all", "learn_steps": False}
 AT_MOST = {  # waits, launches
     "teacher": (1, 600),
-    "GSIM": (2, 1140),
+    "GSIM": (2, 1141),
     "RL, z": (9, 1005),
-    "RL, x": (13, 1264),
+    "RL, x": (13, 1265),
     "backprop, z": (25, 1550),
-    "backprop, x": (29, 2585),
-    "an iteration of a student": (0, 271),
-    "a generation of a learned schedule, 4 iterations": (5, 1389),
-    "a generation of fixed counts, beside its iterations": (1, 30),
-    "a denoising step of a guided chain": (0, 104),
+    "backprop, x": (29, 2589),
+    "an iteration of a student": (0, 270),
+    "a generation of a learned schedule, 4 iterations": (5, 1373),
+    "a generation of fixed counts, beside its iterations": (1, 28),
+    "a denoising step of a guided chain": (0, 98),
     "a batch of mirrored images": (2, 3),
 }
 

@@ -36,6 +36,13 @@ def test_an_integer_of_numpy_is_the_same_name_as_pythons(integer):
     assert not torch.equal(draw(integer(1)), draw(integer(2)))
 
 
+def test_host_and_device_draw_from_one_generator_on_a_cpu():
+    """What the host must know is then no draw more."""
+    host, of_device = maskrl.rngs(0, "gsim", 1, device="cpu")
+    assert host is of_device
+    assert torch.equal(torch.rand(3, generator=host), draw(0, "gsim", 1))
+
+
 # 2 Tokens -----------------------------------------------------------------------------------------
 
 

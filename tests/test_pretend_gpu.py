@@ -191,8 +191,19 @@ def trained(name, device):
     return metrics, flatten(p.detach().cpu() for p in training.model.parameters())
 
 
+@pytest.fixture
+def drawing_as_there(monkeypatch):
+    """A CPU, too, has one generator for the host and one for the device. (Those of the pretend GPU
+    give the CPU's numbers.)"""
+
+    def rngs(*names, device):
+        return maskrl.rng(*names), maskrl.rng(*names, device=device)
+
+    monkeypatch.setattr(maskrl, "rngs", rngs)
+
+
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_training_does_there_what_it_does_here(name):
+def test_a_training_does_there_what_it_does_here(name, drawing_as_there):
     with pretend_gpu():
         metrics, weights = trained(name, "cuda")
     assert all(isinstance(value, float) for value in metrics.values())
@@ -394,7 +405,9 @@ def restored(training, path):
 
 
 @pytest.mark.parametrize("fused", [True, False, None])
-def test_a_run_of_the_cpu_goes_on_with_the_fused_optimisers_of_a_gpu(tmp_path, fused):
+def test_a_run_of_the_cpu_goes_on_with_the_fused_optimisers_of_a_gpu(
+    tmp_path, fused, drawing_as_there
+):
     """The file's flag once made it as slow there as it was here."""
     path, settings = tmp_path / "teacher.pt", tiny(order="random")
     torch.manual_seed(0)

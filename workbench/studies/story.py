@@ -23,7 +23,7 @@ class Story(Generators):
     seeds = "0,1,2"
     columns = (
         *("frechet", "precision", "recall", "diversity", "nearest", "quality", "held_out"),
-        *("reward", "steps", "image_ms", "train_minutes"),
+        *("reward", "steps", "image_ms"),
     )
     arms = {
         "untrained": ("untrained", {}),
