@@ -231,7 +231,8 @@ README_VERDICTS = {  # study: what it says of a paper
     "schedule": (
         "- **Speed-RL**: the learned schedule takes {0[learned][steps]} of 16 iterations for a "
         "reward that differs from that of the best fixed counts by "
-        "{0[learned - vector][reward]}. From the student in 16 the distance changes by "
+        "{0[learned - vector][reward]}; what it sees after two iterations would allow "
+        "{0[foreseen - vector][margin]}. From the student in 16 the distance changes by "
         "{0[learned - student][frechet]}, recall by {0[learned - student][recall]}.",
     ),
     "temperature": (
