@@ -56,7 +56,7 @@ def test_on_a_gpu_the_result_is_written_and_makes_a_table(tmp_path, monkeypatch)
     monkeypatch.setattr(gpu_parts, "SIZES", dry)
     monkeypatch.setattr(gpu_parts, "on_the_gpu", no_counts)
     parts = ["about", "agreement", "updates", "images", "precision"]
-    argv = ["--device", "cuda", "--seconds", "2", "--threads", "1", "--out", str(tmp_path / "out")]
+    argv = ["--device", "cuda", "--seconds", "6", "--threads", "1", "--out", str(tmp_path / "out")]
     with pretend_gpu():
         gpu.main([*argv, "--parts", *parts])
     content = json.loads(records.result_file("gpu").read_text())
