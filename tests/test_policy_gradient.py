@@ -379,3 +379,26 @@ def test_the_schedule_learns_to_be_fast_when_only_speed_counts(student):
     training = policy_gradient(student, always_one, **overrides)
     curve = [training.update(i, FOUR_PROMPTS, 0)["steps"] for i in range(25)]
     assert last_minus_first(curve) < -2
+
+
+def test_what_is_logged_of_the_parts_of_a_batch_is_a_mean_and_the_largest_log_ratio(
+    student, monkeypatch
+):
+    """Means over actions weigh the parts by their numbers; a ratio far from 1 must not drown."""
+    training = policy_gradient(student, action="x", micro_batch=1, rl_steps="all")
+    own_loss, parts = maskrl.policy_loss, []
+
+    def numbered(log_prob, *args):
+        loss, metrics = own_loss(log_prob, *args)
+        parts.append(len(log_prob))
+        value = torch.tensor(float(len(parts)))
+        return loss, dict.fromkeys(metrics, value)
+
+    monkeypatch.setattr(maskrl, "policy_loss", numbered)
+    rollouts = rollouts_of_the_first_update(student)
+    A = torch.linspace(-1, 1, len(rollouts.labels))
+    counted = torch.ones_like(rollouts.trace.order, dtype=torch.bool)
+    metrics = training.generator_update(rollouts, A, counted)
+    assert len(parts) > 2 and metrics["log_ratio"] == len(parts)
+    mean = sum(n * (i + 1) for i, n in enumerate(parts)) / sum(parts)
+    assert metrics["kl"] == pytest.approx(mean)

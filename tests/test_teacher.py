@@ -26,6 +26,11 @@ def test_every_number_of_tokens_is_hidden_equally_often_and_never_none():
     torch.testing.assert_close(fraction, torch.full((16,), 1 / 16), atol=0.008, rtol=0)
 
 
+def test_a_fraction_of_zero_hides_one_token(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.zeros(n))
+    assert hidden_counts(3, 16, rng(0)).tolist() == [1, 1, 1]
+
+
 def test_a_mask_hides_every_position_equally_often():
     fraction = random_mask(torch.full((20000,), 4), 16, rng(0)).float().mean(0)
     torch.testing.assert_close(fraction, torch.full((16,), 0.25), atol=0.015, rtol=0)
