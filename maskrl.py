@@ -131,7 +131,9 @@ def rng(*names, device="cpu") -> torch.Generator:
 
 
 def rngs(*names, device) -> tuple[torch.Generator, torch.Generator]:
-    """rng(*names) of the host, for what it must know, and of the device; on a CPU they are one."""
+    """Two generators rng(*names): the host's, for numbers that it must know, and the device's.
+
+    On a CPU they are the same one."""
     host = rng(*names)
     return host, host if torch.device(device).type == "cpu" else rng(*names, device=device)
 
@@ -272,7 +274,7 @@ class FinalLayer(nn.Module):
 class Head(nn.Module):
     """The diffusion head, an MLP: (x_t [N, D], t [N] in 0...999, c [N, W]) -> [N, 2D].
 
-    t [1] is the time of all rows, and embedded once.
+    t [1] is the time of all rows, which is then embedded only once.
 
     The first D outputs are eps. The last D interpolate the log variance of a denoising step
     (section 4); we train on eps alone, which leaves them at zero, the middle, where the official
@@ -583,12 +585,12 @@ def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
 
 
 def hidden_counts(n: int, length: int, generator) -> Tensor:
-    """How many of the L tokens are hidden in each of n images [n]: a uniform fraction, not 0."""
+    """How many of the L tokens each of n images hides [n]: a uniform fraction, at least one."""
     return torch.ceil(length * torch.rand(n, generator=generator)).clamp(1, length).long()
 
 
 def random_mask(hidden: Tensor, length: int, generator) -> Tensor:
-    """mask [n, L] that hides `hidden` [n] tokens of each row; they may be on the host."""
+    """mask [n, L] that hides `hidden` [n] tokens of each row; `hidden` may be on the host."""
     device = generator.device
     rank = torch.rand(len(hidden), length, generator=generator, device=device).argsort(1)
     return rank < hidden.to(device, non_blocking=True)[:, None]
@@ -826,9 +828,9 @@ class TeacherTraining:
         B, L, D = x.shape
         host, generator = rngs(seed, "teacher", step, device=x.device)
         unlabelled = torch.rand(B, generator=host) < settings.label_dropout
-        hidden = hidden_counts(B, L, host)
         unlabelled = unlabelled.to(x.device, non_blocking=True)
         labels = torch.where(unlabelled, model.null(labels), labels)
+        hidden = hidden_counts(B, L, host)
         mask = random_mask(hidden, L, generator)
         on_device = {"generator": generator, "device": x.device}
         t = torch.randint(1000, (B, settings.draws, L), **on_device)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import tiny
 
 import train_distill
 import train_rl
-from maskrl import PolicyGradient, TeacherTraining, generate
+from maskrl import PolicyGradient, TeacherTraining, generate, rng
 from workbench import bench
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
@@ -77,6 +78,7 @@ def cut_short(patch, folder):
     patch.setattr(Variance, "steps", (4,))
     patch.setattr(Schedule, "searched", 9)
     patch.setattr(Schedule, "lengths", (3,))
+    patch.setattr(Schedule, "seen_images", 45)
     patch.setattr(Schedule, "cosine", (4,))
     patch.setattr(Cost, "rounds", 2)
     patch.setattr(Speed, "settings", {"teacher_iters": 3, "gsim_iters": 2})
@@ -380,6 +382,65 @@ def test_given_counts_are_what_a_generation_reveals(policy):
     policy.schedule = GivenCounts(counts)
     _, trace = generate(policy, [0, 1], trace=True)
     assert torch.equal(trace.counts, counts)
+
+
+class Choices(Schedule):
+    """Of two vectors with known rewards: the first one's are higher, by 0.2 on average and by
+    `gain` times the first number that is seen, a normal one."""
+
+    seen_images = 3000
+
+    def __init__(self, gain, noise, width=5):
+        generator = rng("choices")
+        self.state = torch.randn(3000, width, generator=generator)
+        first = 0.2 + gain * self.state[:, 0]
+        noise = noise * torch.randn(3000, 2, generator=generator)
+        self.reward = torch.stack([first, torch.zeros(3000)], 1) + noise
+
+    def best_vector(self, lab):
+        return 1, 2, 13
+
+    def highest(self, lab, vectors, n, keep):
+        return [0, 1]
+
+    def rewards(self, lab, vector, labels, name):
+        return self.reward[:, vector]
+
+    def seen(self, lab, first, labels, name):
+        return self.state, self.state[:, 1:]  # in the second it does not show
+
+    def margins(self):
+        stand_in = SimpleNamespace(evenly=torch.arange, settings=SimpleNamespace(length=16), seed=0)
+        rows = self.choices(stand_in)
+        return [rows[n]["margin"] for n in ("hindsight", "foreseen", "foreseen, all contexts")]
+
+
+def test_what_is_foreseen_is_what_the_state_tells_and_no_noise():
+    """With g normal, to know it is worth E max(0.2 + g, 0) - 0.2 = 0.307."""
+    assert Choices(gain=1.0, noise=0.0).margins() == pytest.approx([0.307, 0.307, 0], abs=0.03)
+    hindsight, *foreseen = Choices(gain=1.0, noise=1.0).margins()
+    assert foreseen == pytest.approx([0.307, 0], abs=0.06)
+    assert hindsight > 0.6  # it knows the noise, too
+    hindsight, *foreseen = Choices(gain=0.0, noise=0.5, width=800).margins()
+    assert max(foreseen) < 0.01 and hindsight > 0.1  # what is learned is tested on other images
+
+
+def test_what_is_seen_is_what_a_schedule_sees(policy):
+    """After the first two iterations, on the same noise."""
+    states = []
+
+    class Watched(GivenCounts):
+        def select(self, state, generator=None):
+            states.append(state)
+            return super().select(state, generator)
+
+    settings, labels = policy.settings, torch.tensor([0, 1, 2])
+    stand_in = SimpleNamespace(policy=policy, settings=settings, seed=0)
+    state, contexts = Schedule().seen(stand_in, (1, 2), labels, "seen")
+    policy.schedule = Watched(torch.tensor([[1, 2, 13]] * 3))
+    generate(policy, labels, seed=("seen", 0, 0))
+    torch.testing.assert_close(state, states[2])
+    assert contexts.shape == (3, 16 * settings.width)
 
 
 def test_ascending_counts_sum_to_the_tokens_and_do_not_decrease():

@@ -41,7 +41,8 @@ class Schedule(Study):
     cosine = (8, 6, 5, 4)
     lengths = range(3, 9)  # of the count vectors
     searched = 225  # images of each candidate; the best ten are compared on six times as many
-    among = 12  # vectors between which one chooses, by 6000 images of each
+    among = 12  # vectors between which one chooses
+    seen_images = 6000  # images of each of these: two thirds to learn the choice, the rest to test
     verdict = (
         "The learned schedule's reward differs from the best vector's by "
         "{0[learned - vector][reward]}. It adapts to the image: shuffled within a class it differs "
@@ -117,14 +118,11 @@ class Schedule(Study):
     def figures(self, lab, images, steps) -> dict:
         quality = lab.rewards(lab.quality, images)
         reward = total_reward(quality, steps, lab.settings)
-        margin = reward - self.reward_of_best(lab)
         return {
             **lab.judge(images),
             "quality": float(quality.mean()),
             "held_out": float(lab.rewards(lab.held_out, images).mean()),
-            "reward": float(reward.mean()),
-            "margin": float(margin.mean()),
-            "margin_error": float(margin.std() / len(margin) ** 0.5),
+            **compared(reward, self.reward_of_best(lab)),
             "steps": float(steps.float().mean()),
             "steps_std": float(steps.float().std()),
         }
@@ -140,13 +138,15 @@ class Schedule(Study):
     def search(self, lab) -> dict:
         """The counts of highest reward on noise that no row is measured on."""
         candidates = ascending(lab.settings.length, self.lengths)
-        for n, keep in ((self.searched, 10), (6 * self.searched, 1)):
-            rewards = {counts: self.mean_reward(lab, counts, n) for counts in candidates}
-            candidates = sorted(candidates, key=rewards.get, reverse=True)[:keep]
-        return {"counts": list(candidates[0])}
+        candidates = self.highest(lab, candidates, self.searched, 10)
+        return {"counts": list(*self.highest(lab, candidates, 6 * self.searched, 1))}
 
-    def mean_reward(self, lab, counts, n: int) -> float:
-        return float(self.rewards(lab, counts, lab.evenly(n), "search").mean())
+    def highest(self, lab, candidates, n: int, keep: int) -> list[tuple[int, ...]]:
+        """The counts of highest reward, the mean over n images."""
+        labels = lab.evenly(n)
+        rewards = {counts: self.rewards(lab, counts, labels, "search") for counts in candidates}
+        means = {counts: float(reward.mean()) for counts, reward in rewards.items()}
+        return sorted(candidates, key=means.get, reverse=True)[:keep]
 
     @torch.no_grad()
     def rewards(self, lab, counts, labels, name) -> Tensor:
@@ -164,25 +164,23 @@ class Schedule(Study):
         """Rows of what it is worth to choose the counts after two iterations."""
         first = self.best_vector(lab)[:2]
         vectors = [v for v in ascending(lab.settings.length, self.lengths) if v[:2] == first]
-        found = {counts: self.mean_reward(lab, counts, self.searched) for counts in vectors}
-        vectors = sorted(found, key=found.get, reverse=True)[: self.among]
-        labels = lab.evenly(6000)
+        vectors = self.highest(lab, vectors, self.searched, self.among)
+        labels = lab.evenly(self.seen_images)
         labels = labels[torch.randperm(len(labels), generator=rng(lab.seed, "choices"))]
         reward = torch.stack([self.rewards(lab, v, labels, "choices") for v in vectors], 1)
-        fit = 2 * len(labels) // 3
-        test, fixed = reward[fit:], int(reward[:fit].mean(0).argmax())
-        chosen = {"hindsight": test.argmax(1)}
         state, contexts = self.seen(lab, first, labels, "choices")
+
+        learned_on = 2 * len(labels) // 3
+        known, test = reward[:learned_on], reward[learned_on:]
+        expected = {"hindsight": test}
         for name, x in (("foreseen", state), ("foreseen, all contexts", contexts)):
-            chosen[name] = ridge(x[:fit], reward[:fit], x[fit:]).argmax(1)
-        rows = {}
-        for name, index in chosen.items():
-            own = test.gather(1, index[:, None]).squeeze(1)
-            margin = own - test[:, fixed]
-            error = float(margin.std() / len(margin) ** 0.5)
-            row = {"reward": own, "margin": margin}
-            rows[name] = {key: float(v.mean()) for key, v in row.items()} | {"margin_error": error}
-        return rows
+            expected[name] = ridge(x[:learned_on], known, x[learned_on:])
+        best_fixed = test[:, known.mean(0).argmax()]
+        row = torch.arange(len(test))
+        return {
+            name: compared(test[row, of_vectors.argmax(1)], best_fixed)
+            for name, of_vectors in expected.items()
+        }
 
     @torch.no_grad()
     def seen(self, lab, first, labels, name) -> tuple[Tensor, Tensor]:
@@ -207,6 +205,16 @@ class GivenCounts(nn.Module):
 
     def select(self, states, generator=None) -> Tensor:
         return next(self.steps)
+
+
+def compared(reward: Tensor, other: Tensor) -> dict:
+    """The mean of reward [n], and of its difference from another one of the same images."""
+    margin = reward - other
+    return {
+        "reward": float(reward.mean()),
+        "margin": float(margin.mean()),
+        "margin_error": float(margin.std() / len(margin) ** 0.5),
+    }
 
 
 def ridge(x: Tensor, y: Tensor, x_new: Tensor, weight: float = 1000.0) -> Tensor:
