@@ -61,12 +61,16 @@ class Folder(Study):
         return rows
 
     def run(self, out, lab) -> None:
+        train_rl.main(self.arguments(out, lab))
+
+    def arguments(self, out, lab) -> list[str]:
+        """Those of a training script."""
         folder = FOLDERS / self.name
         if not folder.is_dir():
             raise InputError(f"there is no {folder}: workbench/studies/{self.maker} makes it")
         where = (*self.data(folder), "--out", out, "--resume", "--seed", lab.seed)
         machine = ("--device", lab.device, "--threads", torch.get_num_threads())
-        train_rl.main([str(word) for word in (*where, *machine, *self.options)])
+        return [str(word) for word in (*where, *machine, *self.options)]
 
     def data(self, folder) -> tuple:
         """Options that name the data."""

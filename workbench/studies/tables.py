@@ -14,7 +14,7 @@ from workbench.studies.folders import Emoji, Letters, Mnist
 from workbench.studies.gpu import gpu_table
 from workbench.studies.gpu_time import epochs_table, time_table
 from workbench.studies.gsim import Gsim
-from workbench.studies.heads import Heads
+from workbench.studies.heads import Heads, MnistHeads
 from workbench.studies.official import Official
 from workbench.studies.records import command, read_result
 from workbench.studies.schedule import Schedule
@@ -30,7 +30,7 @@ STUDIES = {
     for study in (
         *(Story(), Distil(), Heads(), Gsim(), Variance(), Action(), Critical(), Credit()),
         *(Schedule(), Temperature(), Cost(), Speed(), Bench(), Official()),
-        *(Mnist(), Emoji(), Letters()),
+        *(Mnist(), MnistHeads(), Emoji(), Letters()),
     )
 }
 DECIMALS = {  # of the figures in a table
