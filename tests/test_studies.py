@@ -21,6 +21,7 @@ from workbench.monitors import ValidationMetric
 from workbench.precision import set_precision
 from workbench.settings import preset
 from workbench.studies import (
+    action,
     budget,
     credit,
     folders,
@@ -33,7 +34,7 @@ from workbench.studies import (
     tables,
 )
 from workbench.studies.__main__ import main
-from workbench.studies.action import Action
+from workbench.studies.action import Action, HeadFrozen, Uncertain
 from workbench.studies.cost import Cost
 from workbench.studies.credit import Branching, Credit, Window, branched_rollout
 from workbench.studies.critical import Critical, EqualNumbers
@@ -330,6 +331,34 @@ def test_equal_numbers_counts_as_many_tokens_but_of_any_step(student, monkeypatc
     training.update(0, torch.tensor([0, 1, 2, 0]), seed=0)
     assert torch.equal(given[0].sum(1), counted[0].sum(1))
     assert not torch.equal(given[0], counted[0])
+
+
+def test_behind_a_frozen_head_the_transformer_learns(student):
+    settings = tiny(action="x", rl_steps="all", learn_steps=False, steps=4)
+    training = HeadFrozen(student, settings, brightness, torch.zeros(1, 16, 12))
+    training.update(0, torch.tensor([0, 1, 2, 0]), seed=0)
+    before = dict(training.reference.named_parameters())
+    for name, weights in training.model.named_parameters():
+        is_frozen = name.startswith("head.")
+        assert torch.equal(weights, before[name]) == is_frozen or name == "fake_latent", name
+
+
+def test_uncertain_tokens_are_those_whose_predictions_vary_most_with_z(student, monkeypatch):
+    counted = []
+
+    def note(self, rollouts, A, tokens):
+        counted.append((rollouts.trace.contexts[..., 0].abs(), tokens))
+        return {}
+
+    monkeypatch.setattr(action, "one_step", lambda head, z, c, noise_ratio: c[:, :1] * z)
+    monkeypatch.setattr(PolicyGradient, "generator_update", note)
+    settings = tiny(action="x", rl_steps="all", learn_steps=False, steps=4)
+    training = Uncertain(student, settings, brightness, torch.zeros(1, 16, 12))
+    training.update(0, torch.tensor([0, 1, 2, 0]), seed=0)
+    ((factor, tokens),) = counted
+    assert (tokens.sum(1) == 5).all()  # of 16
+    is_among_five = factor >= factor.topk(5, 1).values[:, -1:]
+    assert torch.equal(tokens, is_among_five)
 
 
 def test_branches_differ_in_the_optimised_tokens_alone(student, monkeypatch):
