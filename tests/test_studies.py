@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny
+from helpers_datasets import make_idx
 
 import train_distill
 import train_rl
@@ -39,7 +40,7 @@ from workbench.studies.cost import Cost
 from workbench.studies.credit import Branching, Credit, Window, branched_rollout
 from workbench.studies.critical import Critical, EqualNumbers
 from workbench.studies.gsim import Gsim
-from workbench.studies.heads import Heads
+from workbench.studies.heads import Heads, MnistHeads
 from workbench.studies.official import Official
 from workbench.studies.schedule import GivenCounts, Schedule, ascending
 from workbench.studies.speed import Bench, Speed
@@ -100,8 +101,9 @@ def run(out, *argv):
     main([*argv, "--out", str(out), "--device", "cpu", "--threads", "1"])
 
 
-# letters and mnist do the same as emoji
-STUDIES = [name for name in tables.STUDIES if name not in ("letters", "mnist")]
+LIKE_EMOJI = ("letters", "mnist", "mnisthalf")
+BELOW = ("mnistheads",)  # has a test of its own
+STUDIES = [name for name in tables.STUDIES if name not in LIKE_EMOJI + BELOW]
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,39 @@ def test_mnist_is_trained_on_by_its_name(monkeypatch, tmp_path):
     folders.Mnist().run(tmp_path / "out", here)
     args = train_rl.parse(calls[0])
     assert args.data == "mnist" and args.cache == tmp_path / "mnist" and args.seed == 1
+
+
+def test_heads_alone_are_trained_behind_mnists_teacher_and_judged_as_the_others(
+    monkeypatch, tmp_path
+):
+    run = cut_short(monkeypatch, tmp_path)
+    monkeypatch.setattr(folders, "FOLDERS", tmp_path)
+    short = {"teacher": 2, "gsim": 2, "rl": 1, "schedule": 1, "judge": 5}
+    short = [word for key, n in short.items() for word in (f"--{key}-iters", str(n))]
+    small = ("--steps", "2", "--denoise-steps", "2", "--judge-n", "20", "--image-size", "8")
+    monkeypatch.setattr(folders.Mnist, "options", (*short, *small))
+    arms = {"heads alone": {"gsim-iters": 2, "heads-iters": 2}}
+    monkeypatch.setattr(MnistHeads, "arms", arms)
+    make_idx(tmp_path / "mnist")
+
+    run("mnistheads", "--seeds", "1")
+    rows = records.read_result("mnistheads")["rows"]
+    assert rows.keys() == {"teacher", "whole", "heads alone"}
+    assert rows["heads alone"]["1"]["frechet"] != rows["whole"]["1"]["frechet"]
+    out = tmp_path / "out" / "seed1" / "mnist"
+    teacher = load_checkpoint(out / "teacher.pt", "teacher")
+    students = [load_checkpoint(out / arm / "student.pt", "student") for arm in (".", *arms)]
+    moved = [
+        {name.split(".")[0] for name, w in student.named_parameters() if differs(w, teacher, name)}
+        for student in students
+    ]
+    assert moved[1] == {"head"} < moved[0]
+    judges = [(out / arm / "judge.pt").read_bytes() for arm in (".", *arms)]
+    assert judges[0] == judges[1]
+
+
+def differs(weights, teacher, name):
+    return not torch.equal(weights, teacher.get_parameter(name))
 
 
 class Coins(Study):
