@@ -91,7 +91,7 @@ class Settings:
     ema: float = 0.995  # limit of the teacher's EMA decay
     # GSIM
     gsim_iters: int = 650  # updates of the student
-    heads_iters: int = 0  # of these, the first train its head alone, behind the teacher's contexts
+    heads_iters: int = 0  # of these, the first so many train its head alone
     student_lr: float = 6e-4  # learning rate of the student
     aux_lr: float = 1.2e-3  # learning rate of the auxiliary network
     student_ema: float = 0.98  # limit of the student's EMA decay
@@ -108,10 +108,10 @@ class Settings:
     critical_steps: int = 4  # K_c, how many steps are optimised per rollout
     explore: float = 0.1  # sigma of action x, and the unit of entropy in routing
     route: float = 0.0  # extra exploration for prompts of low entropy; 0: no routing
-    temperature: float = 0.4  # factor on a policy's z, to which it falls from 1 at the start
+    temperature: float = 0.4  # factor on a policy's z: 1 at the start, falling to this
     policy_epochs: int = 4  # updates of noise policy and schedule per batch of rollouts
     clip_ratio: float = 0.2  # eps of the clipped probability ratio
-    beta: float = 0.05  # weight of KL(policy || student)
+    beta: float = 0.05  # weight of KL(policy || student at the policy's temperature)
     learn_steps: bool = True  # learn a schedule of at most K iterations
     schedule_lr: float = 1e-2  # learning rate of the schedule policy
     schedule_iters: int = 100  # updates of the schedule alone, at the end
@@ -277,8 +277,8 @@ class Head(nn.Module):
     t [1] is the time of all rows, which is then embedded only once.
 
     The first D outputs are eps. The last D interpolate the log variance of a denoising step
-    (section 4); we train on eps alone, which leaves them at zero, the middle, where the official
-    code trains them.
+    (section 4). We train on eps alone, which leaves them at zero, the middle of the range; the
+    official code trains them too.
 
     predicts: what the network itself gives: "eps" (MAR's own form, which its weights need), or
     "x_0", from which eps = (x_t - alpha_t x_0) / sigma_t.
@@ -382,7 +382,7 @@ class MAR(nn.Module):
             nn.init.normal_(positions, std=0.7)
             side = math.isqrt(self.length)
             positions.data[0, self.settings.buffer :] = sincos_positions(side, self.settings.width)
-        # adaLN-zero: every block of the head starts as the identity, and the head's output as zero
+        # adaLN-zero: every block of the head starts as the identity, and its network's output as 0
         for layer in (*self.head.res_blocks, self.head.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.head.final_layer.linear.weight)
@@ -404,11 +404,11 @@ class MAR(nn.Module):
                 classes = torch.tensor(numbers)
             except (TypeError, ValueError):
                 raise error from None
-        if classes.ndim != 1 or classes.is_floating_point():
+        if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
             raise error
         if not ((0 <= classes) & (classes <= self.num_classes)).all():
             raise error
-        return classes.to(self.device)
+        return classes.long().to(self.device)
 
     def null(self, labels: Tensor) -> Tensor:
         """The null class for each of the labels [B]."""
@@ -622,8 +622,8 @@ class MaskedBatch:
     t: Tensor  # [B, draws, L]
     eps: Tensor  # [B, draws, L, D]
     z: Tensor | None = None  # [B, draws, L, D]
-    c: Tensor | None = None  # [B, L, W], if all networks share the contexts of the class
-    c_null: Tensor | None = None  # [B, L, W], and of the null class
+    c: Tensor | None = None  # [B, L, W] for the class, where all networks share it; else None
+    c_null: Tensor | None = None  # [B, L, W], the same for the null class
 
     def __getitem__(self, rows: Tensor) -> "MaskedBatch":
         """The sub-batch of these images; rows are on the host."""
@@ -765,7 +765,8 @@ def orthogonalise(x: Tensor) -> Tensor:
 def teacher_optimizers(model: MAR) -> dict[str, torch.optim.Optimizer]:
     """AdamW and, if muon_lr is above 0, Muon for the matrices between hidden layers.
 
-    As in MAR, no weight decay on biases, other 1-D tensors, and the head."""
+    Weight decay: Muon's on all of its matrices, those in the head too; AdamW's, as in MAR, not on
+    biases, other 1-D tensors and the head."""
     settings = model.settings
     outer_layers = ("z_proj", "head.input_proj", "head.final_layer")
     muon, decay, no_decay = [], [], []
@@ -877,19 +878,18 @@ def guidance_scale(s: float, hidden_after: Tensor, length: int) -> Tensor:
 
 
 def guided(head: Callable, c: Tensor, c_null: Tensor, scale: Tensor | float) -> Callable:
-    """guided_head(x_t, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null).
+    """A head(x_t, t) -> [N, 2D] with eps = eps_null + scale (eps_class - eps_null).
 
     c, c_null [N, W]; scale a number or [N, 1]. The variance channels are those of the class."""
-    both_c = torch.cat([c, c_null])
+    return partial(guided_output, head, torch.cat([c, c_null]), scale)
 
-    def guided_head(x_t, t):
-        t = t if len(t) == 1 else t.repeat(2)
-        eps, variance = head(x_t.repeat(2, 1), t, both_c).chunk(2, -1)
-        eps_class, eps_null = eps.chunk(2)
-        eps = eps_null + scale * (eps_class - eps_null)
-        return torch.cat([eps, variance[: len(x_t)]], -1)
 
-    return guided_head
+def guided_output(head: Callable, both_c: Tensor, scale, x_t: Tensor, t: Tensor) -> Tensor:
+    t = t if len(t) == 1 else t.repeat(2)
+    eps, variance = head(x_t.repeat(2, 1), t, both_c).chunk(2, -1)
+    eps_class, eps_null = eps.chunk(2)
+    eps = eps_null + scale * (eps_class - eps_null)
+    return torch.cat([eps, variance[: len(x_t)]], -1)
 
 
 @dataclass
@@ -915,7 +915,8 @@ class Sampling:
     contexts: Callable | None = None
 
     def resolve(self, model: MAR) -> "Sampling":
-        """A copy with every field resolved; ValueError for what the model cannot do."""
+        """A copy whose guidance, denoise_steps, temperature and order are known; ValueError for
+        what the model cannot do."""
         settings = model.settings
         denoise_steps, guidance, temperature = self.denoise_steps, self.guidance, self.temperature
         if denoise_steps is None:
@@ -955,9 +956,9 @@ class Sampling:
     def temperature_at(self, hidden: Tensor, length: int) -> Tensor:
         """The temperature where `hidden` [...] of the `length` tokens are hidden.
 
-        A pair is annealed along the cosine schedule, at whose k of K steps 2/pi acos(hidden / L) is
-        k / K: at first tokens decide what the image will be, at last many of them, drawn together,
-        have to fit."""
+        A pair is interpolated by 2/pi acos(hidden / L), which is k / K after k of K cosine steps:
+        early tokens decide what the image will be, late ones are drawn many at a time and have to
+        fit together."""
         if not isinstance(self.temperature, tuple):
             return torch.full(hidden.shape, self.temperature, device=hidden.device)
         first, last = self.temperature
@@ -972,18 +973,18 @@ class Noise:
 
     order: Tensor  # [B, L]
     z: Tensor  # [B, L, D]
-    sigma: Tensor | float = 0.0  # of exploration noise on revealed tokens: number or [B, 1, 1]
+    sigma: Tensor | float = 0.0  # of exploration noise on revealed tokens: number or [B, 1 or L, 1]
 
 
-def draw_noise(model: MAR, n: int, generator, kind="random") -> Noise:
-    """An order, "random" or "halton", and z for n images."""
+def draw_noise(model: MAR, n: int, generator, order: str) -> Noise:
+    """Orders, "random" or "halton", and z for n images."""
     shape, device = (n, model.length), generator.device
-    if kind == "random":
-        order = torch.rand(shape, generator=generator, device=device).argsort(1)
+    if order == "random":
+        orders = torch.rand(shape, generator=generator, device=device).argsort(1)
     else:
-        order = halton_order(math.isqrt(model.length), n, generator)
+        orders = halton_order(math.isqrt(model.length), n, generator)
     z = torch.randn(*shape, model.channels, generator=generator, device=device)
-    return Noise(order, z)
+    return Noise(orders, z)
 
 
 def halton_order(side: int, n: int, generator) -> Tensor:
@@ -1110,9 +1111,9 @@ def generate(
     guidance, a student takes one step, a policy also chooses how many iterations to take.
 
     sampling: overrides the defaults. noise: order, z and exploration; by default drawn from `seed`,
-    and then the same for every model. known: (tokens [B, L, D], mask [L]) completes images: only
-    the tokens under the mask are drawn. trace: True also returns the Trace; "predictions" the Trace
-    with its predictions, for which a teacher draws more noise.
+    and then the same for all models of one shape and order. known: (tokens [B, L, D], mask [L])
+    completes images: only the tokens under the mask are drawn. trace: True also returns the Trace;
+    "predictions" the Trace with its predictions, for which a teacher draws more noise.
     Same seed, device and arguments: same images."""
     sampling = (sampling or Sampling()).resolve(model)
     labels = model.labels(labels)
@@ -1180,6 +1181,8 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
         record["counts"].append(count)
         if predictions:
             record["predictions"].append(image)
+    if any(host_hidden):
+        raise ValueError(f"tokens are left after {len(fixed)} steps: the schedule has learned more")
     stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
     return tokens, Trace(order, z, temperatures, revealed_c, means, **stacked)
 
@@ -1294,11 +1297,11 @@ class Distillation:
     """GSIM: the student (`model`, and `ema`, the average of its weights) and the auxiliary network
     S_phi (`aux`) both start as the teacher and are updated in turn. The teacher is frozen.
 
-        min over phi E |eps - eps_phi(x_t)|^2,   min over theta E[L1 + L2],   x_0 = g_theta(z, c)
+        min over phi E w_t |eps - eps_phi(x_t)|^2,  min over theta E[L1 + L2],  x_0 = g_theta(z, c)
 
     Adam with beta_1 = 0 and cosine decay. loss: `gsim_loss`; another one is for ablations. The
-    first heads_iters updates train heads alone. No transformer has moved by then, so that the three
-    networks share the contexts of the teacher, which need no gradient: much less work and memory.
+    first heads_iters updates train heads alone: until then no transformer has moved, so that the
+    three networks share the teacher's contexts, without gradient, which saves work and memory.
     Differs from the paper: by default guidance follows MAR's linear schedule as if the iteration
     revealed one token; gsim_guidance "constant" is the paper's."""
 
@@ -1381,15 +1384,16 @@ class Distillation:
         if batch.c is None:
             both = self.teacher_contexts(*batch.inputs())
         c_p, c_null = map(batch.flat_repeated, both)
-        guided_teacher = guided(self.teacher.head, c_p, c_null, self.guidance(batch))
-
-        def eps_p(x_t, t):
-            return guided_teacher(x_t, t).chunk(2, -1)[0]
-
+        eps_p = partial(eps_of, guided(self.teacher.head, c_p, c_null, self.guidance(batch)))
         eps_q = partial(self.aux.head.eps, c=c_q)
         x_0, t, eps = self.student_tokens(batch), batch.flat(batch.t), batch.flat(batch.eps)
         weight = velocity_weight if self.model.head.predicts == "x_0" else eps_weight
         return self.gsim_loss(x_0, t, eps, eps_q, eps_p, weight=weight).sum()
+
+
+def eps_of(head: Callable, x_t: Tensor, t: Tensor) -> Tensor:
+    """eps alone [N, D] of head(x_t, t) -> [N, 2D]."""
+    return head(x_t, t).chunk(2, -1)[0]
 
 
 # 8 Critical steps ---------------------------------------------------------------------------------
@@ -1464,7 +1468,7 @@ def select_steps(
 class NoisePolicy(nn.Module):
     """The mean mu(c) [N, D] of the noise z ~ N(mu(c), temperature^2) that tokens start from.
 
-    It starts at zero, where the policy is the student."""
+    It starts at zero, where the policy is the student at that temperature."""
 
     def __init__(self, width: int, channels: int, inner: int = 128):
         super().__init__()
@@ -1496,9 +1500,8 @@ class SchedulePolicy(nn.Module):
 
     log n is normal around log f m with standard deviation w. m tokens take the image one step
     further along the cosine schedule or, if it is late, to where that is after this step. A network
-    sets the factor f and the width w, which start at 1 and 1/2. An image that is early stays so: if
-    it waited for the cosine schedule, all would take K steps, and none would show what fewer are
-    worth."""
+    sets the factor f and the width w, which start at 1 and 1/2. An image that is early stays early:
+    if it waited, all would take K steps, and none would show what fewer are worth."""
 
     def __init__(self, width: int, length: int, max_steps: int, inner: int = 64):
         super().__init__()
@@ -1518,15 +1521,13 @@ class SchedulePolicy(nn.Module):
         angle = (hidden / L).acos() + math.pi / (2 * K)
         one_step_on = L * angle.clamp(max=math.pi / 2).cos()
         m = (hidden - torch.minimum(one_step_on, self.cosine[K - left])).clamp(min=1)
-        log_f, log_w = self.net(self.features(states)).chunk(2, 1)
+        features = torch.cat([self.norm(states[:, :-2]), states[:, -2:]], 1)
+        log_f, log_w = self.net(features).chunk(2, 1)
         w = 0.5 * 2 ** log_w.tanh()  # 1/4 to 1: narrower, it would no longer explore
         n = torch.arange(1, L + 1, device=states.device)
         logits = -((n.log() - m.log() - log_f) / w).square() / 2 - n.log()
         least = torch.where(left > 1, 1, hidden)
         return logits.masked_fill((n < least) | (n > hidden), -math.inf).log_softmax(-1)
-
-    def features(self, states: Tensor) -> Tensor:
-        return torch.cat([self.norm(states[:, :-2]), states[:, -2:]], 1)
 
     def select(self, states: Tensor, generator=None) -> Tensor:
         """Counts [N]: drawn from pi or, without a generator, its medians."""
@@ -1563,7 +1564,8 @@ def group_advantages(rewards: Tensor, group: int, divide=True) -> Tensor:
     """A = (R - mean) / std within each group of G consecutive rollouts [P G]   (GRPO).
 
     The std is over G - 1; a group whose rewards are all equal gets zeros. divide=False leaves the
-    std out, as Dr. GRPO does (2503.20783): with it little differences count as much as large."""
+    std out, as Dr. GRPO does (2503.20783): dividing makes small differences count as much as large
+    ones."""
     R = rearrange(rewards, "(p g) -> p g", g=group)
     A = R - R.mean(1, keepdim=True)
     std = R.std(1, keepdim=True)
@@ -1638,8 +1640,8 @@ def rollout(
 ) -> Rollouts:
     """G rollouts of each class of `labels` [P].
 
-    predictions: whether their Trace has them. explore: whether the generator's actions vary, too,
-    not only the schedule's. Sharing class, order and, if z is no action, z within a group keeps the
+    predictions: whether their Trace has them. explore: if false, only the schedule's choices vary
+    within a group. Sharing class, order and, if z is no action, z within a group keeps the
     gradient unbiased and lowers its variance."""
     settings, G = model.settings, model.settings.group
     generator = rng(seed, "shared", device=labels.device)
@@ -1711,6 +1713,8 @@ def policy_of(student: MAR, settings: Settings, can_learn_steps=True) -> MAR:
     for one and it can learn, a schedule policy."""
     if settings.action not in ("z", "x"):
         raise ValueError(f"there is no action {settings.action!r}, only z and x")
+    if student.kind == "policy":
+        raise ValueError("RL starts from a student, not from a policy")
     policy = deepcopy(student).requires_grad_(settings.action == "x")
     policy.kind, policy.settings = "policy", settings
     if settings.action == "z":
@@ -1738,10 +1742,11 @@ class PolicyGradient:
     no loss needs a weight. At the end the schedule learns alone, to suit the generator as it has
     become: from four times the prompts, with a learning rate that falls to 0.
 
-    This is the exact policy gradient, up to 1 / D, (G - 1) / G and each group's 1 / std, with
-    rl_steps "all", no routing, beta 0 and one update per batch of rollouts; with action x also
-    without a learned schedule, whose states new contexts change. Fewer steps are MaskFocus' choice,
-    made on the finished image, and biased.
+    This is the exact policy gradient, up to its length and each group's 1 / std, with rl_steps
+    "all", no routing, beta 0 and one update per batch of rollouts; with action x also without a
+    learned schedule, whose states new contexts change. Its length: it is a mean over the counted
+    tokens and channels, A has the factor (G - 1) / G, and the norm is clipped to 1. Fewer steps are
+    MaskFocus' choice, made on the finished image, and biased.
     Differs from MaskFocus, which counts all hidden tokens of a step, under a fresh mask. Those were
     not drawn from this context: for discrete tokens a surrogate, but continuous ones lie up to six
     sigma from the means of an early step, so we count the tokens that the step revealed.
@@ -1819,9 +1824,9 @@ class PolicyGradient:
     def update_schedule_alone(self, labels: Tensor, seed) -> dict[str, float]:
         """Updates of the schedule alone, on rollouts of its own.
 
-        Nothing else varies within a group, so that its rewards differ by their schedules alone. For
-        many images only speed makes a difference, a small one. So advantages are not divided by the
-        std, or these would outvote the few that fewer steps spoil."""
+        Nothing else varies within a group, so that its rewards differ by their schedules alone. In
+        most groups they differ only by speed, and little. Divided by their std, these would outvote
+        the few whose images fewer steps spoil: advantages are not divided."""
         rollouts = rollout(self.model, self.quality, labels, seed, False, explore=False)
         A, metrics = self.advantages(rollouts, divide=False)
         clipped = self.schedule_update(rollouts.trace, A)
@@ -1955,6 +1960,8 @@ class RewardBackpropagation(PolicyGradient):
         tokens, kl = replay(model, self.reference, labels[rows], part, keep[rows])
         images = to_images(tokens, settings)
         per_image = checked_quality(self.quality(images, labels[rows].clone()), labels[rows])
+        if not per_image.requires_grad:
+            raise ValueError("the reward has no gradient in the pixels: back-propagation needs one")
         quality = per_image.sum() / len(labels)
         kl = kl * actions[rows].sum() / actions.sum()
         history.append(torch.stack([quality, kl]).detach())

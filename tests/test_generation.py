@@ -216,6 +216,13 @@ def test_labels_may_be_a_list_of_integers(student):
     assert generate(student, [3]).isfinite().all()  # the null class
 
 
+def test_labels_may_be_bytes_as_mnist_has_them(student):
+    """Which PyTorch takes for a mask where they index."""
+    numbers = [2, 0, 1, 1]
+    of_bytes = generate(student, torch.tensor(numbers, dtype=torch.uint8))
+    assert torch.equal(of_bytes, generate(student, numbers))
+
+
 def test_labels_may_be_names_of_classes(student):
     numbers = [2, 0]
     names = [student.classes[y] for y in numbers]
@@ -251,7 +258,7 @@ def test_the_temperature_of_one_step_is_the_standard_deviation_of_z(kind):
     if kind == "policy":
         maskrl.add_noise_policy(one_step)  # which moves the mean of z, whatever its temperature
         torch.nn.init.ones_(one_step.noise_policy.net[-1].bias)
-    noise = draw_noise(one_step, 3, rng("warm"))
+    noise = draw_noise(one_step, 3, rng("warm"), "random")
     cooler = Noise(noise.order, 0.5 * noise.z)
     expected, trace = generate(one_step, [0, 1, 2], sampling, cooler, trace=True)
     cool = replace(sampling, temperature=0.5)
@@ -264,7 +271,7 @@ def test_the_temperature_of_one_step_is_the_standard_deviation_of_z(kind):
 def test_a_temperature_is_annealed_along_the_cosine_schedule(kind):
     """For a policy to its setting, where nothing else is asked for."""
     one_step = random_model(kind, temperature=0.5)
-    noise = draw_noise(one_step, 3, rng("warm"))
+    noise = draw_noise(one_step, 3, rng("warm"), "random")
     annealed = Sampling(steps=4, temperature=(1.0, 0.5))
     tokens, trace = generate(one_step, [0, 1, 2], annealed, noise, trace=True)
     assert torch.equal(trace.z, trace.temperature[..., None] * noise.z)
@@ -379,7 +386,10 @@ def test_predictions_are_traced_only_on_request_and_change_no_image(policy):
 # Wrong calls, which would silently give other images ----------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [[0, -1], [0, 4], [0.5], 1, "red", ["no such class"], [[0]]])
+LABELS = [[0, -1], [0, 4], [0.5], 1, "red", ["no such class"], [[0]], [True, False, True]]
+
+
+@pytest.mark.parametrize("labels", LABELS)
 def test_labels_that_name_no_class_are_refused(student, labels):
     """A negative index would silently be another class."""
     with pytest.raises(ValueError, match=r"integers in 0\.\.\.3 or of class names"):
@@ -390,6 +400,13 @@ def test_labels_that_name_no_class_are_refused(student, labels):
 def test_steps_that_do_not_reveal_every_token_are_refused(student, steps):
     with pytest.raises(ValueError, match="16"):
         generate(student, [0, 1], Sampling(steps))
+
+
+def test_a_schedule_that_is_given_too_few_steps_is_refused(policy):
+    """The tokens that it leaves would silently be zeros."""
+    policy.settings = replace(policy.settings, steps=1)
+    with pytest.raises(ValueError, match="tokens are left after 1 steps"):
+        generate(policy, [0, 1])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(order="up"), Sampling(denoise_steps=0)])

@@ -231,7 +231,7 @@ def test_a_refresh_in_every_iteration_is_exact(kind, options, every, warm_up, mo
 @torch.no_grad()
 def test_generate_computes_what_was_just_revealed_and_what_is_next_and_all_at_a_refresh():
     model, hidden, revealed = generator_of("student"), 16, None
-    noise = maskrl.draw_noise(model, 4, maskrl.rng("test"))
+    noise = maskrl.draw_noise(model, 4, maskrl.rng("test"), "random")
     rank, tokens = noise.order.argsort(1), torch.zeros(4, 16, 12)
     for k, count in enumerate(maskrl.reveal_counts(16, 12)):
         mask = rank < hidden

@@ -58,6 +58,14 @@ def test_the_policy_starts_as_the_student_and_the_reference_stays_so(student, ac
     assert student.schedule is None
 
 
+@ACTIONS
+def test_rl_on_a_policy_is_refused(student, action):
+    """Its noise policy would silently be forgotten."""
+    policy = policy_gradient(student, action=action).model
+    with pytest.raises(ValueError, match="not from a policy"):
+        policy_gradient(policy, action=action)
+
+
 def test_generator_and_schedule_have_an_optimizer_each_and_no_parameter_in_common(student):
     """Each parameter that learns is in exactly one of them, so the losses need no weights."""
     for action, name in (("x", "generator"), ("z", "noise")):

@@ -89,6 +89,19 @@ def test_the_rewards_own_gradient_raises_it_and_the_kl_holds_it(student, action)
     assert held < 0.5 * free
 
 
+def brightness_without_gradient(images, labels):
+    return brightness(images.detach(), labels)
+
+
+@ACTIONS
+def test_a_reward_without_a_gradient_in_the_pixels_is_refused(student, action):
+    """With a KL term training would go on, and learn nothing."""
+    reward, overrides = brightness_without_gradient, {"action": action, "beta": 1.0, "steps": 4}
+    training = policy_gradient(student, reward, RewardBackpropagation, **overrides)
+    with pytest.raises(ValueError, match="no gradient in the pixels"):
+        training.update(0, FOUR_PROMPTS, 7)
+
+
 @pytest.mark.parametrize("rl_steps", ["critical", "random", "first", "all"])
 def test_the_gradient_passes_through_the_selected_steps(student, monkeypatch, rl_steps):
     """K_c of them in every image, or all."""

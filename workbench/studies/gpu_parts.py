@@ -202,7 +202,7 @@ def differences(kind: str, meter: Meter, seconds: float) -> dict:
     results = []
     for device in (torch.device("cpu"), meter.device):
         model = load_checkpoint(path, kind, device)
-        noise = draw_noise(model, 16, rng("gpu"))  # of the CPU
+        noise = draw_noise(model, 16, rng("gpu"), "random")  # of the CPU
         tokens, labels = noise.z.to(device), (torch.arange(16) % 9).to(device)
         mask = (noise.order < model.length // 2).to(device)
         c = model.context(tokens, mask, labels)

@@ -157,7 +157,7 @@ def official_image(model: nn.Module, steps: int, guidance: float) -> None:
 def compare(official: nn.Module, teacher: MAR) -> float:
     """The larger of the differences in contexts and in what the head makes of them; InputError if
     they are more than rounding."""
-    noise = draw_noise(teacher, 1, rng("official", device=teacher.device))
+    noise = draw_noise(teacher, 1, rng("official", device=teacher.device), "random")
     labels, mask = torch.zeros_like(noise.order[:, 0]), noise.order < teacher.length // 2
     c = torch.cat(class_and_null_context(teacher, noise.z, mask, labels))
     x, t = noise.z[0], torch.full((teacher.length,), 500, device=teacher.device)

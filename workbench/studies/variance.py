@@ -58,7 +58,7 @@ class Variance(Study):
         model, settings, n = lab.student, lab.settings, self.trajectories
         generator = rng(lab.seed, "variance", device=lab.device)
         labels = torch.arange(n, device=lab.device) % len(lab.data.classes)
-        noise = draw_noise(model, n, generator)
+        noise = draw_noise(model, n, generator, settings.order)
         image, trace = generate(
             model, labels, Sampling(K), noise, trace="predictions", seed=lab.seed
         )
