@@ -77,10 +77,10 @@ class Action(Reinforcements):
     arms = {  # {row name: (policy gradient, settings)}
         "z": (PolicyGradient, {}),
         "x": (PolicyGradient, {"action": "x"}),
-        "x, head frozen": (HeadFrozen, {"action": "x"}),
-        "x, head frozen, uncertain": (Uncertain, {"action": "x"}),
         "backprop, z": (PolicyGradient, {"method": "backprop"}),
         "backprop, x": (PolicyGradient, {"method": "backprop", "action": "x"}),
+        "x, head frozen": (HeadFrozen, {"action": "x"}),
+        "x, head frozen, uncertain": (Uncertain, {"action": "x"}),
     }
     verdict = (
         "x trains the whole generator and climbs faster, in {0[x / z][seconds]} times the time: "
