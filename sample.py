@@ -24,7 +24,7 @@ from maskrl import Sampling, generate, to_images
 from workbench.bench import bench, bench_judge, bench_models, bench_table
 from workbench.data import display_names, identity, read_class_names
 from workbench.errors import InputError, run_script
-from workbench.files import as_json, write_text
+from workbench.files import as_json, check_writable, write_text
 from workbench.inpaint import read_inpainting
 from workbench.kl16 import load_kl16
 from workbench.latents import autoencoder_for
@@ -39,13 +39,18 @@ from workbench.sampling import (
     class_labels,
     free_name,
     per_image,
-    unfinished,
+    warn_if_unfinished,
+    warn_of_other_images,
 )
-from workbench.settings import LIMITS, PRESETS
+from workbench.settings import LIMITS, PRESETS, flag
 from workbench.timing import clock
 
 BATCH = 256  # images that are drawn at once, so that memory does not grow with --n
 SHOWN = 1024  # images that --out has room for
+NOT_FOR_BENCH = (
+    *("classes", "out", "files", "film", "inpaint", "mask"),
+    *("denoise_steps", "guidance", "temperature", "order"),
+)
 
 
 def parse(argv=None):
@@ -145,6 +150,14 @@ def run_bench(args, device):
     """--bench: print the table and write the JSON."""
     if args.rounds < 2 or min(args.batches) < 1:
         raise InputError("--rounds must be at least 2, and --batches at least 1")
+    if Path(args.bench).suffix != ".json":
+        raise InputError(
+            f"--bench {args.bench}: the name must end in .json, and the checkpoint stand before it"
+        )
+    unused = [flag(name) for name in NOT_FOR_BENCH if getattr(args, name) is not None]
+    if unused:
+        raise InputError(f"--bench has no use for {', '.join(unused)}")
+    check_writable(args.bench)
     random = args.checkpoint in PRESETS
     vae = load_kl16(args.vae, device) if args.vae else None
     models, decode = bench_models(args.checkpoint, device, vae, args.heads)
@@ -168,12 +181,15 @@ def main(argv=None):
     if args.bench:
         run_bench(args, device)
         return
+    if args.judge:
+        raise InputError("--judge is for --bench alone")
     args.out = args.out or str(free_name(Path("samples.png")))
     check_request(args, SHOWN)
+    if args.files:
+        warn_of_other_images(args.files)
 
     model = load_model(args.checkpoint, None, device, args.heads)
-    if said := unfinished(args.checkpoint):
-        print(said, file=sys.stderr)
+    warn_if_unfinished(args.checkpoint)
     settings = model.settings
     vae = autoencoder_for(model.channels // settings.patch**2, args.vae, device)
     decode = vae.decode if vae else identity

@@ -24,6 +24,7 @@ from workbench.pretrained import pretrained_features
 from workbench.quality_net import kept_quality_net
 from workbench.released import load_model, read_model
 from workbench.report import report
+from workbench.sampling import warn_if_unfinished
 
 
 def parse(argv=None):
@@ -90,6 +91,7 @@ def main(argv=None):
     base = None
     if args.teacher:
         base = read_model(args.teacher, "teacher", getattr(args, "heads", None))
+        warn_if_unfinished(args.teacher)
     with prepare(args, ["student.pt", "teacher.pt"], base) as run:
         judge = make_judge(run)
         reward_net = make_reward_net(run)

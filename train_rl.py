@@ -39,6 +39,7 @@ from workbench.pictures import gain_picture
 from workbench.released import load_model, read_model
 from workbench.report import compare_schedules, report
 from workbench.rewards import RunRewards, check_held_out, reward_weights
+from workbench.sampling import warn_if_unfinished
 from workbench.settings import MODEL_SETTINGS
 
 
@@ -102,15 +103,16 @@ def quality_of_decoded(quality, data, images, labels):
 def given_models(run):
     """--student, and for the report the teacher: --teacher, or a fitting teacher.pt next to it."""
     args, settings, models = run.args, run.settings, {}
+    student = load_checkpoint(args.student, "student", run.device)
     path = args.teacher or args.student.with_name("teacher.pt")
     if path.exists():
         teacher = load_model(path, "teacher", run.device, settings.heads)
-        if all(getattr(teacher.settings, n) == getattr(settings, n) for n in MODEL_SETTINGS):
+        same = [getattr(teacher.settings, n) == getattr(settings, n) for n in MODEL_SETTINGS]
+        if all(same) and teacher.classes == student.classes:
             models["teacher"], teacher.settings = teacher, settings
         elif args.teacher:
             raise InputError(f"{path} is not a teacher of {args.student}")
-    models["student"] = load_checkpoint(args.student, "student", run.device)
-    models["student"].settings = settings
+    models["student"], student.settings = student, settings
     return models
 
 
@@ -129,6 +131,8 @@ def main(argv=None):
     given = [(args.teacher, "teacher"), (args.student, "student")]
     contents = [read_model(path, kind, heads) for path, kind in given if path]
     written = ["policy.pt"] if args.student else ["policy.pt", "student.pt", "teacher.pt"]
+    for path, _ in given:
+        warn_if_unfinished(path)
     with prepare(args, written, contents[-1] if contents else None) as run:
         models = given_models(run) if args.student else None
         # first, because a wrong one should show before long work

@@ -27,7 +27,7 @@ def resume(tmp_path):
 
     def resume(folder, classes=None, **options):
         data = load_data(small_settings(), str(folder), classes, cache=tmp_path / "out" / "cache")
-        args = Namespace(out=tmp_path / "out", resume=True, vae=None, features="own")
+        args = Namespace(out=tmp_path / "out", resume=True, vae=None, features="own", teacher=None)
         vars(args).update(options)
         save_run_args(args, data)
         (tmp_path / "out" / "teacher.pt").write_text("")
@@ -116,6 +116,21 @@ def test_an_autoencoder_is_what_is_in_its_file(photos, resume, tmp_path, monkeyp
         resume(photos, vae=vae)
     with pytest.raises(InputError, match="not None: give it again"):
         resume(photos)
+
+
+def test_a_resumed_run_learns_from_the_teacher_and_student_with_which_it_was_begun(
+    photos, resume, tmp_path
+):
+    paths = [tmp_path / "one.pt", tmp_path / "another.pt"]
+    for path in paths:
+        path.write_text(path.name)
+    resume(photos, teacher=paths[0])
+    with pytest.raises(InputError, match="begun with --teacher one.pt .*, not another.pt"):
+        resume(photos, teacher=paths[1])
+    rl = {"reward": {"fit": 1.0}, "held_out": None}
+    resume(photos, student=paths[0], **rl)
+    with pytest.raises(InputError, match="begun with --student one.pt .*, not another.pt"):
+        resume(photos, student=paths[1], **rl)
 
 
 def test_a_run_from_before_images_were_compared_is_still_of_its_data(photos, resume, tmp_path):

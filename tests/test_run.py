@@ -39,9 +39,11 @@ def shapes():
 
 def a_run(out, resume=False, **args):
     """A Run in the folder `out`."""
-    options = {"vae": None, "features": "own", "held_out": None} | args
+    options = {"vae": None, "features": "own", "held_out": None, "teacher": None, "student": None}
     data = shapes()
-    return Run(Namespace(out=out, resume=resume, **options), tiny(), data, torch.device("cpu"))
+    return Run(
+        Namespace(out=out, resume=resume, **options | args), tiny(), data, torch.device("cpu")
+    )
 
 
 @pytest.fixture
@@ -297,21 +299,34 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, save_every_step):
 # Signals ------------------------------------------------------------------------------------------
 
 
-def test_a_signal_lets_the_step_finish_saves_it_and_says_so(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_the_step_finish_saves_it_and_says_so(tmp_path, number):
+    """The end of the terminal, too."""
+
     def stopped_at_two(training, step):
         if step == 2:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         return update_teacher(training, step)
 
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in (signal.SIGINT, number)]
     with pytest.raises(Stopped) as stopped:
         train(a_teacher(), tmp_path, update=stopped_at_two)
-    number, work = stopped.value.args
-    assert number == signal.SIGTERM
+    noted, work = stopped.value.args
+    assert noted == number
     assert work.startswith(f"teacher is saved in {tmp_path}/teacher.pt after 3 steps")
     assert work.endswith("the same command with --resume continues")
     assert read_checkpoint(tmp_path / "teacher.pt")["step"] == 3
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, number)] == before
+
+
+def test_under_nohup_the_end_of_the_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with HeldSignals() as held:
+            signal.raise_signal(signal.SIGHUP)
+        assert not held.first
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_does_not_wait_but_several_processes_do(tmp_path):
@@ -472,6 +487,11 @@ def test_the_log_reads_back(tmp_path):
     line = {"stage": "teacher", "step": 3, "loss": 0.5}
     append_log(tmp_path, line)
     assert read_log(tmp_path) == [line]
+
+
+def test_a_damaged_line_of_the_log_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'null\n\xff\n{"step": 3}\n')
+    assert read_log(tmp_path) == [{"step": 3}]
 
 
 def test_a_log_loses_a_line_that_was_cut_and_those_that_come_again(tmp_path):

@@ -123,7 +123,7 @@ def test_films_and_completions(run, photo, tmp_path):
     assert Image.open(strip).size[1] > 150
 
 
-def test_files_writes_every_image_into_a_file_of_its_own(run, tmp_path):
+def test_files_writes_every_image_into_a_file_of_its_own(run, tmp_path, capsys):
     to = ("--out", tmp_path / "grid.png", "--files", tmp_path / "files")
     draw(run / "student.pt", "--classes", 3, 7, "--n", 5, *to)
     files = sorted((tmp_path / "files").iterdir())
@@ -131,6 +131,9 @@ def test_files_writes_every_image_into_a_file_of_its_own(run, tmp_path):
     assert [path.name for path in files] == names
     assert all(Image.open(path).size == (8, 8) for path in files)
     assert len({path.read_bytes() for path in files}) == 5  # five images, not one five times
+    assert "already" not in capsys.readouterr().err
+    draw(run / "student.pt", "--classes", 3, "--n", 1, *to)
+    assert "has 5 images already, some of which may stay" in capsys.readouterr().err
 
 
 def test_the_single_files_are_the_images_of_the_grid(run, tmp_path):
@@ -343,6 +346,8 @@ def test_wrong_input_to_sample_ends_in_one_line_and_exit_code_2(run, tmp_path, c
     junk.write_bytes(b"junk")
     metrics.write_text("{}")
     student, teacher, picture = run / "student.pt", run / "teacher.pt", tmp_path / "a.png"
+    folder, before = tmp_path / "folder.png", student.read_bytes()
+    folder.mkdir()
     to = ["--out", picture]
     cases = [
         ([tmp_path / "none.pt"], "there is no checkpoint"),
@@ -374,12 +379,19 @@ def test_wrong_input_to_sample_ends_in_one_line_and_exit_code_2(run, tmp_path, c
         ([student, "--n", 0, *to], "--n 0 must be at least 1"),
         ([student, "--vae", junk, *to], "the generator makes pixels; leave it out"),
         ([student, "--refresh", 0, *to], "--refresh 0 must be at least 1"),
+        ([student, "--out", folder], "cannot be written: Is a directory"),
+        ([student, "--film", folder, *to], "cannot be written: Is a directory"),
+        ([student, "--judge", *to], "--judge is for --bench alone"),
+        ([student, "--bench", student], "the name must end in .json"),
+        ([student, "--bench", junk / "b.json", "--rounds", 2], "cannot be written"),
+        ([student, "--bench", "--film", "f.gif", "--n", 1, *to], "no use for --out, --film"),
     ]
     if not torch.cuda.is_available():
         cases.append(([student, "--device", "cuda"], "--device cuda"))
     for argv, expected in cases:
         assert expected in error_of(sample.main, argv, capsys), argv
     assert not picture.exists()
+    assert student.read_bytes() == before
 
 
 def test_a_teacher_may_take_one_step_without_guidance():

@@ -27,7 +27,7 @@ import train_rl
 from workbench import pictures, quality_net
 from workbench import run as run_module
 from workbench.data import load_data
-from workbench.files import KINDS, read_checkpoint
+from workbench.files import KINDS, load_checkpoint, read_checkpoint, write_checkpoint
 from workbench.quality_net import QualityNet
 from workbench.rewards import ShapeFit, default_held_out
 from workbench.run import read_log
@@ -114,6 +114,28 @@ def test_rl_goes_on_from_a_given_student_and_only_with_it(run, folder, more, tmp
     assert "teacher" in metrics["rows"]  # it lies next to the student
     error = error_of(train_rl.main, [*new, "--resume", "--data", folder, *CPU], capsys)
     assert "give it again by --student" in error
+
+
+def test_a_teacher_of_other_classes_is_not_that_of_the_student(run, folder, more, tmp_path, capsys):
+    """Its null class would be another number, and the report would end in a traceback."""
+    for name in ("student.pt", "teacher.pt"):
+        shutil.copy(run[0] / name, tmp_path)
+    teacher = load_checkpoint(tmp_path / "teacher.pt")
+    teacher.classes = [f"another {name}" for name in teacher.classes]
+    write_checkpoint(tmp_path / "teacher.pt", teacher)
+    student, new = ("--student", tmp_path / "student.pt"), ("--out", tmp_path / "rl")
+    how = ("--rl-iters", 1, "--critical-steps", 1, "--data", folder, *CPU)
+    given = (*student, *new, "--teacher", tmp_path / "teacher.pt", *how)
+    assert "is not a teacher of" in error_of(train_rl.main, given, capsys)
+    assert "teacher" not in more(train_rl.main, *student, *new, *how[:4])["rows"]
+
+
+def test_rl_says_that_its_student_is_unfinished(run, more, tmp_path, capsys):
+    student = load_checkpoint(run[0] / "student.pt")
+    write_checkpoint(tmp_path / "student.pt", student, step=3, training={"record": {}})
+    out = ("--out", tmp_path / "rl", "--rl-iters", 1, "--critical-steps", 1)
+    more(train_rl.main, "--student", tmp_path / "student.pt", *out)
+    assert "student is unfinished, after 3 of" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_its_reward_and_images(run, folder, tmp_path, capsys):

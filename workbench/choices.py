@@ -15,8 +15,8 @@ from workbench.settings import flag
 
 
 def save_run_args(args: Namespace, data: Data) -> None:
-    """Keep a digest of each class's images, and --vae, --features, --reward and --held-out, in
-    out/choices.json; InputError where a resumed run has others.
+    """Keep a digest of each class's images, and --vae, --features, --teacher, --student, --reward
+    and --held-out, in out/choices.json; InputError where a resumed run has others.
 
     What the images are counts, not where they lie: a folder may be moved, or have another path.
     The file names code: what it says is compared with what is given, and never used."""
@@ -26,6 +26,9 @@ def save_run_args(args: Namespace, data: Data) -> None:
     if "reward" in args:  # train_distill.py has none
         given["reward"] = said_of_weights(args.reward)
         given["held_out"] = args.held_out or ""
+        given["student"] = said_of(args.student or "")
+    if not given.get("student"):  # else it is for the report alone
+        given["teacher"] = said_of(args.teacher or "")
     begun = args.resume and path.exists() and any(args.out.glob("*.pt"))
     kept = read_choices(path) if begun else {}
     changes = image_changes(kept.get("images", data.digests), data.digests)

@@ -6,11 +6,13 @@ interruption (step, training). `maskrl.save` writes the same without the last tw
 """
 
 import argparse
+import errno
 import json
 import math
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -67,6 +69,18 @@ def writing(path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # it has its name
             unfinished.unlink()
+
+
+def check_writable(path) -> None:
+    """InputError, before long work, where `writing` would fail."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def write_text(path, text: str) -> None:

@@ -3,6 +3,7 @@
 are all differentiable in the pixels."""
 
 import math
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -83,7 +84,11 @@ class CheckedReward:
                 if is_out_of_memory(error):
                     raise
                 kind = type(error).__name__
-                raise FloatingPointError(f"{self.given} raised {kind}: {error}") from error
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{last.filename}, line {last.lineno}"
+                raise FloatingPointError(
+                    f"{self.given} raised {kind}: {error} ({where})"
+                ) from error
         if not torch.is_tensor(q) or q.shape != labels.shape:
             got = list(q.shape) if torch.is_tensor(q) else type(q).__name__
             raise FloatingPointError(f"{self.given} gave {got}, not a tensor [{len(labels)}]")

@@ -370,10 +370,10 @@ def read_log(out) -> list[dict]:
     """The lines of out/log.jsonl, except one cut short by a power failure; none if there is no
     such file."""
     path, lines = Path(out) / "log.jsonl", []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def append_log(out, line: dict) -> None:

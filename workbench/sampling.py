@@ -2,6 +2,7 @@
 numbers that every image has of its own, so that it is the same whatever is drawn with it."""
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from maskrl import MAR, Diffusion, Noise, Sampling, draw_noise, rng
 from workbench.data import find_classes
 from workbench.errors import InputError
-from workbench.files import load_safely
+from workbench.files import check_writable, load_safely
 from workbench.images import EXTENSIONS
 from workbench.lazymar import LazyContexts
 from workbench.released import is_mar_file
@@ -51,11 +52,11 @@ def free_name(path: Path) -> Path:
     return next(name for name in chain([path], names) if not name.exists())
 
 
-def unfinished(path) -> str:
-    """What to say of a checkpoint whose training was interrupted; nothing of any other."""
-    content = load_safely(path, lazily=True)
+def warn_if_unfinished(path) -> None:
+    """Say so of a checkpoint whose training was interrupted; nothing of any other, or of None."""
+    content = load_safely(path, lazily=True) if path else {}
     if is_mar_file(content) or content.get("training") is None:
-        return ""
+        return
     kind, settings = content["kind"], content["settings"]
     fields = {
         "teacher": ["teacher_iters"],
@@ -63,10 +64,18 @@ def unfinished(path) -> str:
         "policy": ["rl_iters", "schedule_iters"],
     }
     iters = sum(settings[name] for name in fields[kind])
-    return (
+    print(
         f"{path}: the {kind} is unfinished, after {content['step']} of {iters} updates; its "
-        "training continues with --resume"
+        "training continues with --resume",
+        file=sys.stderr,
     )
+
+
+def warn_of_other_images(folder) -> None:
+    """Say so if the folder of --files has images already; they stay where they are."""
+    n = len(list(Path(folder).glob("[0-9]*.png")))
+    if n:
+        print(f"--files {folder} has {n} images already, some of which may stay", file=sys.stderr)
 
 
 def checked_sampling(
@@ -175,6 +184,7 @@ def check_request(args: Namespace, shown: int) -> None:
     for path in pictures:
         if EXTENSIONS.get(Path(path).suffix.lower()) not in Image.SAVE:
             raise InputError(f"{path}: the name must end in .png, .jpg or another image format")
+        check_writable(path)
     paths = pictures + [path for path in (args.inpaint, args.mask) if path]
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which let a training step be finished and saved."""
+"""Ctrl-C, SIGTERM and SIGHUP, which let a training step be finished and saved."""
 
 import signal
 import sys
@@ -13,9 +13,9 @@ from workbench.errors import Stopped
 
 
 class HeldSignals:
-    """Meanwhile Ctrl-C and SIGTERM are noted, for a training step to be finished and saved; the
-    same one once more stops at once, unless there are several processes: torchrun passes on to
-    each what all had got already."""
+    """Meanwhile Ctrl-C, SIGTERM and the end of the terminal are noted, for a training step to be
+    finished and saved; the same one once more stops at once, unless there are several processes:
+    torchrun passes on to each what all had got already."""
 
     def __init__(self):
         self.noted, self.raises = [], False
@@ -23,7 +23,7 @@ class HeldSignals:
     def __enter__(self) -> "HeldSignals":
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # only that one gets signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stopping_signals():
                 self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -40,7 +40,7 @@ class HeldSignals:
         if number in self.noted and not dist.is_initialized():
             raise Stopped(number, "at once, by the second signal; --resume repeats a few steps")
         if not self.noted and rank() == 0:
-            with suppress(RuntimeError):  # in the middle of another line
+            with suppress(RuntimeError, OSError):  # in the middle of another line
                 print("\nstopping after this step; once more stops at once", file=sys.stderr)
         self.noted.append(number)
         if self.raises and not dist.is_initialized():
@@ -54,3 +54,11 @@ class HeldSignals:
             yield
         finally:
             self.raises = False
+
+
+def stopping_signals() -> list[int]:
+    """Those that stop a run; SIGHUP, the end of its terminal, unless nohup ignores it."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
