@@ -232,6 +232,7 @@ def test_heads_alone_are_trained_behind_mnists_teacher_and_judged_as_the_others(
         for student in students
     ]
     assert moved[1] == {"head"} < moved[0]
+    assert not (out / "heads alone" / "teacher.pt").exists()  # it was given
     judges = [(out / arm / "judge.pt").read_bytes() for arm in (".", *arms)]
     assert judges[0] == judges[1]
 
