@@ -91,7 +91,7 @@ class Settings:
     ema: float = 0.995  # limit of the teacher's EMA decay
     # GSIM
     gsim_iters: int = 650  # updates of the student
-    heads_iters: int = 0  # of these, the first so many train its head alone
+    heads_iters: int = 0  # how many of these, at the start, train the heads alone
     student_lr: float = 6e-4  # learning rate of the student
     aux_lr: float = 1.2e-3  # learning rate of the auxiliary network
     student_ema: float = 0.98  # limit of the student's EMA decay
@@ -426,7 +426,7 @@ class MAR(nn.Module):
         visible = self.visible(mask)
         hidden = mask.sum(1).tolist() if hidden is None else hidden
         most = visible.shape[1] - min(hidden)
-        rows = visible_first(visible)[:, :most]  # positions of visible tokens, then padding
+        rows = true_first(visible)[:, :most]  # positions of visible tokens, then padding
         keys = None
         if min(hidden) < max(hidden):
             keys = torch.arange(most, device=mask.device) < visible.sum(1)[:, None]  # [B, most]
@@ -463,9 +463,9 @@ class MAR(nn.Module):
         return x[:, self.settings.buffer :] + self.diffusion_pos_embed_learned
 
 
-def visible_first(visible: Tensor) -> Tensor:
-    """Column indices [B, n] of visible [B, n], the visible ones first."""
-    return (~visible).to(torch.uint8).argsort(dim=1, stable=True)
+def true_first(mask: Tensor) -> Tensor:
+    """Column indices [R, C] of mask [R, C]: those where it is true, in order, then the others."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def find_true(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -892,6 +892,11 @@ def guided_output(head: Callable, both_c: Tensor, scale, x_t: Tensor, t: Tensor)
     return torch.cat([eps, variance[: len(x_t)]], -1)
 
 
+def eps_of(head: Callable, x_t: Tensor, t: Tensor) -> Tensor:
+    """eps alone [N, D] of a head(x_t, t) -> [N, 2D]."""
+    return head(x_t, t).chunk(2, -1)[0]
+
+
 @dataclass
 class Sampling:
     """How to sample; fields left as None come from the model.
@@ -1203,8 +1208,8 @@ def initial_state(noise: Noise, known, device) -> tuple[Tensor, Tensor, int]:
     if known is None:
         return torch.zeros_like(noise.z), noise.order, noise.order.shape[1]
     tokens, mask = (part.to(device) for part in known)
-    drawn_first = (~mask[noise.order]).to(torch.uint8).argsort(dim=1, stable=True)
-    return tokens.clone(), noise.order.gather(1, drawn_first), int(mask.sum())
+    order = noise.order.gather(1, true_first(mask[noise.order]))
+    return tokens.clone(), order, int(mask.sum())
 
 
 def x_0_limits(settings: Settings) -> tuple[float, float] | None:
@@ -1389,11 +1394,6 @@ class Distillation:
         x_0, t, eps = self.student_tokens(batch), batch.flat(batch.t), batch.flat(batch.eps)
         weight = velocity_weight if self.model.head.predicts == "x_0" else eps_weight
         return self.gsim_loss(x_0, t, eps, eps_q, eps_p, weight=weight).sum()
-
-
-def eps_of(head: Callable, x_t: Tensor, t: Tensor) -> Tensor:
-    """eps alone [N, D] of head(x_t, t) -> [N, 2D]."""
-    return head(x_t, t).chunk(2, -1)[0]
 
 
 # 8 Critical steps ---------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ from workbench.rewards import RunRewards, check_held_out, reward_weights
 from workbench.sampling import warn_if_unfinished
 from workbench.settings import MODEL_SETTINGS
 
+METHODS = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}  # of --method
+
 
 def parse(argv=None):
     parser = training_parser(__doc__)
@@ -82,7 +84,7 @@ def train_policy(run, student, quality, monitor, times=10):
     torch.manual_seed(settings.seed)  # of the first weights of the small networks that RL adds
     # what the information gain subtracts, so that it sees how images differ
     mean_image = to_tokens(data.learned.spaced().mean(0, keepdim=True), settings).to(device)
-    method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
+    method = METHODS[settings.method]
     training = method(student, settings, partial(quality_of_decoded, quality, data), mean_image)
     occurring = data.labels
     with run.stage(training, monitor, times) as stage:
@@ -128,8 +130,8 @@ def main(argv=None):
     if args.features == "clip" and "clip" in args.reward:
         raise InputError("--features clip: the judge must not look as --reward clip does")
     clip, heads = clip_options(args), getattr(args, "heads", None)
-    given = [(args.teacher, "teacher"), (args.student, "student")]
-    contents = [read_model(path, kind, heads) for path, kind in given if path]
+    given = [(path, kind) for kind in ("teacher", "student") if (path := getattr(args, kind))]
+    contents = [read_model(path, kind, heads) for path, kind in given]
     written = ["policy.pt"] if args.student else ["policy.pt", "student.pt", "teacher.pt"]
     for path, _ in given:
         warn_if_unfinished(path)

@@ -220,7 +220,9 @@ def test_heads_alone_are_trained_behind_mnists_teacher_and_judged_as_the_others(
     monkeypatch.setattr(MnistHeads, "arms", arms)
     make_idx(tmp_path / "mnist")
 
-    run("mnistheads", "--seeds", "1")
+    with pytest.raises(InputError, match="measure the study mnist first"):
+        run("mnistheads", "--seeds", "1")
+    run("mnist", "mnistheads", "--seeds", "1")
     rows = records.read_result("mnistheads")["rows"]
     assert rows.keys() == {"teacher", "whole", "heads alone"}
     assert rows["heads alone"]["1"]["frechet"] != rows["whole"]["1"]["frechet"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskrl import Settings, gather_rows, patchify, unpatchify, visible_first
+from maskrl import Settings, gather_rows, patchify, true_first, unpatchify
 
 
 def uniform(shape, generator, device) -> Tensor:
@@ -56,7 +56,7 @@ def shuffled(x: Tensor, amount: Tensor, partner: Tensor, patch: int, generator) 
     keys = uniform(tokens.shape[:2], generator, x.device)
     moves = uniform(tokens.shape[:2], generator, x.device) < 0.1 + 0.4 * amount.flatten(1)
     # the patches that move, in raster order and in random order; the others follow in raster order
-    to_here = visible_first(moves)
+    to_here = true_first(moves)
     from_there = keys.masked_fill(~moves, 2.0).argsort(dim=1, stable=True)
     source = torch.empty_like(to_here).scatter(1, to_here, from_there)
     return unpatchify(gather_rows(tokens, source), patch)

@@ -6,7 +6,6 @@ interruption (step, training). `maskrl.save` writes the same without the last tw
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -74,9 +73,9 @@ def writing(path) -> Iterator[BinaryIO]:
 def check_writable(path) -> None:
     """InputError, before long work, where `writing` would fail."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:

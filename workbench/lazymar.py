@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskrl import MAR, Attention, Block, Contexts, gather_rows, visible_first
+from maskrl import MAR, Attention, Block, Contexts, gather_rows, true_first
 from workbench.errors import InputError
 from workbench.precision import in_precision_of
 
@@ -95,7 +95,7 @@ class RowCache:
         count = wanted.sum(1, keepdim=True)
         column = torch.arange(int(count.max()), device=wanted.device)
         column = torch.minimum(column, (count - 1).clamp(min=0))
-        self.selected = visible_first(wanted).gather(1, column)
+        self.selected = true_first(wanted).gather(1, column)
         return self.selected
 
     def update(self, layer, x: Tensor) -> Tensor:

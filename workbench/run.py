@@ -367,8 +367,8 @@ def lock_run_dir(out: Path) -> FileLock:
 
 
 def read_log(out) -> list[dict]:
-    """The lines of out/log.jsonl, except one cut short by a power failure; none if there is no
-    such file."""
+    """The lines of out/log.jsonl, except damaged ones, as a power failure cuts one short; none if
+    there is no such file."""
     path, lines = Path(out) / "log.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(json.JSONDecodeError):

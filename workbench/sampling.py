@@ -53,8 +53,8 @@ def free_name(path: Path) -> Path:
 
 
 def warn_if_unfinished(path) -> None:
-    """Say so of a checkpoint whose training was interrupted; nothing of any other, or of None."""
-    content = load_safely(path, lazily=True) if path else {}
+    """Say so of a checkpoint whose training was interrupted; nothing of any other."""
+    content = load_safely(path, lazily=True)
     if is_mar_file(content) or content.get("training") is None:
         return
     kind, settings = content["kind"], content["settings"]
@@ -72,7 +72,7 @@ def warn_if_unfinished(path) -> None:
 
 
 def warn_of_other_images(folder) -> None:
-    """Say so if the folder of --files has images already; they stay where they are."""
+    """Say so if the folder of --files has images already: only those of the same name go."""
     n = len(list(Path(folder).glob("[0-9]*.png")))
     if n:
         print(f"--files {folder} has {n} images already, some of which may stay", file=sys.stderr)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import train_rl
 from maskrl import PolicyGradient, Trace, one_step, rng
-from workbench.studies import lab as labs
 from workbench.studies.budget import SavedBytes
 from workbench.studies.study import Reinforcements
 
@@ -105,10 +104,7 @@ class Action(Reinforcements):
         return rows
 
     def arm(self, lab, name, method, overrides) -> dict:
-        with (
-            mock.patch.object(train_rl, "PolicyGradient", method),
-            mock.patch.object(labs, "PolicyGradient", method),
-        ):
+        with mock.patch.dict(train_rl.METHODS, grpo=method):
             graph = lab.result(f"graph, {name}", partial(self.graph, lab, overrides))
             figures = lab.reinforcement(f"action {name}", **overrides)
         return figures | {"graph_mb": graph["graph_mb"]}

@@ -124,7 +124,7 @@ class Credit(Reinforcements):
     def arm(self, lab, name, method, rl_steps) -> dict:
         start = lab.judged("student", steps=self.settings["steps"])
         name, overrides = f"credit, {name}", self.settings | {"rl_steps": rl_steps}
-        with mock.patch.object(train_rl, "PolicyGradient", method):
+        with mock.patch.dict(train_rl.METHODS, grpo=method):
             figures = lab.reinforcement(name, **overrides)
             measured = lab.result(f"KL, {name}", partial(self.image_kl, lab, name, overrides))
         return figures | {

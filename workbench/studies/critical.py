@@ -72,7 +72,7 @@ class Critical(Reinforcements):
     def arm(self, lab, name, overrides, method) -> dict:
         counted = lab.result(f"tokens, {name}", partial(self.tokens, lab, overrides))
         start = lab.judged("student", steps=overrides["steps"])
-        with mock.patch.object(train_rl, "PolicyGradient", method):
+        with mock.patch.dict(train_rl.METHODS, grpo=method):
             figures = lab.reinforcement(name, **overrides)
         return figures | {
             "gained": figures["quality"] - start["quality"],

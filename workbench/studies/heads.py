@@ -6,7 +6,9 @@ from functools import partial
 
 import train_distill
 from train_distill import train_student
+from workbench.errors import InputError
 from workbench.studies.folders import Mnist
+from workbench.studies.records import read_result
 from workbench.studies.study import Study
 
 
@@ -84,13 +86,15 @@ class MnistHeads(Study):
 
     @staticmethod
     def of_mnist(lab, name) -> dict:
-        """A row of the study of MNIST, which is measured first."""
-        return Mnist().measure(lab)[name]
+        """A row of the study of MNIST."""
+        result = read_result("mnist")
+        if not result or str(lab.seed) not in result["rows"][name]:
+            raise InputError(f"measure the study mnist first, with --seeds {lab.seed}")
+        return result["rows"][name][str(lab.seed)]
 
     def distil(self, lab, name, settings) -> dict:
         """The row of a student of MNIST's teacher, by the same judge."""
-        trained = lab.out / Mnist().name
-        self.of_mnist(lab, "teacher")
+        trained = lab.out / "mnist"
         out = trained / name
         out.mkdir(exist_ok=True)
         for network in ("judge.pt", "reward.pt"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import train_rl
-from maskrl import MAR, PolicyGradient, RewardBackpropagation, Sampling, to_tokens, total_reward
+from maskrl import MAR, PolicyGradient, Sampling, to_tokens, total_reward
 from train_distill import make_judge, make_reward_net, train_student, train_teacher
 from train_rl import train_policy
 from workbench.data import load_data
@@ -108,7 +108,7 @@ class Lab:
     def rl_training(self, **overrides) -> tuple[PolicyGradient, Tensor]:
         """A PolicyGradient or RewardBackpropagation at its start, and labels for an update."""
         settings = replace(self.settings, **overrides)
-        method = {"grpo": PolicyGradient, "backprop": RewardBackpropagation}[settings.method]
+        method = train_rl.METHODS[settings.method]
         mean_image = to_tokens(self.data.learned.spaced().mean(0, keepdim=True), settings)
         student, mean_image = self.student_with(settings), mean_image.to(self.device)
         training = method(student, settings, self.quality, mean_image)
