@@ -1531,7 +1531,7 @@ class SchedulePolicy(nn.Module):
 
     def select(self, states: Tensor, generator=None) -> Tensor:
         """Counts [N]: drawn from pi or, without a generator, its medians."""
-        pi = self.log_probs(states).exp()
+        pi = self.log_probs(states).exp().nan_to_num(1.0)  # after divergence, which rewards tell
         if generator is None:
             return (pi.cumsum(1) < 0.5).sum(1) + 1
         return torch.multinomial(pi, 1, generator=generator).squeeze(1) + 1

@@ -355,6 +355,9 @@ def test_a_run_that_was_begun_is_continued_only_on_request(tmp_path, threads, ca
     assert f"nothing to resume in {out}: starting afresh" in capsys.readouterr().out
     out.mkdir()
     run = run_of(out)
+    (out / "judge.pt").touch()  # which the run had come to
+    run_of(out, "--resume")
+    assert "nothing to resume" not in capsys.readouterr().out
     model = MAR(replace(run.settings, seed=5), run.data.classes)
     write_checkpoint(out / "teacher.pt", model)
     with pytest.raises(InputError, match="teacher.pt exists: --resume continues it, another --out"):

@@ -447,6 +447,13 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_weights(
     assert weights(tmp_path / "teacher.pt").isfinite().all()
 
 
+def test_rl_that_diverges_says_so_whatever_its_schedule_draws_from(tmp_path, capsys):
+    absurd = "--action", "x", "--rl-lr", "1000", "--rl-iters", "12"
+    error = error_of(train_rl.main, [*SHORT, *absurd, "--out", tmp_path], capsys, code=1)
+    assert "policy, step" in error and "from nan to nan" in error
+    assert "with a lower learning rate" in error
+
+
 def results(out):
     """All that a run leaves behind except times and pictures: weights, log and metrics."""
     found = {"log": without_times(read_log(out))}

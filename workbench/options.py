@@ -309,7 +309,7 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
     data, settings = measured_data(args, settings, base, device)
     check_memory(settings, data, device)
     print(f"{describe(data, settings)}; on {hardware(device)}")
-    if args.resume and not resume:
+    if args.resume and not any(args.out.glob("*.pt")):  # a judge alone is kept, too
         print(f"nothing to resume in {args.out}: starting afresh")
     return Run(args, settings, data, device)
 
