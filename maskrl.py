@@ -247,13 +247,15 @@ class TimeEmbedding(nn.Module):
 
 
 class HeadBlock(nn.Module):
-    """Residual MLP block, shifted, scaled and gated by the condition (adaLN)."""
+    """Residual MLP block, shifted, scaled and gated by the condition (adaLN).
+
+    MAR has a SiLU in place of the Identity; here it is applied once, for all blocks."""
 
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = silu_mlp(width, width, width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 3 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)
@@ -264,7 +266,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, outputs: int):
         super().__init__()
         self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 
     def modulate(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
@@ -298,13 +300,16 @@ class Head(nn.Module):
         self.final_layer = FinalLayer(width, 2 * channels)
 
     def hidden(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        condition = self.time_embed(t) + self.cond_embed(c)
+        condition = F.silu(self.time_embed(t) + self.cond_embed(c))
         for block in self.res_blocks:
             x = block(x, condition)
         return self.final_layer.modulate(x, condition)
 
+    def network(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return self.final_layer.linear(self.hidden(self.input_proj(x_t), t, c))
+
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        out = self.final_layer.linear(self.hidden(self.input_proj(x_t), t, c))
+        out = self.network(x_t, t, c)
         if self.predicts == "eps":
             return out
         x_0, variance = out.chunk(2, -1)
@@ -314,6 +319,14 @@ class Head(nn.Module):
     def eps(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """eps alone [N, D]; the score is -eps / sigma_t."""
         return self(x_t, t, c).chunk(2, -1)[0]
+
+    def x_0(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """x_0 [N, D], which is (x_t - sigma_t eps) / alpha_t."""
+        prediction = self.network(x_t, t, c).chunk(2, -1)[0]
+        if self.predicts == "x_0":
+            return prediction
+        alpha, sigma = alpha_sigma(t)
+        return (x_t - sigma * prediction) / alpha
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
@@ -465,14 +478,14 @@ class MAR(nn.Module):
 
 def true_first(mask: Tensor) -> Tensor:
     """Column indices [R, C] of mask [R, C]: those where it is true, in order, then the others."""
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return mask.view(torch.uint8).argsort(dim=1, descending=True, stable=True)
 
 
 def find_true(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Row and column [n] of each of the n places where mask [R, C] is true, row by row.
 
     As mask.nonzero(as_tuple=True), for which the host waits for the device, to learn n."""
-    first = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n]
+    first = mask.flatten().view(torch.uint8).argsort(descending=True, stable=True)[:n]
     return first // mask.shape[1], first % mask.shape[1]
 
 
@@ -566,16 +579,14 @@ def q_sample(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 def one_step(head: Head, z: Tensor, c: Tensor, noise_ratio: float) -> Tensor:
     """The student's g(z, c) [N, D] for z [N, D], c [N, W]: one step from a fixed time tau,
 
-        g(z, c) = (sigma_tau z - sigma_tau eps_hat(sigma_tau z, tau, c)) / alpha_tau,
+        g(z, c) = x_0_hat(sigma_tau z, tau, c) = (sigma_tau z - sigma_tau eps_hat) / alpha_tau,
 
-    with tau the first time at which sigma_tau / alpha_tau >= noise_ratio. This is the x_0 that
-    eps_hat implies for x_tau without its small term alpha_tau x_0, so the teacher's weights are a
-    good start, as in SiD (score identity distillation, 2404.04057). Where the network predicts x_0,
-    g is its output at tau. MARVAL does not print its parametrisation; this is ours."""
+    with tau the first time at which sigma_tau / alpha_tau >= noise_ratio. This is the head's x_0
+    for x_tau without its small term alpha_tau x_0, so the teacher's weights are a good start, as in
+    SiD (score identity distillation, 2404.04057). MARVAL does not print its parametrisation; this
+    is ours."""
     tau = int(torch.searchsorted(BASE.sigma / BASE.alpha, noise_ratio))
-    alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
-    t = torch.full((1,), tau, device=z.device)
-    return (sigma * z - sigma * head.eps(sigma * z, t, c)) / alpha
+    return head.x_0(float(BASE.sigma[tau]) * z, torch.full((1,), tau, device=z.device), c)
 
 
 # 5 Training a teacher -----------------------------------------------------------------------------
@@ -1140,63 +1151,73 @@ def unmask(model, labels, sampling, noise, known, generator, predictions) -> tup
     rank = order.argsort(1)
     hidden = torch.full((len(labels),), to_draw, device=model.device)
     host_hidden = [to_draw] * len(labels)  # the same numbers, as the host knows them
-    z, means = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    temperatures = torch.ones(rank.shape, device=model.device)
+    mask = rank < hidden[:, None]
+    explores = torch.is_tensor(noise.sigma) or noise.sigma != 0
+    means, temperatures = tokens, torch.ones(rank.shape, device=model.device)
     revealed_c = torch.zeros(*rank.shape, model.settings.width, device=model.device)
-    record = {name: [] for name in ("counts", "predictions", "states")}
+    counts, predicted, states = [], [], []
     for k in tqdm(range(len(fixed)), "iterations", disable=not sampling.progress, leave=False):
         if not any(host_hidden):
             break
-        mask = rank < hidden[:, None]
         c, _ = contexts.before(k, tokens, mask, host_hidden)
+        temperature = sampling.temperature_at(hidden, model.length)[:, None]
         if schedule is None:
-            count = torch.full_like(hidden, fixed[k])
+            hidden = hidden - fixed[k]
             host_left = [n - fixed[k] for n in host_hidden]
         else:
-            state = schedule_state(c, mask, (len(fixed) - k) / model.settings.steps)
-            count = schedule.select(state, None if sampling.greedy else generator)
-            count = torch.minimum(count, hidden)  # 0 for a finished image
-            host_left = (hidden - count).tolist()  # the host waits for the device
-            record["states"].append(state)
-        temperature = sampling.temperature_at(hidden, model.length)[:, None]
-        hidden = hidden - count
-        reveal = mask & (rank >= hidden[:, None])
+            states.append(schedule_state(c, mask, (len(fixed) - k) / model.settings.steps))
+            count = schedule.select(states[-1], None if sampling.greedy else generator)
+            hidden = (hidden - count).clamp(min=0)  # a finished image hides none
+            host_left = hidden.tolist()  # the host waits for the device
+        counts.append([n - left for n, left in zip(host_hidden, host_left)])
+        still_hidden = rank < hidden[:, None]
+        reveal = mask ^ still_hidden
         c, c_null = contexts.after(reveal)
 
         # which tokens to draw: the whole image, or only what is revealed
         if predictions:
             drawn = find_true(mask, sum(host_hidden))
         else:
-            drawn = find_true(reveal, sum(host_hidden) - sum(host_left))
-        host_hidden = host_left
+            drawn = find_true(reveal, sum(counts[-1]))
         scale = None
         if c_null is not None:
             scale = guidance_scale(sampling.guidance, hidden, model.length)[drawn[0], None]
             c_null = c_null[drawn]
-        z_k = noise.z if chains[k] else temperature[..., None] * noise.z
         image = tokens.clone()
-        image[drawn] = draw_tokens(
-            model, chains[k], z_k[drawn], c[drawn], c_null, scale, generator, temperature[drawn[0]]
-        )
-        shown = reveal[..., None]
-        z, means = torch.where(shown, z_k, z), torch.where(shown, image, means)
-        temperatures = torch.where(reveal, temperature, temperatures)
-        revealed_c = torch.where(shown, c, revealed_c)
-        tokens = torch.where(shown, add_exploration(image, noise.sigma, generator), tokens)
-        record["counts"].append(count)
+        inputs = noise.z[drawn], c[drawn], c_null, scale, temperature[drawn[0]], generator
+        image[drawn] = draw_tokens(model, chains[k], *inputs)
         if predictions:
-            record["predictions"].append(image)
+            predicted.append(image)
+        shown = reveal[..., None]
+        revealed_c = torch.where(shown, c, revealed_c)
+        temperatures = torch.where(reveal, temperature, temperatures)
+        if explores:
+            means = torch.where(shown, image, means)
+            exploration = torch.randn(image.shape, generator=generator, device=image.device)
+            image = image + noise.sigma * exploration
+        tokens = torch.where(shown, image, tokens)
+        mask, host_hidden = still_hidden, host_left
     if any(host_hidden):
         raise ValueError(f"tokens are left after {len(fixed)} steps: the schedule has learned more")
-    stacked = {name: torch.stack(steps, 1) if steps else None for name, steps in record.items()}
-    return tokens, Trace(order, z, temperatures, revealed_c, means, **stacked)
+
+    return tokens, Trace(
+        order,
+        z=noise.z if chains[0] else temperatures[..., None] * noise.z,
+        temperature=temperatures,
+        contexts=revealed_c,
+        means=means if explores else tokens,
+        counts=torch.tensor(counts).T.to(model.device, non_blocking=True),
+        predictions=torch.stack(predicted, 1) if predicted else None,
+        states=torch.stack(states, 1) if states else None,
+    )
 
 
-def draw_tokens(model, chain, z, c, c_null, scale, generator, temperature) -> Tensor:
+def draw_tokens(model, chain, z, c, c_null, scale, temperature, generator) -> Tensor:
     """Tokens [N, D] for z [N, D] and c [N, W]: in one step, or by a teacher's chain."""
     settings = model.settings
     if chain is None:
-        return one_step(model.head, starting_noise(model, z, c), c, settings.noise_ratio)
+        z = starting_noise(model, temperature * z, c)
+        return one_step(model.head, z, c, settings.noise_ratio)
     head = partial(model.head, c=c) if c_null is None else guided(model.head, c, c_null, scale)
     return chain.sample(head, z, generator, temperature, x_0_limits(settings))
 
@@ -1216,13 +1237,6 @@ def x_0_limits(settings: Settings) -> tuple[float, float] | None:
     """The range to which the chain clips its estimate of a token's x_0; None: no clipping."""
     limit, mean, scale = settings.x_0_limit, settings.mean, settings.scale
     return ((-limit - mean) * scale, (limit - mean) * scale) if limit else None
-
-
-def add_exploration(image: Tensor, sigma: Tensor | float, generator) -> Tensor:
-    """image [B, L, D] + exploration noise of standard deviation sigma (see Noise)."""
-    if not torch.is_tensor(sigma) and not sigma:
-        return image
-    return image + sigma * torch.randn(image.shape, generator=generator, device=image.device)
 
 
 # 7 GSIM -------------------------------------------------------------------------------------------

@@ -22,16 +22,16 @@ NARROW = {"image_size": 32, "width": 48, "heads": 6, "head_width": 48, "scale": 
 FLAT = {"depth": 1, "head_depth": 1}
 RL = {"prompts": 2, "group": 2, "rl_steps": "all", "learn_steps": False}
 AT_MOST = {  # waits, launches
-    "teacher": (1, 600),
-    "GSIM": (2, 1141),
-    "RL, z": (9, 1005),
-    "RL, x": (13, 1265),
-    "backprop, z": (25, 1550),
-    "backprop, x": (29, 2589),
-    "an iteration of a student": (0, 270),
-    "a generation of a learned schedule, 4 iterations": (5, 1373),
-    "a generation of fixed counts, beside its iterations": (1, 28),
-    "a denoising step of a guided chain": (0, 98),
+    "teacher": (1, 595),
+    "GSIM": (2, 1097),
+    "RL, z": (9, 936),
+    "RL, x": (13, 1168),
+    "backprop, z": (25, 1390),
+    "backprop, x": (29, 2392),
+    "an iteration of a student": (0, 250),
+    "a generation of a learned schedule, 4 iterations": (5, 1296),
+    "a generation of fixed counts, beside its iterations": (1, 27),
+    "a denoising step of a guided chain": (0, 94),
     "a batch of mirrored images": (2, 3),
 }
 

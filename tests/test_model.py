@@ -168,28 +168,46 @@ def test_the_shared_schedule_is_not_changed_by_use():
         alpha, sigma = alpha_sigma(times.to(device))
         assert alpha.device.type == sigma.device.type == device
     maskrl.q_sample(torch.randn(3, 5), times, torch.randn(3, 5))
-    maskrl.one_step(PointMass(0.7), torch.randn(3, 5), None, 5.0)
+    maskrl.one_step(PointMass(0.7), torch.randn(3, 3), None, 5.0)
     assert {name: id(value) for name, value in vars(BASE).items()} == identity
     for name, value in vars(BASE).items():
         assert value.device.type == "cpu"
         assert torch.equal(value, before[name])
 
 
-class PointMass:
+class PointMass(maskrl.Head):
     """The optimal head where all data are x_0 = m."""
 
-    def __init__(self, m):
+    def __init__(self, m, predicts="eps"):
+        super().__init__(channels=3, context=4, width=4, depth=1, predicts=predicts)
         self.m = m
 
-    def eps(self, x, t, c):
+    def network(self, x, t, c):
         alpha, sigma = alpha_sigma(t)
-        return (x - alpha * self.m) / sigma
+        x_0 = torch.full_like(x, self.m)
+        eps = (x - alpha * x_0) / sigma
+        return torch.cat([x_0 if self.predicts == "x_0" else eps, torch.zeros_like(x)], 1)
 
 
-def test_one_step_generator_inverts_the_noising_of_a_point_mass():
+PREDICTS = pytest.mark.parametrize("predicts", ["x_0", "eps"])
+
+
+@PREDICTS
+def test_one_step_generator_inverts_the_noising_of_a_point_mass(predicts):
     """One step lands on m from any z."""
-    x_0 = maskrl.one_step(PointMass(0.7), torch.randn(50, 3), None, noise_ratio=2.5)
+    x_0 = maskrl.one_step(PointMass(0.7, predicts), torch.randn(50, 3), None, noise_ratio=2.5)
     torch.testing.assert_close(x_0, torch.full_like(x_0, 0.7), atol=1e-5, rtol=0)
+
+
+@PREDICTS
+def test_one_step_is_what_its_eps_implies(predicts):
+    """g = (sigma z - sigma eps) / alpha at the time of sigma / alpha = 5."""
+    head = random_model(predicts=predicts).head
+    z, c = torch.randn(20, 12), torch.randn(20, 32)
+    tau = int((BASE.sigma / BASE.alpha < 5.0).sum())
+    alpha, sigma = float(BASE.alpha[tau]), float(BASE.sigma[tau])
+    implied = (sigma * z - sigma * head.eps(sigma * z, torch.tensor([tau]), c)) / alpha
+    torch.testing.assert_close(maskrl.one_step(head, z, c, 5.0), implied, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.5, 5.0])
@@ -197,9 +215,9 @@ def test_the_one_step_starts_at_the_first_time_that_is_noisy_enough(ratio):
     times = []
 
     class Watched(PointMass):
-        def eps(self, x, t, c):
+        def network(self, x, t, c):
             times.extend(t.unique().tolist())
-            return super().eps(x, t, c)
+            return super().network(x, t, c)
 
     maskrl.one_step(Watched(0.0), torch.randn(5, 3), None, ratio)
     (tau,) = times
