@@ -16,7 +16,7 @@ import helpers_child as child
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny
+from conftest import random_model, tiny
 from helpers_child import FOREVER, QUICK, at_work, without_times
 from helpers_rewards import shapes
 
@@ -59,9 +59,9 @@ def test_a_variable_of_some_other_launcher_starts_no_process(monkeypatch, size):
 
 def test_a_divided_method_takes_keywords(model, alone):
     """A teacher without guidance is partial(model.head, c=c), which once ended in a TypeError."""
-    divided_head = divided(Head.forward)
+    divided_head = divided(Head.network)
     x, t, c = torch.randn(5, 12), torch.randint(1000, (5,)), torch.randn(5, 32)
-    expected = model.head(x, t, c)
+    expected = model.head.network(x, t, c)
     torch.testing.assert_close(divided_head(model.head, x, t, c=c), expected)
     torch.testing.assert_close(partial(divided_head, model.head, c=c)(x, t=t), expected)
 
@@ -69,9 +69,24 @@ def test_a_divided_method_takes_keywords(model, alone):
 def test_a_teacher_without_guidance_makes_the_same_images(model, alone, monkeypatch):
     sampling = Sampling(steps=3, guidance=1.0)
     expected = generate(model, [0, 1, 2], sampling)
-    monkeypatch.setattr(Head, "forward", divided(Head.forward))
+    monkeypatch.setattr(Head, "network", divided(Head.network))
     monkeypatch.setattr(MAR, "context", divided(MAR.context))
     torch.testing.assert_close(generate(model, [0, 1, 2], sampling), expected)
+
+
+@pytest.mark.parametrize("kind, calls", [("teacher", 3 * 5), ("student", 3)])
+def test_all_that_heads_compute_is_divided(kind, calls, alone, monkeypatch):
+    """The work of teachers' chains and of students' one steps: no call goes around it."""
+    rows, network = [], divided(Head.network)
+
+    def counted(head, x_t, t, c):
+        rows.append(len(x_t))
+        return network(head, x_t, t, c)
+
+    monkeypatch.setattr(Head, "network", counted)
+    model = random_model(kind, denoise_steps=5)
+    generate(model, [0, 1], Sampling(steps=3, guidance=1.0))
+    assert len(rows) == calls and sum(rows) == 2 * 16 * calls // 3
 
 
 def test_hooks_that_average_gradients_end_with_the_stage(model, alone):

@@ -339,7 +339,7 @@ def test_several_processes_generate_with_a_cache_as_one_does(kind, options, tmp_
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         monkeypatch.setattr(MAR, "context", divided(MAR.context))
-        monkeypatch.setattr(Head, "forward", divided(Head.forward))
+        monkeypatch.setattr(Head, "network", divided(Head.network))
         close(generate(model, LABELS, lazy(4, **options)), expected)
     finally:
         dist.destroy_process_group()

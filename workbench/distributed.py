@@ -2,7 +2,7 @@
 
 All processes run the same program on the same whole batch, with the same random numbers, and hold
 the same weights. Only two calls, which are nearly all of the work, are divided: in `MAR.context`
-and `Head.forward` each process computes 1 / N of the rows, and then all of them gather all rows. So
+and `Head.network` each process computes 1 / N of the rows, and then all of them gather all rows. So
 every other line (losses, groups, advantages, judges) sees the batch as if there were one process,
 and the results agree up to rounding for any N.
 """
@@ -45,7 +45,7 @@ def join_processes(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    MAR.context, Head.forward = divided(MAR.context), divided(Head.forward)
+    MAR.context, Head.network = divided(MAR.context), divided(Head.network)
     if rank():  # one of them speaks for all
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
