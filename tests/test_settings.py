@@ -17,7 +17,6 @@ from workbench.settings import (
     RunSettings,
     documented_fields,
     flag,
-    help_texts,
     preset,
 )
 
@@ -115,7 +114,7 @@ def test_names_of_settings_are_those_of_fields():
 
 
 def test_every_setting_has_a_comment_which_is_its_help():
-    texts = help_texts()
+    texts = {name: comment for name, (_, comment) in documented_fields().items()}
     assert set(texts) == {field.name for field in FIELDS}
     assert texts["judge_n"] == "images for each row of the judge's table"
     assert texts["scale"] == "0: scale and mean are measured on the training images"

@@ -115,16 +115,6 @@ def paths(panels: dict, behind: Tensor) -> None:
     plt.show()
 
 
-def histograms(panels: dict, bins, xlabel: str, **axis_settings) -> None:
-    """Draw {title: {label: values [N]}}."""
-    for axis, (title, parts) in zip(subplots(len(panels), 3.6), panels.items()):
-        for (label, values), style in zip(parts.items(), ("-", "--", ":")):
-            axis.hist(values, bins, histtype="step", linestyle=style, label=label)
-        axis.set(title=title, xlabel=xlabel, **axis_settings)
-        axis.legend()
-    plt.show()
-
-
 def token_picture(image: Tensor, patches: Tensor, token: Tensor, number: int) -> None:
     """An image, its patches [L, 3, p, p], and the numbers [D] of one of its tokens."""
     left, middle, right = subplots(3, 2.8, 1.9, width_ratios=(1, 1, 2))

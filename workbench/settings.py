@@ -172,11 +172,6 @@ def documented_fields() -> dict[str, tuple[str, str]]:
     return found
 
 
-def help_texts() -> dict[str, str]:
-    """{field: comment} of RunSettings."""
-    return {name: comment for name, (_, comment) in documented_fields().items()}
-
-
 # What a checkpoint's weights depend on
 MODEL_SETTINGS = (
     *("image_size", "patch", "mean", "scale", "width", "depth", "decoder_depth", "heads"),
