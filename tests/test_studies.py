@@ -101,7 +101,7 @@ def run(out, *argv):
     main([*argv, "--out", str(out), "--device", "cpu", "--threads", "1"])
 
 
-LIKE_EMOJI = ("letters", "mnist", "mnisthalf")
+LIKE_EMOJI = ("letters", "mnist")
 BELOW = ("mnistheads",)  # has a test of its own
 STUDIES = [name for name in tables.STUDIES if name not in LIKE_EMOJI + BELOW]
 

@@ -10,7 +10,7 @@ from workbench.studies.budget import released_table, small_table
 from workbench.studies.cost import Cost
 from workbench.studies.credit import Credit
 from workbench.studies.critical import Critical
-from workbench.studies.folders import Emoji, Letters, Mnist, MnistHalf
+from workbench.studies.folders import Emoji, Letters, Mnist
 from workbench.studies.gpu import gpu_table
 from workbench.studies.gpu_time import epochs_table, time_table
 from workbench.studies.gsim import Gsim
@@ -30,7 +30,7 @@ STUDIES = {
     for study in (
         *(Story(), Distil(), Heads(), Gsim(), Variance(), Action(), Critical(), Credit()),
         *(Schedule(), Temperature(), Cost(), Speed(), Bench(), Official()),
-        *(Mnist(), MnistHalf(), MnistHeads(), Emoji(), Letters()),
+        *(Mnist(), MnistHeads(), Emoji(), Letters()),
     )
 }
 DECIMALS = {  # of the figures in a table
