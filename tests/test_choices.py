@@ -28,6 +28,7 @@ def resume(tmp_path):
     def resume(folder, classes=None, **options):
         data = load_data(small_settings(), str(folder), classes, cache=tmp_path / "out" / "cache")
         args = Namespace(out=tmp_path / "out", resume=True, vae=None, features="own", teacher=None)
+        vars(args).update(preset=None, quick=False)
         vars(args).update(options)
         save_run_args(args, data)
         (tmp_path / "out" / "teacher.pt").write_text("")
@@ -75,6 +76,22 @@ def test_a_class_that_vanished_or_is_new_is_named(photos, resume, tmp_path):
     (photos / "cat").rename(photos / "wolf")
     with pytest.raises(InputError, match="class cat is missing, class wolf is new"):
         resume(photos)
+
+
+@pytest.mark.parametrize("options", [{"preset": "tiny"}, {"quick": True}])
+def test_what_the_settings_started_from_may_be_left_out_but_not_exchanged(options, photos, resume):
+    """Another --preset, and --quick, were once ignored without a word."""
+    resume(photos, **options)
+    resume(photos, **options)
+    resume(photos)
+    with pytest.raises(InputError, match="was begun with.* --preset.*: leave --preset out"):
+        resume(photos, preset="small")
+
+
+def test_a_whole_run_does_not_become_a_quick_one(photos, resume):
+    resume(photos)
+    with pytest.raises(InputError, match="was begun without --quick: leave --quick out"):
+        resume(photos, quick=True)
 
 
 def test_images_do_not_change_places(photos, resume):

@@ -257,6 +257,7 @@ def test_a_folder_named_like_a_set_is_given_by_a_path(tmp_path, monkeypatch):
 
 def test_a_resumed_run_must_have_the_same_images(mnist, tmp_path):
     args = Namespace(out=tmp_path / "out", resume=True, vae=None, features="own", teacher=None)
+    vars(args).update(preset=None, quick=False)
     save_run_args(args, load_data(native(), "mnist", cache=mnist))
     (args.out / "teacher.pt").write_text("")
     save_run_args(args, load_data(native(), "mnist", cache=mnist))

@@ -40,6 +40,7 @@ def shapes():
 def a_run(out, resume=False, **args):
     """A Run in the folder `out`."""
     options = {"vae": None, "features": "own", "held_out": None, "teacher": None, "student": None}
+    options |= {"preset": None, "quick": False}
     data = shapes()
     return Run(
         Namespace(out=out, resume=resume, **options | args), tiny(), data, torch.device("cpu")

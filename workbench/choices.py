@@ -15,8 +15,9 @@ from workbench.settings import flag
 
 
 def save_run_args(args: Namespace, data: Data) -> None:
-    """Keep a digest of each class's images, and --vae, --features, --teacher, --student, --reward
-    and --held-out, in out/choices.json; InputError where a resumed run has others.
+    """Keep a digest of each class's images, and --vae, --features, --teacher, --student, --reward,
+    --held-out, --preset and --quick, in out/choices.json; InputError where a resumed run has
+    others.
 
     What the images are counts, not where they lie: a folder may be moved, or have another path.
     The file names code: what it says is compared with what is given, and never used."""
@@ -45,6 +46,15 @@ def save_run_args(args: Namespace, data: Data) -> None:
                 f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
                 f"{given[name] or None}: give it again, or another --out"
             )
+    for name in ("preset", "quick"):  # which need not be given again
+        asked = str(getattr(args, name) or "")
+        before = kept.get(name, asked)
+        if asked and asked != before:
+            how = f"with {flag(name)} {before}" if before else f"without {flag(name)}"
+            raise InputError(
+                f"{args.out} was begun {how}: leave {flag(name)} out, or give another --out"
+            )
+        given[name] = before
     write_text(path, as_json(kept | given | {"images": data.digests}))
 
 
