@@ -1046,10 +1046,10 @@ class Trace:
     mask."""
 
     order: Tensor  # [B, L]
-    z: Tensor  # [B, L, D]: what each token was drawn from, noise times its temperature
+    z: Tensor  # [B, L, D]: the noise each token was drawn from; in one step, times its temperature
     temperature: Tensor  # [B, L]
     contexts: Tensor  # [B, L, W]: c of each token when it was revealed
-    means: Tensor  # [B, L, D]: each token as predicted then, before exploration noise
+    means: Tensor  # [B, L, D]: each token before exploration noise; without any, the tokens
     counts: Tensor  # [B, T]: tokens revealed
     predictions: Tensor | None  # [B, T, L, D]: the whole image as predicted before each step
     states: Tensor | None  # [B, T, W + 2]: what the schedule policy saw
@@ -1228,7 +1228,7 @@ def initial_state(noise: Noise, known, device) -> tuple[Tensor, Tensor, int]:
     Known tokens go to the end of the order, where they are never hidden."""
     if known is None:
         return torch.zeros_like(noise.z), noise.order, noise.order.shape[1]
-    tokens, mask = (part.to(device) for part in known)
+    tokens, mask = known[0].to(device), known[1].to(device).bool()
     order = noise.order.gather(1, true_first(mask[noise.order]))
     return tokens.clone(), order, int(mask.sum())
 
@@ -1545,7 +1545,8 @@ class SchedulePolicy(nn.Module):
 
     def select(self, states: Tensor, generator=None) -> Tensor:
         """Counts [N]: drawn from pi or, without a generator, its medians."""
-        pi = self.log_probs(states).exp().nan_to_num(1.0)  # after divergence, which rewards tell
+        pi = self.log_probs(states).exp().nan_to_num(0.0)
+        pi[:, -1] += pi.sum(1) == 0  # after divergence, which rewards tell: all that are hidden
         if generator is None:
             return (pi.cumsum(1) < 0.5).sum(1) + 1
         return torch.multinomial(pi, 1, generator=generator).squeeze(1) + 1
@@ -1821,6 +1822,7 @@ class PolicyGradient:
         A, metrics = self.advantages(rollouts)
         trace = rollouts.trace
         steps = select_steps(trace, rollouts.tokens, settings, self.mean_image, generator)
+        trace.predictions = None  # which take the most memory, and have served
         is_prefix = steps.float().cumprod(1).sum(1) == steps.sum(1)
         metrics["frac_not_prefix"] = (~is_prefix).float().mean()
         metrics = as_numbers(metrics)

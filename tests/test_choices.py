@@ -84,13 +84,13 @@ def test_what_the_settings_started_from_may_be_left_out_but_not_exchanged(option
     resume(photos, **options)
     resume(photos, **options)
     resume(photos)
-    with pytest.raises(InputError, match="was begun with.* --preset.*: leave --preset out"):
+    with pytest.raises(InputError, match="was begun with.* --preset.*: give the same again"):
         resume(photos, preset="small")
 
 
 def test_a_whole_run_does_not_become_a_quick_one(photos, resume):
     resume(photos)
-    with pytest.raises(InputError, match="was begun without --quick: leave --quick out"):
+    with pytest.raises(InputError, match="was begun without --quick: give the same again"):
         resume(photos, quick=True)
 
 

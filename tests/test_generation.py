@@ -313,6 +313,8 @@ def test_completing_an_image_keeps_what_is_known_and_sees_it(kind):
         return generate(model, labels, known=(known, mask), trace=True)
 
     tokens, trace = complete(known)
+    by_numbers = generate(model, labels, known=(known, mask.long()))
+    assert torch.equal(tokens, by_numbers)
     assert torch.equal(tokens[:, ~mask], known[:, ~mask])
     assert not torch.isclose(tokens[:, mask], known[:, mask]).any(-1).all()
     assert (trace.counts.sum(1) == mask.sum()).all()

@@ -187,6 +187,17 @@ def test_a_schedule_never_stops_exploring():
     assert ratio == pytest.approx(math.exp(-8 * math.log(2) ** 2) / 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 16])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_schedule_that_sees_nan_reveals_all_that_is_hidden(policy, steps, greedy):
+    """A training that diverged: images are finished, and their reward says what has happened."""
+    policy.settings = replace(policy.settings, steps=steps)
+    maskrl.add_schedule(policy)
+    torch.nn.init.constant_(policy.mask_token, math.nan)
+    tokens, trace = generate(policy, [0, 1], Sampling(greedy=greedy), trace=True)
+    assert tokens.isnan().all() and trace.counts.tolist() == [[16], [16]]
+
+
 def test_a_schedule_draws_counts_with_its_probabilities():
     policy = SchedulePolicy(width=4, length=16, max_steps=16)
     state = states_of([16], [16], 16, 16)

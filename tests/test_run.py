@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -546,6 +547,23 @@ def test_a_folder_belongs_to_one_process_until_that_ends(tmp_path):
             lock_run_dir(out)
         other.kill()
     lock_run_dir(out).release()
+
+
+def test_before_there_is_a_checkpoint_a_resumed_run_needs_the_same_settings(tmp_path):
+    """A run stopped while its judge was trained once went on with any others."""
+    with a_run(tmp_path):
+        (tmp_path / "judge.pt").touch()
+    run = a_run(tmp_path, resume=True)
+    run.settings = replace(run.settings, checkpointing=True)
+    with run:
+        pass
+    run.settings = replace(run.settings, gsim_iters=1234)
+    begun_with = "was begun with --gsim-iters .*, not 1234: give the same options again"
+    with pytest.raises(InputError, match=begun_with), run:
+        pass
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(InputError, match="settings.json cannot be read: delete it"), run:
+        pass
 
 
 def test_the_lock_ends_with_the_run_and_not_with_the_process(tmp_path):

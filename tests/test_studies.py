@@ -14,7 +14,7 @@ from helpers_datasets import make_idx
 
 import train_distill
 import train_rl
-from maskrl import PolicyGradient, TeacherTraining, generate, rng
+from maskrl import PolicyGradient, Sampling, TeacherTraining, generate, rng
 from workbench import bench
 from workbench.errors import InputError
 from workbench.files import load_checkpoint, write_checkpoint
@@ -31,6 +31,7 @@ from workbench.studies import (
     make_checkpoints,
     official,
     records,
+    schedule,
     study,
     tables,
 )
@@ -449,6 +450,18 @@ def test_given_counts_are_what_a_generation_reveals(policy):
     policy.schedule = GivenCounts(counts)
     _, trace = generate(policy, [0, 1], trace=True)
     assert torch.equal(trace.counts, counts)
+
+
+def test_shuffled_images_differ_from_the_learned_ones_by_their_counts_alone(policy, monkeypatch):
+    """With its own counts each image is the same, in order, z and temperature."""
+    study, labels = Schedule(), torch.tensor([0, 1, 0, 1])
+    here = SimpleNamespace(policy=policy, seed=0, settings=policy.settings)
+    here.judge = SimpleNamespace(labels=labels)
+    monkeypatch.setattr(schedule, "partners", lambda labels, generator: torch.arange(len(labels)))
+    monkeypatch.setattr(Schedule, "figures", lambda self, lab, images, steps: (images, steps))
+    learned = study.fixed(here, policy, Sampling())
+    for a, b in zip(study.shuffled(here), learned):
+        assert torch.equal(a, b)
 
 
 class Choices(Schedule):

@@ -46,15 +46,14 @@ def save_run_args(args: Namespace, data: Data) -> None:
                 f"{args.out} was begun with {flag(name)} {kept[name] or None}, not "
                 f"{given[name] or None}: give it again, or another --out"
             )
-    for name in ("preset", "quick"):  # which need not be given again
+    for name in ("preset", "quick"):  # where a checkpoint has the settings, they may be left out
         asked = str(getattr(args, name) or "")
         before = kept.get(name, asked)
         if asked and asked != before:
             how = f"with {flag(name)} {before}" if before else f"without {flag(name)}"
-            raise InputError(
-                f"{args.out} was begun {how}: leave {flag(name)} out, or give another --out"
-            )
-        given[name] = before
+            raise InputError(f"{args.out} was begun {how}: give the same again, or another --out")
+        if name in kept or not begun:
+            given[name] = before
     write_text(path, as_json(kept | given | {"images": data.digests}))
 
 

@@ -301,6 +301,8 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
     begun = checkpoint_in_out(args, written)
     resume = begun is not None
     base = begun or base
+    if base is None:
+        args.preset = args.preset or usual_preset(args.data, device)
     settings = settings_from(args, device, base, resume)
     settings = replace(settings, precision=possible_precision(settings.precision, device))
     if args.quick and not resume:

@@ -33,6 +33,13 @@ class Folder(Study):
         "{0[policy - student][recall]} and {0[policy - student][precision]}."
     )
 
+    against_cosine = (
+        "The learned schedule's reward differs from that of the same generator in 8 cosine "
+        "iterations by {0[policy - policy's generator, K = 8][reward]}, in 16 by "
+        "{0[policy - policy's generator, K = 16][reward]} and in 32 by "
+        "{0[policy - policy's generator, K = 32][reward]}."
+    )
+
     def measure(self, lab, only=()) -> dict:
         out = lab.out / self.name
         if not (out / "metrics.json").exists():  # which a run writes last
@@ -87,11 +94,7 @@ class Emoji(Folder):
     options = ("--flip", *HALF)
     verdict = (
         Folder.changes,
-        "The learned schedule's reward differs from that of the same generator in 8 cosine "
-        "iterations by {0[policy - policy's generator, K = 8][reward]}, in 15, about as many as it "
-        "takes, by {0[policy - policy's generator, K = 15][reward]}, in 16 by "
-        "{0[policy - policy's generator, K = 16][reward]} and in 32 by "
-        "{0[policy - policy's generator, K = 32][reward]}.",
+        Folder.against_cosine,
     )
     note = (
         "Faces, people and most flags and hands can be told at sight, though all are mosaics; "
@@ -109,10 +112,8 @@ class Letters(Folder):
     )
     options = HALF
     verdict = (
-        "The student's distance is {0[student / teacher][frechet]} times the teacher's.",
-        "The learned schedule takes {0[policy][steps]} iterations for a reward of "
-        "{0[policy][reward]}, where 16 fixed ones have "
-        "{0[policy's generator, K = 16][reward]}; it was learned with an earlier action, x.",
+        Folder.changes,
+        Folder.against_cosine,
     )
     picture = ("letters_samples.png", "the eight letters, seed 0")
 
