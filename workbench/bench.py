@@ -147,8 +147,8 @@ def shares(model: MAR, sampling: Sampling, batch: int, decode: Callable) -> tupl
     hooks = [
         model.z_proj.register_forward_pre_hook(partial(watch.start, "transformer")),
         model.decoder_norm.register_forward_hook(partial(watch.stop, "transformer")),
-        model.head.register_forward_pre_hook(partial(watch.start, "head")),
-        model.head.register_forward_hook(partial(watch.stop, "head")),
+        model.head.input_proj.register_forward_pre_hook(partial(watch.start, "head")),
+        model.head.final_layer.linear.register_forward_hook(partial(watch.stop, "head")),
     ]
     try:
         start = clock(model.device)
