@@ -29,7 +29,7 @@ AT_MOST = {  # waits, launches
     "backprop, z": (25, 1390),
     "backprop, x": (29, 2392),
     "an iteration of a student": (0, 250),
-    "a generation of a learned schedule, 4 iterations": (5, 1296),
+    "a generation of a learned schedule, 4 iterations": (5, 1312),
     "a generation of fixed counts, beside its iterations": (1, 27),
     "a denoising step of a guided chain": (0, 94),
     "a batch of mirrored images": (2, 3),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from argparse import Namespace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from workbench.data import Data
 from workbench.errors import InputError, abbreviate
 from workbench.files import as_json, write_text
-from workbench.settings import flag
+from workbench.settings import MEMORY_SETTINGS, RunSettings, flag
 
 
 def save_run_args(args: Namespace, data: Data) -> None:
@@ -55,6 +56,23 @@ def save_run_args(args: Namespace, data: Data) -> None:
         if name in kept or not begun:
             given[name] = before
     write_text(path, as_json(kept | given | {"images": data.digests}))
+
+
+def check_settings(path: Path, settings: RunSettings) -> None:
+    """InputError if a run was begun with other settings, which the file at `path` keeps.
+
+    As long as it has no checkpoint of a model, which fixes them, options say what they are."""
+    try:
+        begun = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        raise InputError(f"{path} cannot be read: delete it") from None
+    for name, value in asdict(settings).items():
+        may_differ = name in (*MEMORY_SETTINGS, "mean", "scale")  # these two are measured
+        if not may_differ and begun.get(name, value) != value:
+            raise InputError(
+                f"{path.parent} was begun with {flag(name)} {begun[name]}, not {value}: give the "
+                "same options again, or another --out"
+            )
 
 
 def read_choices(path: Path) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from maskrl import MAR
-from workbench.choices import save_run_args
+from workbench.choices import check_settings, save_run_args
 from workbench.distributed import agreed, average_gradients, rank
 from workbench.errors import InputError, Stopped, abbreviate, is_out_of_memory
 from workbench.files import as_json, read_checkpoint, write_checkpoint, write_text
 from workbench.precision import set_precision
 from workbench.progress import estimated_time, summary_writer
-from workbench.settings import MEMORY_SETTINGS, RunSettings, flag
+from workbench.settings import RunSettings
 from workbench.signals import HeldSignals
 from workbench.timing import clock
 
@@ -53,7 +53,7 @@ class Run:
         try:
             save_run_args(self.args, self.data)
             if self.resume and any(self.out.glob("*.pt")):
-                self.check_settings()
+                check_settings(self.out / "settings.json", self.settings)
             write_text(self.out / "settings.json", as_json(asdict(self.settings), indent=1))
         except BaseException:  # also Ctrl-C
             self.lock.release()
@@ -62,23 +62,6 @@ class Run:
 
     def __exit__(self, *_) -> None:
         self.lock.release()
-
-    def check_settings(self) -> None:
-        """InputError if the run was begun with other settings.
-
-        As long as it has no checkpoint of a model, which fixes them, options say what they are."""
-        path = self.out / "settings.json"
-        try:
-            begun = json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError:
-            raise InputError(f"{path} cannot be read: delete it") from None
-        for name, value in asdict(self.settings).items():
-            may_differ = name in (*MEMORY_SETTINGS, "mean", "scale")  # these two are measured
-            if not may_differ and begun.get(name, value) != value:
-                raise InputError(
-                    f"{self.out} was begun with {flag(name)} {begun[name]}, not {value}: give the "
-                    "same options again, or another --out"
-                )
 
     def stage(self, training, measure: Callable | None = None, times: int = 10) -> "Stage":
         """training: a TeacherTraining, Distillation, PolicyGradient or RewardBackpropagation.

@@ -49,7 +49,6 @@ class Schedule(Study):
         "{0[foreseen - vector][margin]} is foreseen from what the schedule sees, and "
         "{0[foreseen, all contexts - vector][margin]} from all contexts: the rest is decided by "
         "noise that no context shows yet.",
-        "Shuffled within a class the learned one differs by {0[shuffled - learned][reward]}.",
         "Four iterations are not free: the distance is {0[learned / student][frechet]} times the "
         "student's in 16. In random orders it is {0[learned, random order / learned][frechet]} "
         "times that in Halton's.",
