@@ -89,6 +89,16 @@ def test_all_that_heads_compute_is_divided(kind, calls, alone, monkeypatch):
     assert len(rows) == calls and sum(rows) == 2 * 16 * calls // 3
 
 
+def test_processes_that_join_divide_transformer_and_heads(monkeypatch):
+    """Results would be the same if they did not, only no faster."""
+    for owner, name in ((MAR, "context"), (Head, "network")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is again afterwards
+    monkeypatch.setattr(distributed, "several_processes", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    join_processes(torch.device("cpu"))
+    assert hasattr(MAR.context, "__wrapped__") and hasattr(Head.network, "__wrapped__")
+
+
 def test_hooks_that_average_gradients_end_with_the_stage(model, alone):
     """They once stayed, and each stage added others."""
     model.head.requires_grad_(False)

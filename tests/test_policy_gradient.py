@@ -410,3 +410,18 @@ def test_what_is_logged_of_the_parts_of_a_batch_is_a_mean_and_the_largest_log_ra
     assert len(parts) > 2 and metrics["log_ratio"] == len(parts)
     mean = sum(n * (i + 1) for i, n in enumerate(parts)) / sum(parts)
     assert metrics["kl"] == pytest.approx(mean)
+
+
+def test_predictions_are_freed_before_the_policy_learns(student, settings, monkeypatch):
+    """They are the largest part of a Trace: [B, T, L, D]."""
+    kept = []
+
+    def note(training, rollouts, A, counted):
+        kept.append(rollouts.trace.predictions)
+        return {}
+
+    monkeypatch.setattr(maskrl.PolicyGradient, "noise_update", note)
+    student.settings = settings(rl_steps="critical", learn_steps=False)
+    training = maskrl.PolicyGradient(student, student.settings, brightness, torch.zeros(1, 16, 12))
+    training.update(0, torch.tensor([0, 1]), seed=0)
+    assert kept == [None]

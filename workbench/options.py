@@ -278,12 +278,11 @@ def settings_from(args: Namespace, device, base: dict | None, resume: bool) -> R
     return replace(base["settings"], **given)
 
 
-def usual_settings(args: Namespace, base: dict | None, device) -> tuple[RunSettings, str]:
+def usual_settings(args: Namespace, base: dict | None) -> tuple[RunSettings, str]:
     """What the settings are without any option, and what to call them."""
     if base is not None:
         return base["settings"], f"those of the {base['kind']}"
-    name = args.preset or usual_preset(args.data, device)
-    return preset(name), f"preset {name}"
+    return preset(args.preset), f"preset {args.preset}"
 
 
 def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Run:
@@ -307,7 +306,7 @@ def prepare(args: Namespace, written: list[str], base: dict | None = None) -> Ru
     settings = replace(settings, precision=possible_precision(settings.precision, device))
     if args.quick and not resume:
         settings = shortened(settings, args, MODEL_SETTINGS if base else ())
-    print(describe_settings(settings, *usual_settings(args, base, device)))
+    print(describe_settings(settings, *usual_settings(args, base)))
     data, settings = measured_data(args, settings, base, device)
     check_memory(settings, data, device)
     print(f"{describe(data, settings)}; on {hardware(device)}")

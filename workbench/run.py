@@ -79,11 +79,10 @@ class Stage:
                 stage.log(training.update(step, ...))
 
     After Ctrl-C or SIGTERM it raises Stopped when the step is finished and saved; a measurement
-    that was due is left to --resume. To a
-    FloatingPointError in the block it adds the stage, the step and the tensors, and it leaves a
-    checkpoint from before the step or, if half of the step is done, the last one: from there
-    --resume repeats what led to it. InputError if --resume finds a checkpoint of another
-    training."""
+    that was due is left to --resume. To a FloatingPointError in the block it adds the stage, the
+    step and the tensors, and it leaves a checkpoint from before the step or, if half of the step is
+    done, the last one: from there --resume repeats what led to it. InputError if --resume finds a
+    checkpoint of another training."""
 
     def __init__(self, run: Run, training, measure: Callable | None, times: int):
         self.run, self.training, self.measure, self.times = run, training, measure, times
